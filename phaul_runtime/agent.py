@@ -1,0 +1,255 @@
+"""The destination's service: control by gRPC, memory by a stream socket, both unix sockets.
+
+Whoever may open the sockets may restore processes as root: they lie in a directory of mode 0700,
+and reach other hosts only through an authenticated transport (ssh).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+
+from phaul_runtime import __version__
+from phaul_runtime.checks import check_cpu, check_space
+from phaul_runtime.criu import Criu
+from phaul_runtime.engine import load_engine
+from phaul_runtime.errors import DestinationError, PhaulError, Refused
+from phaul_runtime.filesystem import compare
+from phaul_runtime.hostfacts import PROTOCOL, gather_facts
+from phaul_runtime.incoming import Incoming, checked_id, checked_json
+from phaul_runtime.rpc import phaul_pb2 as pb
+from phaul_runtime.rpc import phaul_pb2_grpc
+from phaul_runtime.wire import to_wire
+
+log = logging.getLogger(__name__)
+
+CONTROL = "control.sock"
+MEMORY = "memory.sock"
+# The memory connection begins with the migration's id, padded to this length.
+ID_BYTES = 64
+_WORKERS = 16
+_WATCH_S = 1.0
+_PREAMBLE_S = 10.0
+_STOP_S = 5.0
+MAX_MESSAGE = 8 << 20
+
+_Reply = TypeVar("_Reply", bound=Any)
+
+
+def _answers(
+    reply: Callable[..., _Reply],
+) -> Callable[[Callable[..., _Reply | None]], Callable[..., _Reply]]:
+    """Turn a handler's exceptions into its reply's `error`: an agent does not die of a request."""
+
+    def decorate(handler: Callable[..., _Reply | None]) -> Callable[..., _Reply]:
+        @functools.wraps(handler)
+        def answer(*args: Any) -> _Reply:  # noqa: ANN401
+            try:
+                return handler(*args) or reply()
+            except PhaulError as error:
+                return reply(error=to_wire(error))
+            except Exception as error:
+                log.exception("%s failed", handler.__name__)
+                return reply(error=to_wire(error))
+
+        return answer
+
+    return decorate
+
+
+class AgentService(phaul_pb2_grpc.AgentServicer):
+    """The calls of phaul.proto."""
+
+    def __init__(self, workdir: Path, criu: Criu) -> None:
+        self._workdir = workdir
+        self._criu = criu
+        self._migrations: dict[str, Incoming] = {}
+        self._lock = threading.Lock()
+
+    def find(self, migration_id: str) -> Incoming:
+        """The migration with that id; raises DestinationError if there is none."""
+        with self._lock:
+            found = self._migrations.get(checked_id(migration_id))
+        if found is None:
+            raise DestinationError(f"no migration {migration_id}")
+        return found
+
+    def all(self) -> list[Incoming]:
+        """All migrations of this agent."""
+        with self._lock:
+            return list(self._migrations.values())
+
+    @_answers(pb.HelloReply)
+    def Hello(self, request: pb.HelloRequest, _context: object) -> pb.HelloReply:  # noqa: D102, N802
+        if request.protocol != PROTOCOL:
+            raise Refused(
+                f"phaul-runtime {__version__} speaks protocol {PROTOCOL}, the client "
+                f"({request.version}) speaks {request.protocol}",
+                hint="install the same version on both hosts",
+            )
+        facts = gather_facts(str(self._workdir), self._criu)
+        return pb.HelloReply(protocol=PROTOCOL, facts=facts)
+
+    @_answers(pb.CheckReply)
+    def Check(self, request: pb.CheckRequest, _context: object) -> pb.CheckReply:  # noqa: D102, N802
+        findings = []
+        if request.engine:
+            engine = load_engine(request.engine)
+            half = engine.destination(engine.options_model(), criu_log_level=4, hold_s=1.0)
+            manifest = checked_json(request.manifest, "manifest")
+            findings.extend(half.check({**manifest, "same_host": request.same_host}))
+        if request.memory:
+            facts = gather_facts(str(self._workdir), self._criu)
+            findings.append(check_space(facts, request.memory))
+        if request.cpuinfo:
+            findings.append(check_cpu(str(self._workdir), self._criu, request.cpuinfo))
+        return pb.CheckReply(
+            findings=[
+                pb.Finding(check=f.check, level=f.level, text=f.text, hint=f.hint)
+                for f in findings
+            ],
+            files=compare(request.files),
+        )
+
+    @_answers(pb.Done)
+    def Open(self, request: pb.OpenRequest, _context: object) -> None:  # noqa: D102, N802
+        with self._lock:
+            if checked_id(request.id) in self._migrations:
+                raise DestinationError(f"migration {request.id} is open already")
+            self._migrations[request.id] = Incoming(request, self._workdir, self._criu)
+
+    @_answers(pb.Done)
+    def StartIter(self, request: pb.MigrationRef, _context: object) -> None:  # noqa: D102, N802
+        self.find(request.id).start_iter()
+
+    @_answers(pb.Done)
+    def StopIter(self, request: pb.MigrationRef, _context: object) -> None:  # noqa: D102, N802
+        self.find(request.id).stop_iter()
+
+    @_answers(pb.Done)
+    def PutFiles(self, request: Iterator[pb.FilePart], _context: object) -> None:  # noqa: D102, N802
+        first = next(request, None)
+        if first is not None:
+            self.find(first.id).put_files(_chain(first, request))
+
+    @_answers(pb.PrepareReply)
+    def Prepare(  # noqa: D102, N802
+        self, request: Iterator[pb.PreparePart], _context: object
+    ) -> pb.PrepareReply:
+        first = next(request, None)
+        if first is None:
+            raise DestinationError("prepare came without images")
+        return self.find(first.id).prepare(_chain(first, request))
+
+    @_answers(pb.CommitReply)
+    def Commit(self, request: pb.MigrationRef, _context: object) -> pb.CommitReply:  # noqa: D102, N802
+        return self.find(request.id).commit()
+
+    @_answers(pb.Done)
+    def Abort(self, request: pb.MigrationRef, _context: object) -> None:  # noqa: D102, N802
+        self.find(request.id).abort()
+
+    @_answers(pb.BeatReply)
+    def Beat(self, request: pb.MigrationRef, _context: object) -> pb.BeatReply:  # noqa: D102, N802
+        return self.find(request.id).beat()
+
+
+def _chain(first: _Reply, rest: Iterator[_Reply]) -> Iterator[_Reply]:
+    yield first
+    yield from rest
+
+
+class Agent:
+    """Sockets, threads and the watch over lost clients around an `AgentService`.
+
+    Args:
+        sockets: directory for the two sockets; created with mode 0700, removed by `stop`.
+        workdir: private directory for images, one below it for each migration.
+        criu: a session factory.
+    """
+
+    def __init__(self, sockets: Path, workdir: Path, criu: Criu) -> None:
+        self._sockets = sockets
+        self.service = AgentService(workdir, criu)
+        self._workdir = workdir
+        self._server = grpc.server(
+            futures.ThreadPoolExecutor(_WORKERS, thread_name_prefix="call"),
+            options=[("grpc.max_receive_message_length", MAX_MESSAGE)],
+        )
+        phaul_pb2_grpc.add_AgentServicer_to_server(self.service, self._server)
+        self._stopping = threading.Event()
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+
+    def start(self) -> None:
+        """Listen on both sockets.
+
+        Raises:
+            Refused: the directories cannot be made or the sockets not be bound.
+        """
+        try:
+            self._workdir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._sockets.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._sockets.mkdir(mode=0o700)
+            self._listener.bind(str(self._sockets / MEMORY))
+            self._listener.listen()
+            self._server.add_insecure_port(f"unix:{self._sockets / CONTROL}")
+        except (OSError, RuntimeError) as error:
+            raise Refused(f"cannot listen in {self._sockets}: {error}") from error
+        self._server.start()
+        threading.Thread(target=self._accept, name="accept", daemon=True).start()
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+
+    def stop(self) -> None:
+        """Discard what was not committed, and go; what was committed runs on. Idempotent."""
+        self._stopping.set()
+        for migration in self.service.all():
+            migration.abort(client_lost=True)
+        self._server.stop(_STOP_S).wait(_STOP_S)
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        shutil.rmtree(self._sockets, ignore_errors=True)
+
+    def _accept(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                channel, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._route, args=(channel,), daemon=True).start()
+
+    def _route(self, channel: socket.socket) -> None:
+        """Hand a memory connection to the migration that it names."""
+        try:
+            channel.settimeout(_PREAMBLE_S)
+            name = b""
+            while len(name) < ID_BYTES:
+                data = channel.recv(ID_BYTES - len(name))
+                if not data:
+                    raise DestinationError("the memory channel closed before it named a migration")
+                name += data
+            channel.settimeout(None)
+            self.service.find(name.decode("ascii", "replace").strip()).connect_memory(channel)
+        except (OSError, PhaulError) as error:
+            log.warning("memory channel refused: %s", error)
+            channel.close()
+
+    def _watch(self) -> None:
+        """Discard the migrations whose client is gone."""
+        while not self._stopping.wait(_WATCH_S):
+            for migration in self.service.all():
+                silent = time.monotonic() - migration.seen
+                if silent > migration.lost_s and migration.state not in ("committed", "aborted"):
+                    log.warning("%s: no sign of its client for %.0f s", migration.id, silent)
+                    migration.abort(client_lost=True)

@@ -1,0 +1,57 @@
+"""Cancelling a migration: asked for at any moment, honoured wherever it is safe.
+
+A signal handler calls `request`. Whoever waits on something long registers how to cut the wait
+short (`interrupt_with`); whoever stands between two steps calls `check`. Once the cut-over has
+passed the point of no return, `seal` makes requests mean nothing: the move finishes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from phaul_runtime.errors import Cancelled
+
+
+class Cancellation:
+    """A request to stop; safe to use from signal handlers and other threads."""
+
+    def __init__(self) -> None:
+        self._requested = threading.Event()
+        self._sealed = False
+        self._interrupts: list[Callable[[], None]] = []
+
+    @property
+    def requested(self) -> bool:
+        """Somebody asked, and it still counts."""
+        return self._requested.is_set() and not self._sealed
+
+    def request(self) -> bool:
+        """Ask to stop; False if it is too late. Idempotent."""
+        if self._sealed:
+            return False
+        self._requested.set()
+        for interrupt in tuple(self._interrupts):
+            interrupt()
+        return True
+
+    def check(self) -> None:
+        """Raise `Cancelled` if somebody asked."""
+        if self.requested:
+            raise Cancelled("cancelled; the source's copy runs on")
+
+    def seal(self) -> None:
+        """From now on it is too late. Raises `Cancelled` if somebody asked just before."""
+        self.check()
+        self._sealed = True
+
+    @contextmanager
+    def interrupt_with(self, action: Callable[[], None]) -> Iterator[None]:
+        """While in here, a request calls `action` at once; it must be quick and must not raise."""
+        self._interrupts.append(action)
+        try:
+            self.check()
+            yield
+        finally:
+            self._interrupts.remove(action)

@@ -1,0 +1,57 @@
+"""A cgroup of its own for what the agent restores.
+
+A restored tree inherits the cgroup of the `criu swrk` that rebuilt it. Left in the agent's, it
+would die with the agent's service or the ssh session that started it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+_ROOTS = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified"), Path("/sys/fs/cgroup/systemd"))
+GROUP = "phaul-runtime"
+
+
+def _root() -> Path | None:
+    for root in _ROOTS:
+        if (root / "cgroup.procs").exists():
+            return root
+    return None
+
+
+def adopt(name: str, pid: int) -> Path | None:
+    """Move `pid` to the cgroup `phaul-runtime/NAME`; None where that is not possible.
+
+    Children that `pid` starts afterwards are in it too. Groups of trees that have ended since
+    are removed on the way.
+    """
+    root = _root()
+    if root is None:
+        return None
+    parent = root / GROUP
+    try:
+        parent.mkdir(exist_ok=True)
+        sweep(parent)
+        group = parent / name
+        group.mkdir(exist_ok=True)
+        (group / "cgroup.procs").write_text(str(pid), encoding="ascii")
+    except OSError:
+        return None
+    return group
+
+
+def sweep(parent: Path) -> None:
+    """Remove the groups that are empty."""
+    for group in parent.iterdir():
+        if group.is_dir():
+            with contextlib.suppress(OSError):  # busy: something lives in it
+                group.rmdir()
+
+
+def remove(group: Path | None) -> None:
+    """Remove a group if nothing lives in it, and the common parent with the last; idempotent."""
+    if group is not None:
+        with contextlib.suppress(OSError):
+            group.rmdir()
+            group.parent.rmdir()

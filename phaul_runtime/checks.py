@@ -1,0 +1,188 @@
+"""Preflight: both hosts and the target, before anything is frozen.
+
+Each check has a name, under which it can be overridden on its own (`--ignore NAME`,
+`checks.ignore`); there is no --force. `CHECKS` lists the names that the core knows; engines add
+their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from phaul_runtime.criu import Criu
+from phaul_runtime.engine import OK, REFUSED, WARNING, Finding
+from phaul_runtime.errors import CheckFailed, UsageError
+from phaul_runtime.events import Checked, Listener
+from phaul_runtime.hostfacts import cpu_problem
+from phaul_runtime.rpc import phaul_pb2 as pb
+
+IGNORED = "ignored"
+# Room for the images: all of memory once, and what is dirtied meanwhile.
+IMAGES_FACTOR = 1.25
+_MIB = 1 << 20
+
+CHECKS = {
+    "root": "phaul-runtime runs as root on both hosts",
+    "criu": "CRIU and pycriu are there, and CRIU's own check of the kernel is content",
+    "criu-version": "both CRIUs speak the same page-server format (4.2 changed it)",
+    "phaul-version": "both hosts have the same phaul-runtime",
+    "arch": "same machine architecture and page size",
+    "kernel": "the destination's kernel is not older than the source's",
+    "cpu": "the destination's CPU has what the source's has",
+    "dirty-tracking": "the source's kernel tracks dirty pages; without it there is no pre-copy",
+    "workdir": "the working directories are private and in memory",
+    "space": "the destination has room for the images and for the process itself",
+    "files": "files that the target holds open or mapped are the same at the destination",
+}
+
+# What no override can make work.
+FATAL = frozenset({"root", "criu", "arch", "target"})
+
+
+@dataclass(frozen=True)
+class HostFinding:
+    """A finding and the host it is about."""
+
+    host: str
+    finding: Finding
+
+
+def compare_hosts(
+    source: pb.HostFacts, destination: pb.HostFacts, names: tuple[str, str]
+) -> list[HostFinding]:
+    """Hold two hosts against each other; `names` are how the user calls them."""
+    here, there = names
+    found: list[HostFinding] = []
+
+    def add(host: str, check: str, level: str, text: str, hint: str = "") -> None:
+        found.append(HostFinding(host, Finding(check, level, text, hint)))
+
+    for host, facts in ((here, source), (there, destination)):
+        _one_host(host, facts, add)
+    if source.phaul_version != destination.phaul_version:
+        add(there, "phaul-version", REFUSED,
+            f"phaul-runtime {destination.phaul_version}, here {source.phaul_version}",
+            "install the same version on both hosts")
+    if (source.arch, source.page_size) != (destination.arch, destination.page_size):
+        add(there, "arch", REFUSED,
+            f"{destination.arch} with pages of {destination.page_size}, "
+            f"here {source.arch} with {source.page_size}")
+    else:
+        add(there, "arch", OK, destination.arch)
+    if source.criu_version and destination.criu_version:
+        same = source.page_server_format == destination.page_server_format
+        add(there, "criu-version", OK if same else REFUSED,
+            f"CRIU {destination.criu_version}, here {source.criu_version}",
+            "" if same else "CRIU 4.2 changed the page-server format: install the same series")
+    older = _kernel_number(destination.kernel) < _kernel_number(source.kernel)
+    add(there, "kernel", WARNING if older else OK,
+        f"Linux {destination.kernel}" + (f", older than {source.kernel} here" if older else ""))
+    if not source.dirty_tracking and source.criu_version:
+        add(here, "dirty-tracking", WARNING,
+            "no dirty tracking (CONFIG_MEM_SOFT_DIRTY): one stop-and-copy round, no pre-copy")
+    elif source.criu_version:
+        add(here, "dirty-tracking", OK, "dirty pages are tracked")
+    return found
+
+
+def _one_host(host: str, facts: pb.HostFacts, add: _Add) -> None:
+    if not facts.root:
+        add(host, "root", REFUSED, "phaul-runtime does not run as root there",
+            "CRIU restores pids, namespaces and sockets of others: run it as root")
+    if facts.criu_problem:
+        first, _, rest = facts.criu_problem.partition("\n")
+        add(host, "criu", REFUSED, first, rest.strip() or "install CRIU 4.1 or later")
+    else:
+        add(host, "criu", OK, f"CRIU {facts.criu_version} on Linux {facts.kernel}")
+    if facts.workdir_problem:
+        add(host, "workdir", REFUSED, f"{facts.workdir}: {facts.workdir_problem}",
+            "choose another workdir in the configuration")
+    elif facts.workdir_fs not in ("tmpfs", "ramfs"):
+        add(host, "workdir", WARNING,
+            f"{facts.workdir} is on {facts.workdir_fs or 'an unknown file system'}: "
+            "images on a disk make the freeze longer")
+    else:
+        add(host, "workdir", OK,
+            f"{facts.workdir} on {facts.workdir_fs}, {facts.workdir_free // _MIB} MiB free")
+
+
+class _Add(Protocol):
+    def __call__(
+        self, host: str, check: str, level: str, text: str, hint: str = ""
+    ) -> None: ...
+
+
+def check_space(facts: pb.HostFacts, memory: int) -> Finding:
+    """Whether images and process of `memory` bytes fit on a host."""
+    images = int(memory * IMAGES_FACTOR)
+    in_memory = facts.workdir_fs in ("tmpfs", "ramfs")
+    needed = memory + (images if in_memory else 0)
+    if facts.workdir_free < images:
+        return Finding("space", REFUSED,
+                       f"{facts.workdir} has {facts.workdir_free // _MIB} MiB free, the images "
+                       f"take {images // _MIB} MiB", "free some, or choose another workdir")
+    if facts.memory_available < needed:
+        return Finding("space", REFUSED,
+                       f"{facts.memory_available // _MIB} MiB of memory are available, process "
+                       f"and images take {needed // _MIB} MiB",
+                       "free some, or put the workdir on a disk")
+    return Finding("space", OK, f"{needed // _MIB} MiB of memory fit")
+
+
+def check_cpu(workdir: str, criu: Criu, cpuinfo: bytes) -> Finding:
+    """Whether the CPU that `cpuinfo` describes is covered by this one, by CRIU's own judgement."""
+    if not cpuinfo:
+        return Finding("cpu", WARNING, "the source's CPU is not known")
+    lines = cpu_problem(workdir, criu, cpuinfo)
+    if lines:
+        return Finding("cpu", REFUSED, f"CPU features are missing: {'; '.join(lines)}",
+                       "a program that uses them would die there (SIGILL)")
+    return Finding("cpu", OK, "the CPU has what the source's has")
+
+
+def _kernel_number(release: str) -> tuple[int, ...]:
+    numbers = []
+    for part in release.split("-")[0].split(".")[:2]:
+        digits = "".join(c for c in part if c.isdigit())
+        numbers.append(int(digits or 0))
+    return tuple(numbers)
+
+
+def judge(
+    findings: Iterable[HostFinding], ignore: Sequence[str], listener: Listener
+) -> list[HostFinding]:
+    """Tell every finding, leave out what the user ignores, and return what refuses."""
+    refused = []
+    for host, finding in ((f.host, f.finding) for f in findings):
+        level = finding.level
+        if level == REFUSED and finding.check in ignore:
+            if finding.check in FATAL:
+                raise UsageError(f"the check {finding.check!r} cannot be ignored: {finding.text}")
+            level = IGNORED
+        listener(Checked(finding.check, level, host, finding.text, finding.hint))
+        if level == REFUSED:
+            refused.append(HostFinding(host, finding))
+    return refused
+
+
+def refuse(refused: Sequence[HostFinding]) -> None:
+    """Raise if anything refuses, naming all of it.
+
+    Raises:
+        CheckFailed: its message is the first refusal, the others follow.
+    """
+    if not refused:
+        return
+    first, *others = refused
+    ignorable = [r.finding.check for r in refused if r.finding.check not in FATAL]
+    hint = first.finding.hint
+    if ignorable and not hint:
+        hint = f"--ignore {ignorable[0]} overrides this check"
+    raise CheckFailed(
+        f"{first.finding.text} (check {first.finding.check})",
+        host=first.host,
+        hint=hint,
+        log=[f"{r.host}: {r.finding.text} (check {r.finding.check})" for r in others],
+    )

@@ -1,0 +1,192 @@
+"""The Engine interface and its lookup by entry point (`phaul_runtime.engines`).
+
+An engine has two halves. The source half runs beside the client, the destination half inside the
+agent; what the one has to tell the other travels as a JSON manifest that the core does not read.
+A third party's engine installs an entry point and needs no change here.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from phaul_runtime.api import PhaulLocal
+from phaul_runtime.cancel import Cancellation
+from phaul_runtime.errors import UsageError
+from phaul_runtime.rpc import phaul_pb2 as pb
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from phaul_runtime.criu import Criu
+
+GROUP = "phaul_runtime.engines"
+
+OK = "ok"
+WARNING = "warning"
+REFUSED = "refused"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one preflight check found; `check` is the name that `--ignore` takes."""
+
+    check: str
+    level: str
+    text: str
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What the source half found out about a target, before anything is touched.
+
+    Attributes:
+        pid: root of the tree to dump.
+        title: the target for people, as its command line.
+        memory: resident bytes of the whole tree.
+        files: what has to exist at the destination.
+        manifest: for the engine's other half; JSON values only.
+        findings: what speaks against the move, and what was found good.
+    """
+
+    pid: int
+    title: str
+    memory: int
+    files: Sequence[pb.FileFact] = ()
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+    findings: Sequence[Finding] = ()
+
+
+class Handover(Protocol):
+    """The cut-over as an engine's source half drives it; see `cutover.CutOver`."""
+
+    def freezing(self) -> None:
+        """The final dump begins. Raises `Cancelled` if that was asked for."""
+
+    def prepare(self, images_dir: Path) -> int:
+        """With the tree frozen: carry files and images over, have it restored and held.
+
+        Returns the held root's pid. Raising means that the source must run on.
+        """
+
+    def commit(self, source_is_dead: Callable[[], bool]) -> None:
+        """Once the source's copy is dead: let the destination's run.
+
+        Raises `OutcomeUnknown` if the destination does not confirm it. Never undoes anything.
+        """
+
+
+class SourceHalf(ABC):
+    """An engine on the source host, for one target."""
+
+    @abstractmethod
+    def inspect(self) -> Inspection:
+        """Look at the target; changes nothing, may be repeated.
+
+        Raises:
+            NoSuchTarget: there is none.
+        """
+
+    @abstractmethod
+    def local(self, handover: Handover, cancellation: Cancellation) -> PhaulLocal:
+        """The engine's `PhaulLocal` for the target last inspected."""
+
+    @abstractmethod
+    def finish(self) -> Sequence[str]:
+        """After the commit: clean the source; idempotent. Returns warnings, raises nothing."""
+
+    @abstractmethod
+    def rollback(self) -> None:
+        """After a failure: whatever the engine changed is undone, the target runs; idempotent."""
+
+
+class DestinationHalf(ABC):
+    """An engine on the destination host, for one migration."""
+
+    @abstractmethod
+    def check(self, manifest: Mapping[str, Any]) -> Sequence[Finding]:
+        """Hold a target's manifest against this host; changes nothing, may be repeated."""
+
+    @abstractmethod
+    def prepare(self, manifest: Mapping[str, Any], migration_id: str) -> None:
+        """Set up what the target needs (bundle, container, network); nothing runs."""
+
+    @abstractmethod
+    def restore(self, criu: Criu, images_dir: Path) -> int:
+        """Rebuild the target and hold it in post-restore; returns its root's pid.
+
+        Raising means that nothing of it is left. To be called once.
+        """
+
+    @abstractmethod
+    def resume(self) -> float:
+        """Let the held copy run; returns the `time.monotonic()` at which it did.
+
+        Raises if it does not run: then nothing of it is left. To be called once.
+        """
+
+    @abstractmethod
+    def discard(self) -> None:
+        """End and remove everything that was not resumed; idempotent."""
+
+    def settle(self) -> str:
+        """After `resume`, when time no longer matters; returns a warning or an empty string."""
+        return ""
+
+
+class Engine(ABC):
+    """An engine: its options and its two halves."""
+
+    name: str
+    options_model: type[BaseModel]
+
+    @abstractmethod
+    def source(  
+        self, target: str, options: Any, *, criu_log_level: int  # noqa: ANN401
+    ) -> SourceHalf:
+        """The source half for `target`; `options` is an instance of `options_model`."""
+
+    @abstractmethod
+    def destination(
+        self, options: Any, *, criu_log_level: int, hold_s: float  # noqa: ANN401
+    ) -> DestinationHalf:
+        """The destination half."""
+
+
+def engine_names() -> list[str]:
+    """The engines that are installed, sorted."""
+    return sorted(entry.name for entry in entry_points(group=GROUP))
+
+
+def load_engine(name: str) -> Engine:
+    """Load the engine called `name`.
+
+    Raises:
+        UsageError: there is none; the message names those that there are.
+    """
+    for entry in entry_points(group=GROUP, name=name):
+        engine: Engine = entry.load()()
+        return engine
+    raise UsageError(
+        f"unknown engine {name!r}", hint=f"installed engines: {', '.join(engine_names()) or 'none'}"
+    )
+
+
+__all__ = [
+    "OK",
+    "REFUSED",
+    "WARNING",
+    "DestinationHalf",
+    "Engine",
+    "Finding",
+    "Handover",
+    "Inspection",
+    "SourceHalf",
+    "engine_names",
+    "load_engine",
+]

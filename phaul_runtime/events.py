@@ -1,0 +1,134 @@
+"""What happens during a migration, told as it happens.
+
+Progress bars, log lines, JSON lines and the report are views of these events; the library itself
+prints nothing. A listener is any callable that takes an event; it must not raise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Event:
+    """Base of all events."""
+
+    @property
+    def name(self) -> str:
+        """The event's name in JSON: the class's name in snake case."""
+        text = type(self).__name__
+        return "".join(f"_{c.lower()}" if c.isupper() else c for c in text).lstrip("_")
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dictionary, `event` first."""
+        return {"event": self.name, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class MigrationStarted(Event):
+    """The command is understood; nothing is touched yet."""
+
+    id: str
+    engine: str
+    target: str
+    to: str
+
+
+@dataclass(frozen=True)
+class Checked(Event):
+    """One preflight finding; `level` is ok, warning, refused or ignored."""
+
+    check: str
+    level: str
+    host: str
+    text: str
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class FilesCopied(Event):
+    """Files of the target were staged at the destination."""
+
+    files: int
+    bytes: int
+    final: bool
+
+
+@dataclass(frozen=True)
+class IterationStarted(Event):
+    """A pre-dump round begins."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Progress(Event):
+    """How much of the current iteration has arrived at the destination, bytes."""
+
+    number: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class IterationDone(Event):
+    """A pre-dump round is over; the estimate is the freeze if it were taken now."""
+
+    number: int
+    pages_written: int
+    pages_skipped: int
+    bytes: int
+    duration_ms: float
+    expected_freeze_ms: float | None
+    go_on: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class PreCopySkipped(Event):
+    """There is no pre-copy; the whole memory is dumped in the freeze."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Frozen(Event):
+    """The final dump begins: the source's copy stops."""
+
+
+@dataclass(frozen=True)
+class Prepared(Event):
+    """The destination has rebuilt the tree and holds it."""
+
+    pid: int
+
+
+@dataclass(frozen=True)
+class Committed(Event):
+    """The source's copy is dead and the destination's runs."""
+
+    pid: int
+    downtime_ms: float
+
+
+@dataclass(frozen=True)
+class RolledBack(Event):
+    """The move failed: the source's copy runs, the destination was cleaned (or says why not)."""
+
+    reason: str
+    destination_clean: bool
+
+
+@dataclass(frozen=True)
+class Warned(Event):
+    """Something the user should know; the move goes on."""
+
+    text: str
+
+
+Listener = Callable[[Event], None]
+
+
+def nobody(_event: Event) -> None:
+    """The listener that ignores everything."""

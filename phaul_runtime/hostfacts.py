@@ -1,0 +1,127 @@
+"""What a host is: gathered by the same code on both sides, compared by `checks`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import tempfile
+from pathlib import Path
+
+from phaul_runtime import __version__
+from phaul_runtime.criu import Criu, criu_opts, require_pycriu
+from phaul_runtime.errors import PhaulError
+from phaul_runtime.rpc import phaul_pb2 as pb
+
+# The version of the control channel's protocol; client and agent must agree.
+PROTOCOL = 1
+CPUINFO = "cpuinfo.img"
+
+
+def gather_facts(workdir: str, criu: Criu) -> pb.HostFacts:
+    """The facts of this host; what cannot be found out is told in the `*_problem` fields."""
+    facts = pb.HostFacts(
+        hostname=socket.gethostname(),
+        phaul_version=__version__,
+        kernel=platform.release(),
+        arch=platform.machine(),
+        page_size=os.sysconf("SC_PAGE_SIZE"),
+        root=os.geteuid() == 0,
+        memory_available=_meminfo().get("MemAvailable", 0) * 1024,
+        workdir=workdir,
+        boot_id=Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip(),
+    )
+    _add_cpu(facts)
+    _add_workdir(facts)
+    _add_criu(facts, criu)
+    return facts
+
+
+def _meminfo() -> dict[str, int]:
+    """/proc/meminfo, KiB by name."""
+    values = {}
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        name, _, rest = line.partition(":")
+        if rest.split():
+            values[name] = int(rest.split()[0])
+    return values
+
+
+def _add_cpu(facts: pb.HostFacts) -> None:
+    for line in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            facts.cpu_model = value.strip()
+        elif key.strip() in ("flags", "Features"):
+            facts.cpu_flags.extend(value.split())
+        if facts.cpu_model and facts.cpu_flags:
+            return
+
+
+def _add_workdir(facts: pb.HostFacts) -> None:
+    path = Path(facts.workdir)
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        info = path.stat()
+        if info.st_uid != os.geteuid() or info.st_mode & 0o022:
+            facts.workdir_problem = "others may write to it, or own it"
+            return
+        usage = os.statvfs(path)
+    except OSError as error:
+        facts.workdir_problem = f"{error.strerror}"
+        return
+    facts.workdir_free = usage.f_bavail * usage.f_frsize
+    facts.workdir_fs = filesystem_of(path)
+
+
+def filesystem_of(path: Path) -> str:
+    """The type of the file system that holds `path`, as `tmpfs`; empty if unknown."""
+    best, kind = "", ""
+    resolved = str(path.resolve())
+    for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines():
+        _source, mount_point, fs_type, *_ = line.split(" ")
+        inside = mount_point == "/" or resolved == mount_point or resolved.startswith(
+            mount_point + "/"
+        )
+        if inside and len(mount_point) >= len(best):
+            best, kind = mount_point, fs_type
+    return kind
+
+
+def _add_criu(facts: pb.HostFacts, criu: Criu) -> None:
+    try:
+        require_pycriu()
+        version = criu.version()
+        facts.criu_version = str(version)
+        facts.page_server_format = version.page_server_format
+        features = criu.feature_check()
+        facts.dirty_tracking, facts.lazy_pages = features.mem_track, features.lazy_pages
+        criu.check()
+        if not facts.workdir_problem:
+            facts.cpuinfo = _cpuinfo(facts.workdir, criu)
+    except PhaulError as error:
+        facts.criu_problem = str(error)
+
+
+def _cpuinfo(workdir: str, criu: Criu) -> bytes:
+    with tempfile.TemporaryDirectory(dir=workdir) as name:
+        directory = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            criu.cpuinfo_dump(criu_opts(images_dir_fd=directory, log_file="cpuinfo.log"))
+            return (Path(name) / CPUINFO).read_bytes()
+        finally:
+            os.close(directory)
+
+
+def cpu_problem(workdir: str, criu: Criu, cpuinfo: bytes) -> tuple[str, ...]:
+    """Hold another host's cpuinfo.img against this CPU; CRIU's lines, empty if it fits."""
+    with tempfile.TemporaryDirectory(dir=workdir) as name:
+        (Path(name) / CPUINFO).write_bytes(cpuinfo)
+        directory = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            criu.cpuinfo_check(criu_opts(images_dir_fd=directory, log_file="cpuinfo.log"))
+        except PhaulError as error:
+            return error.log or (error.message,)
+        finally:
+            os.close(directory)
+    return ()

@@ -1,0 +1,70 @@
+"""Numbered image directories and their parent chain.
+
+`wdir/1`, `wdir/2`, ...: one an iteration, on both sides. A directory's `parent` is given to CRIU
+relative to it (`../1`), so that the chain can be moved as a whole.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+# What CRIU writes beside the images: not needed to restore.
+NOT_IMAGES = frozenset({"stats-dump", "stats-restore"})
+
+
+class ImageDirs:
+    """The numbered directories under `wdir`, mode 0700: they hold the process's memory."""
+
+    def __init__(self, wdir: str | Path) -> None:
+        self.wdir = Path(wdir)
+        self.count = 0
+
+    def open_next(self) -> int:
+        """Begin a directory; returns a descriptor of it, which the caller closes."""
+        self.count += 1
+        path = self.path(self.count)
+        path.mkdir(mode=0o700)
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def path(self, number: int) -> Path:
+        """The directory of iteration `number`, counted from 1."""
+        return self.wdir / str(number)
+
+    @property
+    def last(self) -> Path | None:
+        """The newest directory, or None before the first."""
+        return self.path(self.count) if self.count else None
+
+    @property
+    def parent(self) -> str | None:
+        """`parent_img` for the newest directory: its predecessor, relative to it."""
+        return f"../{self.count - 1}" if self.count > 1 else None
+
+
+def relative_parent(images_dir: Path, parent: str | None) -> str | None:
+    """`parent_img` of `images_dir` for a parent given by its path; None stays None."""
+    return None if parent is None else os.path.relpath(parent, images_dir)
+
+
+def image_files(images_dir: Path) -> list[Path]:
+    """The images of a dump whose pages went to a page server: small, to be laid over there."""
+    return sorted(
+        path
+        for path in images_dir.iterdir()
+        if path.suffix == ".img" and path.is_file() and not path.is_symlink()
+    )
+
+
+def directory_bytes(path: Path) -> int:
+    """Bytes in a directory's files, not below; 0 if it is gone."""
+    try:
+        return sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file())
+    except OSError:
+        return 0
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory and what is in it; idempotent."""
+    shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,373 @@
+"""One migration from the source's side: channel, checks, pre-copy, cut-over, clean-up.
+
+This is what `phaul-runtime migrate` runs; a program that wants the whole of it calls `migrate`.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phaul_runtime.api import PhaulConfig
+from phaul_runtime.cancel import Cancellation
+from phaul_runtime.checks import (
+    CHECKS,
+    HostFinding,
+    check_space,
+    compare_hosts,
+    judge,
+    refuse,
+)
+from phaul_runtime.client import PhaulClient
+from phaul_runtime.criu import Criu
+from phaul_runtime.cutover import CutOver
+from phaul_runtime.engine import OK, REFUSED, Engine, Finding, Inspection, SourceHalf, load_engine
+from phaul_runtime.errors import (
+    Cancelled,
+    CriuError,
+    DestinationUnreachable,
+    OutcomeUnknown,
+    PhaulError,
+    Refused,
+)
+from phaul_runtime.events import (
+    FilesCopied,
+    Listener,
+    MigrationStarted,
+    Progress,
+    RolledBack,
+    Warned,
+    nobody,
+)
+from phaul_runtime.events import IterationStarted as _IterationStarted
+from phaul_runtime.hostfacts import gather_facts
+from phaul_runtime.images import remove_tree
+from phaul_runtime.policy import AncestorPolicy, BudgetPolicy, Policy
+from phaul_runtime.remote import RemoteAgent
+from phaul_runtime.report import MigrationReport
+from phaul_runtime.rpc import phaul_pb2 as pb
+from phaul_runtime.transport import Channel, Destination, load_transport
+
+if TYPE_CHECKING:
+    from phaul_runtime.config import Config
+
+HERE = "here"
+
+
+def policy_from(config: Config) -> Policy:
+    """The policy that the configuration asks for."""
+    if config.policy.name == "phaul":
+        return AncestorPolicy()
+    return BudgetPolicy(config.policy.max_downtime_ms, config.policy.max_iterations)
+
+
+@dataclass
+class Migration:
+    """One migration; make one, `run` or `check` it once.
+
+    Args:
+        config: as loaded; `config.engine` and `config.transport.to` are used.
+        target: what the engine is to move.
+        listener: told of everything that happens.
+        cancellation: asks to stop; honoured up to the cut-over.
+    """
+
+    config: Config
+    target: str
+    listener: Listener = nobody
+    cancellation: Cancellation = field(default_factory=Cancellation)
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
+
+    def __post_init__(self) -> None:
+        self.criu = Criu(self.config.criu.binary, deadline_s=self.config.criu.timeout_s)
+        self._iteration = 0
+        self._begun = time.monotonic()
+
+    # -- what the command line calls -------------------------------------------------------
+
+    def run(self, *, dry_run: bool = False) -> MigrationReport:
+        """Move the target, or only check everything (`dry_run`).
+
+        Raises:
+            PhaulError: with the meaning of its exit code; `error.report` is not needed, a report
+                of the failure is made by `failed`.
+        """
+        engine, destination = self._understand()
+        with _Session(self, destination) as session:
+            inspection, differing = self._preflight(session, engine)
+            if dry_run:
+                return self._finish_report(MigrationReport("checked"), destination)
+            report = self._move(session, engine, inspection, differing)
+        return self._finish_report(report, destination)
+
+    def check(self) -> list[HostFinding]:
+        """Only the checks, of the target too if there is one; returns what refuses."""
+        destination = Destination.parse(self.config.transport.to or "")
+        transport = load_transport(destination)
+        engine = load_engine(self.config.engine) if self.target else None
+        del transport
+        with _Session(self, destination) as session:
+            findings = self._host_findings(session)
+            if engine is not None:
+                source = self._source_half(engine)
+                findings += self._target_findings(session, source.inspect())[0]
+            return judge(findings, self.config.checks.ignore, self.listener)
+
+    def failed(self, error: PhaulError) -> MigrationReport:
+        """The report of a failure; CRIU's logs are kept under `log_dir`."""
+        result = {3: "refused", 4: "failed", 5: "unknown", 6: "cancelled"}.get(
+            error.exit_code, "error"
+        )
+        report = MigrationReport(result, error=str(error), exit_code=int(error.exit_code))
+        report.logs = self._keep_logs(error)
+        return self._finish_report(report, None)
+
+    # -- steps -----------------------------------------------------------------------------
+
+    def _understand(self) -> tuple[Engine, Destination]:
+        """Everything that can be wrong with the command itself, before anything is opened."""
+        if not self.config.transport.to:
+            raise Refused("no destination", hint="--to ssh://root@host, or transport.to")
+        destination = Destination.parse(self.config.transport.to)
+        load_transport(destination)
+        engine = load_engine(self.config.engine)
+        self.listener(
+            MigrationStarted(self.id, self.config.engine, self.target, self.config.transport.to)
+        )
+        return engine, destination
+
+    def _source_half(self, engine: Engine) -> SourceHalf:
+        self._options = self.config.engine_options(engine.name, engine.options_model)
+        return engine.source(
+            self.target, self._options, criu_log_level=self.config.criu.log_level
+        )
+
+    _options: Any = None
+
+    def _host_findings(self, session: _Session) -> list[HostFinding]:
+        self._here = gather_facts(self.config.workdir, self.criu)
+        there = session.agent.hello()
+        self._same_host = self._here.boot_id == there.boot_id
+        return compare_hosts(self._here, there, (HERE, session.agent.name))
+
+    def _target_findings(
+        self, session: _Session, inspection: Inspection
+    ) -> tuple[list[HostFinding], list[str]]:
+        """What speaks against this target, and the paths of files that differ."""
+        findings = [HostFinding(HERE, f) for f in inspection.findings]
+        request = pb.CheckRequest(
+            engine=self.config.engine,
+            manifest=_json(inspection.manifest),
+            files=() if self._same_host else inspection.files,
+            memory=inspection.memory,
+            cpuinfo=self._here.cpuinfo,
+            same_host=self._same_host,
+        )
+        reply = session.agent.check(request)
+        there = session.agent.name
+        findings += [
+            HostFinding(there, Finding(f.check, f.level, f.text, f.hint)) for f in reply.findings
+        ]
+        findings.append(HostFinding(there, self._files_finding(reply.files, inspection)))
+        return findings, [verdict.path for verdict in reply.files]
+
+    def _files_finding(
+        self, verdicts: Sequence[pb.FileVerdict], inspection: Inspection
+    ) -> Finding:
+        copy = self.config.filesystem.files == "copy"
+        stuck = [v for v in verdicts if not (copy and v.copyable)]
+        if stuck:
+            text = "; ".join(f"{v.path} {v.reason}" for v in stuck)
+            if all(v.copyable for v in stuck):
+                return Finding("files", REFUSED, text, "--files copy carries them")
+            return Finding(
+                "files", REFUSED, text, "install the same packages on both hosts, or the same file"
+            )
+        if verdicts:
+            return Finding("files", OK, f"{len(verdicts)} of {len(inspection.files)} differ and "
+                                        "will be carried")
+        return Finding("files", OK, f"{len(inspection.files)} files are there")
+
+    def _preflight(
+        self, session: _Session, engine: Engine
+    ) -> tuple[Inspection, list[str]]:
+        self._source = self._source_half(engine)
+        ignore = self.config.checks.ignore
+        # The hosts first: an inspection as an ordinary user would fail for the wrong reason.
+        refuse(judge(self._host_findings(session), ignore, self.listener))
+        inspection = self._source.inspect()
+        findings, differing = self._target_findings(session, inspection)
+        refuse(judge(findings, ignore, self.listener))
+        self.cancellation.check()
+        return inspection, differing
+
+    def _move(
+        self, session: _Session, engine: Engine, inspection: Inspection, differing: list[str]
+    ) -> MigrationReport:
+        agent = session.agent
+        config = self.config
+        workdir = session.make_workdir()
+        agent.open(
+            self.id,
+            engine=engine.name,
+            manifest=inspection.manifest,
+            options=self._options.model_dump(mode="json"),
+            lost_s=config.timeouts.lost_s,
+            log_level=config.criu.log_level,
+        )
+        session.opened = True
+        agent.beat_every(config.timeouts.heartbeat_s, self._on_bytes)
+        memory = session.open_memory()
+        carried = 0
+        if self._same_host:
+            pass  # one file system: nothing to carry
+        elif config.filesystem.files == "copy":
+            sender = agent.carry_files(inspection.files, differing)
+            carried = sender.bytes
+            if sender.files:
+                self.listener(FilesCopied(sender.files, sender.bytes, final=False))
+        else:
+            agent.watch_files(inspection.files)
+        cut_over = CutOver(agent, self.listener, self.cancellation)
+        client = PhaulClient(
+            self._source.local(cut_over, self.cancellation),
+            agent,
+            PhaulConfig(inspection.pid, memory.fileno(), str(workdir)),
+            policy=policy_from(config),
+            if_not_converging=config.policy.if_not_converging,
+            criu=self.criu,
+            listener=self._track,
+            cancellation=self.cancellation,
+            log_level=config.criu.log_level,
+        )
+        report = client.migrate()
+        session.moved = True
+        report.files_copied = cut_over.files_sent
+        report.bytes_transferred += carried
+        report.warnings += self._source.finish()
+        for warning in report.warnings:
+            self.listener(Warned(warning))
+        return report
+
+    def _track(self, event: Any) -> None:  # noqa: ANN401 - any event
+        if isinstance(event, _IterationStarted):
+            self._iteration = event.number
+        self.listener(event)
+
+    def _on_bytes(self, count: int) -> None:
+        self.listener(Progress(self._iteration, count))
+
+    def roll_back(self, session: _Session, reason: BaseException) -> None:
+        """Undo everything on both sides; the source runs already or still."""
+        self._source.rollback()
+        clean = session.agent.abort()
+        text = reason.message if isinstance(reason, PhaulError) else repr(reason)
+        self.listener(RolledBack(text, clean))
+
+    def _finish_report(
+        self, report: MigrationReport, destination: Destination | None
+    ) -> MigrationReport:
+        report.id = self.id
+        report.engine = self.config.engine
+        report.target = self.target
+        report.source = socket.gethostname()
+        report.destination = destination.url if destination else (self.config.transport.to or "")
+        report.total_ms = (time.monotonic() - self._begun) * 1000
+        return report
+
+    def _keep_logs(self, error: PhaulError) -> str:
+        texts = []
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, CriuError) and cause.log_text:
+                texts.append((f"{cause.host or HERE}-{cause.request or 'criu'}".lower(),
+                              cause.log_text))
+            cause = cause.__cause__
+        if not texts:
+            return ""
+        directory = Path(self.config.log_dir) / self.id
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for name, text in texts:
+                (directory / f"{name}.log").write_text(text, encoding="utf-8")
+        except OSError as problem:
+            self.listener(Warned(f"logs cannot be kept in {directory}: {problem.strerror}"))
+            return ""
+        return str(directory)
+
+
+class _Session:
+    """Channel, agent and working directory of one migration, and their clean-up."""
+
+    def __init__(self, migration: Migration, destination: Destination) -> None:
+        self._migration = migration
+        self._config = migration.config
+        self._destination = destination
+        self._channel: Channel | None = None
+        self._memory: socket.socket | None = None
+        self._workdir: Path | None = None
+        self.agent: RemoteAgent
+        self.opened = False
+        self.moved = False
+
+    def __enter__(self) -> _Session:
+        cancellation = self._migration.cancellation
+        timeouts = self._config.timeouts
+        self._channel = load_transport(self._destination).open(
+            self._destination, self._config, cancellation
+        )
+        self.agent = RemoteAgent(
+            self._channel,
+            call_s=timeouts.call_s,
+            prepare_s=timeouts.prepare_s,
+            commit_s=timeouts.commit_s,
+            cancellation=cancellation,
+        )
+        return self
+
+    def make_workdir(self) -> Path:
+        self._workdir = Path(self._config.workdir) / f"out-{self._migration.id}"
+        try:
+            self._workdir.mkdir(mode=0o700, parents=True)
+        except OSError as error:
+            raise Refused(f"cannot create {self._workdir}: {error.strerror}") from error
+        return self._workdir
+
+    def open_memory(self) -> socket.socket:
+        if self._channel is None:
+            raise DestinationUnreachable("the channel is closed")
+        self._memory = self._channel.open_memory(self._migration.id)
+        return self._memory
+
+    def __exit__(self, kind: Any, value: BaseException | None, trace: Any) -> None:  # noqa: ANN401
+        if value is not None and self.opened and not isinstance(value, OutcomeUnknown):
+            if not self.moved:
+                self._migration.roll_back(self, value)
+        if self._memory is not None:
+            self._memory.close()
+        self.agent.close()
+        if self._channel is not None:
+            self._channel.close()
+        # After an unknown outcome the source's images may be what a recovery needs.
+        if self._workdir is not None and not isinstance(value, OutcomeUnknown):
+            remove_tree(self._workdir)
+
+
+def _json(manifest: Any) -> bytes:  # noqa: ANN401
+    import json  # noqa: PLC0415
+
+    return json.dumps(dict(manifest)).encode()
+
+
+def known_checks() -> dict[str, str]:
+    """Names of the core's checks and what they mean."""
+    return dict(CHECKS)
+
+
+__all__ = ["Cancelled", "Migration", "check_space", "known_checks", "os", "policy_from"]

@@ -1,0 +1,137 @@
+"""When to stop iterating: pure functions of what was measured.
+
+Two policies. `BudgetPolicy` asks after each round: with the dirty rate and the bandwidth just
+measured, is the expected freeze within the budget? Otherwise go on while the estimate falls.
+`AncestorPolicy` has the three constants of the Go library (64 pages, 8 iterations, growth of 32).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+PAGE_SIZE = 4096
+# An estimate that falls by less than this share from one round to the next no longer converges.
+MIN_GAIN = 0.1
+
+
+@dataclass(frozen=True)
+class Round:
+    """One pre-dump, measured.
+
+    Attributes:
+        pages_written: pages that went over.
+        pages_skipped: pages unchanged since the round before.
+        duration_s: from the request to the page server's exit.
+        interval_s: from the start of the round before to the start of this one; None for the first.
+    """
+
+    pages_written: int
+    pages_skipped: int
+    duration_s: float
+    interval_s: float | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of memory that went over."""
+        return self.pages_written * PAGE_SIZE
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether to run another round, and why.
+
+    Attributes:
+        go_on: run another round.
+        reason: one phrase for people.
+        expected_freeze_ms: the freeze if it were taken now, as far as the source can know it: the
+            fixed cost of a dump plus the transfer of what is dirty by now. The restore is not in it.
+        converged: False if iterating ends without having met the budget.
+    """
+
+    go_on: bool
+    reason: str
+    expected_freeze_ms: float | None
+    converged: bool = True
+
+
+class Policy(Protocol):
+    """Decides after each round; keeps no state, so that it can be asked twice."""
+
+    def decide(self, rounds: Sequence[Round]) -> Decision:
+        """Decide with all rounds so far, at least one."""
+
+
+def estimate_freeze_ms(rounds: Sequence[Round]) -> float | None:
+    """Expected freeze after the last of `rounds`, ms; None while the dirty rate is unknown.
+
+    Bandwidth is that of the fastest round (small rounds are all fixed cost); the dirty rate is
+    the last round's pages over the time in which they became dirty; by the time of the final
+    dump, pages have been dirtied for as long as the last round took.
+    """
+    last = rounds[-1]
+    if last.interval_s is None or last.interval_s <= 0:
+        return None
+    bandwidth = max(r.bytes / r.duration_s for r in rounds if r.duration_s > 0)
+    if bandwidth <= 0:
+        return min(r.duration_s for r in rounds) * 1000
+    fixed_s = min(max(0.0, r.duration_s - r.bytes / bandwidth) for r in rounds[1:])
+    dirty_bytes = last.bytes / last.interval_s * last.duration_s
+    return (fixed_s + dirty_bytes / bandwidth) * 1000
+
+
+@dataclass(frozen=True)
+class BudgetPolicy:
+    """Iterate until the expected freeze fits a budget, or no longer falls."""
+
+    max_downtime_ms: float = 300
+    max_iterations: int = 8
+
+    def decide(self, rounds: Sequence[Round]) -> Decision:
+        """See `Policy`."""
+        last = rounds[-1]
+        estimate = estimate_freeze_ms(rounds)
+        if last.pages_written == 0:
+            return Decision(False, "nothing was dirtied", estimate)
+        if estimate is None and last.duration_s * 1000 <= self.max_downtime_ms:
+            return Decision(False, "all of memory fits the budget", last.duration_s * 1000)
+        if estimate is not None and estimate <= self.max_downtime_ms:
+            return Decision(False, f"within the budget of {self.max_downtime_ms:g} ms", estimate)
+        if len(rounds) >= self.max_iterations:
+            return Decision(
+                False, f"{self.max_iterations} iterations did not meet the budget", estimate, False
+            )
+        if estimate is not None:
+            before = estimate_freeze_ms(rounds[:-1]) if len(rounds) > 1 else None
+            if before is not None and estimate > before * (1 - MIN_GAIN):
+                return Decision(False, "the estimate no longer falls", estimate, False)
+            return Decision(True, "the estimate may still fall", estimate)
+        return Decision(True, "the dirty rate is not known yet", estimate)
+
+
+@dataclass(frozen=True)
+class AncestorPolicy:
+    """The constants of go-criu's phaul (client.go), with its comparison mended.
+
+    The ancestor compares the first round with statistics of zero and so always stops after it;
+    here the growth is measured from the second round on.
+    """
+
+    min_pages: int = 64
+    max_iterations: int = 8
+    max_growth: int = 32
+
+    def decide(self, rounds: Sequence[Round]) -> Decision:
+        """See `Policy`."""
+        last = rounds[-1]
+        estimate = estimate_freeze_ms(rounds)
+        if last.pages_written < self.min_pages:
+            return Decision(False, f"fewer than {self.min_pages} pages", estimate)
+        if len(rounds) >= self.max_iterations:
+            return Decision(False, f"{self.max_iterations} iterations", estimate, False)
+        if len(rounds) > 1:
+            growth = last.pages_written - rounds[-2].pages_written
+            if growth >= self.max_growth:
+                return Decision(False, f"{growth} pages more than before", estimate, False)
+        return Decision(True, "not yet few pages", estimate)

@@ -1,0 +1,269 @@
+"""The agent as its client sees it: the calls of phaul.proto with deadlines, errors, heartbeat."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+
+from phaul_runtime import __version__
+from phaul_runtime.agent import MAX_MESSAGE
+from phaul_runtime.api import PhaulRemote
+from phaul_runtime.cancel import Cancellation
+from phaul_runtime.cutover import Held, Running
+from phaul_runtime.errors import Cancelled, ChannelError, MigrationFailed, PhaulError
+from phaul_runtime.filecarry import FileSender
+from phaul_runtime.hostfacts import PROTOCOL
+from phaul_runtime.images import image_files
+from phaul_runtime.rpc import phaul_pb2 as pb
+from phaul_runtime.rpc import phaul_pb2_grpc
+from phaul_runtime.transport import Channel
+from phaul_runtime.wire import from_wire
+
+_Reply = TypeVar("_Reply", bound=Any)
+_PART = 1 << 20
+_RETRY_S = 0.5
+
+
+class RemoteAgent(PhaulRemote):
+    """One agent, and at most one migration with it.
+
+    Args:
+        channel: open; closed by its owner.
+        call_s: deadline of an ordinary call, seconds.
+        prepare_s: deadline of files and restore.
+        commit_s: how long a commit repeats itself while the channel is down.
+        cancellation: a request cuts a call short.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        *,
+        call_s: float,
+        prepare_s: float,
+        commit_s: float,
+        cancellation: Cancellation,
+    ) -> None:
+        self.name = channel.name
+        self._channel = channel
+        self._call_s = call_s
+        self._prepare_s = prepare_s
+        self._commit_s = commit_s
+        self._cancellation = cancellation
+        self._grpc = grpc.insecure_channel(
+            channel.control_target(),
+            options=[
+                ("grpc.max_receive_message_length", MAX_MESSAGE),
+                # The name in the target is a path, of no use as an authority.
+                ("grpc.default_authority", "phaul-runtime"),
+                ("grpc.enable_http_proxy", 0),
+            ],
+        )
+        self._stub = phaul_pb2_grpc.AgentStub(self._grpc)
+        self._id = ""
+        self._sender: FileSender | None = None
+        self._copy_files = False
+        self._beating = threading.Event()
+
+    def close(self) -> None:
+        """End the heartbeat and the control channel; idempotent."""
+        self._beating.set()
+        self._grpc.close()
+
+    # -- calls -----------------------------------------------------------------------------
+
+    def _call(
+        self,
+        method: Callable[..., grpc.Future],
+        request: Any,  # noqa: ANN401 - a message or a stream of them
+        timeout_s: float,
+        *,
+        cancellable: bool = True,
+    ) -> Any:  # noqa: ANN401
+        future = method(request, timeout=timeout_s)
+        try:
+            if cancellable:
+                with self._cancellation.interrupt_with(lambda: _ignore(future.cancel())):
+                    reply = future.result()
+            else:
+                reply = future.result()
+        except grpc.FutureCancelledError as error:
+            raise Cancelled("cancelled; the source's copy runs on") from error
+        except Cancelled:
+            future.cancel()
+            raise
+        except grpc.RpcError as error:
+            raise self._channel_error(error) from error
+        if reply.HasField("error"):
+            raise from_wire(reply.error, self.name)
+        return reply
+
+    def _channel_error(self, error: grpc.RpcError) -> ChannelError:
+        code = error.code() if isinstance(error, grpc.Call) else None
+        said = error.details() if isinstance(error, grpc.Call) else str(error)
+        trouble = self._channel.trouble()
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            text = "the agent did not answer in time"
+        else:
+            text = f"the control channel broke: {said}"
+        return ChannelError(text, host=self.name, log=[trouble] if trouble else [])
+
+    def hello(self) -> pb.HostFacts:
+        """Exchange versions; returns the destination's facts.
+
+        Raises:
+            Refused: the two versions do not speak with each other.
+        """
+        request = pb.HelloRequest(protocol=PROTOCOL, version=__version__)
+        facts: pb.HostFacts = self._call(self._stub.Hello.future, request, self._call_s).facts
+        return facts
+
+    def check(self, request: pb.CheckRequest) -> pb.CheckReply:
+        """Hold a target against the destination; changes nothing there."""
+        reply: pb.CheckReply = self._call(self._stub.Check.future, request, self._prepare_s)
+        return reply
+
+    def open(
+        self,
+        migration_id: str,
+        *,
+        engine: str,
+        manifest: Mapping[str, Any],
+        options: Mapping[str, Any],
+        lost_s: float,
+        log_level: int,
+    ) -> None:
+        """Begin a migration; from now on the agent expects a heartbeat (`beat_every`)."""
+        request = pb.OpenRequest(
+            id=migration_id,
+            engine=engine,
+            manifest=json.dumps(dict(manifest)).encode(),
+            options=json.dumps(dict(options)).encode(),
+            lost_s=lost_s,
+            commit_s=self._prepare_s + self._commit_s,
+            criu_log_level=log_level,
+        )
+        self._call(self._stub.Open.future, request, self._call_s)
+        self._id = migration_id
+
+    def _ref(self) -> pb.MigrationRef:
+        return pb.MigrationRef(id=self._id)
+
+    def beat_every(self, period_s: float, on_bytes: Callable[[int], None]) -> None:
+        """Send signs of life from a thread until `close`; tells how much has arrived."""
+
+        def beat() -> None:
+            while not self._beating.wait(period_s):
+                try:
+                    reply = self._stub.Beat(self._ref(), timeout=self._call_s)
+                except (grpc.RpcError, ValueError):
+                    continue  # whoever needs the channel will say that it is broken
+                if not reply.HasField("error"):
+                    on_bytes(reply.bytes)
+
+        threading.Thread(target=beat, name="heartbeat", daemon=True).start()
+
+    # -- PhaulRemote -----------------------------------------------------------------------
+
+    def start_iter(self) -> None:
+        """See `PhaulRemote`."""
+        self._call(self._stub.StartIter.future, self._ref(), self._call_s)
+
+    def stop_iter(self) -> None:
+        """See `PhaulRemote`."""
+        self._call(self._stub.StopIter.future, self._ref(), self._prepare_s)
+
+    # -- files and the cut-over (`cutover.Destination`) ------------------------------------
+
+    def carry_files(self, facts: Iterable[pb.FileFact], differing: Iterable[str]) -> FileSender:
+        """While the target runs: stage the files that differ, remember the others."""
+        self._sender = FileSender(self._id, facts, differing)
+        self._copy_files = True
+        self._put(self._sender.first())
+        return self._sender
+
+    def watch_files(self, facts: Iterable[pb.FileFact]) -> None:
+        """Files are not to be copied: refuse in the freeze if one was changed meanwhile."""
+        self._sender = FileSender(self._id, facts, ())
+        self._copy_files = False
+
+    def _put(self, parts: Iterator[pb.FilePart]) -> None:
+        self._call(self._stub.PutFiles.future, parts, self._prepare_s)
+
+    def sync_files(self) -> tuple[int, int]:
+        """See `cutover.Destination`."""
+        if self._sender is None:
+            return 0, 0
+        changed = self._sender.changed()
+        if not changed:
+            return self._sender.files, 0
+        if not self._copy_files:
+            self._refuse_changed(changed)
+            return 0, 0
+        before = self._sender.bytes
+        self._put(self._sender.again(changed))
+        return self._sender.files, self._sender.bytes - before
+
+    def _refuse_changed(self, changed: list[pb.FileFact]) -> None:
+        from phaul_runtime.filesystem import gather  # noqa: PLC0415
+
+        facts = [fact for fact in (gather(c.path) for c in changed) if fact is not None]
+        differing = self.check(pb.CheckRequest(files=facts)).files
+        if differing:
+            raise MigrationFailed(
+                "files changed while the target was being moved: "
+                + ", ".join(verdict.path for verdict in differing),
+                hint="--files copy carries them",
+            )
+
+    def prepare(self, images_dir: Path) -> tuple[Held, int]:
+        """See `cutover.Destination`."""
+        sent = 0
+
+        def parts() -> Iterator[pb.PreparePart]:
+            nonlocal sent
+            for path in image_files(images_dir):
+                with path.open("rb") as file:
+                    empty = True
+                    while (data := file.read(_PART)) or empty:
+                        empty = False
+                        sent += len(data)
+                        yield pb.PreparePart(id=self._id, name=path.name, data=data)
+
+        reply: pb.PrepareReply = self._call(self._stub.Prepare.future, parts(), self._prepare_s)
+        return Held(reply.pid, reply.restore_ms, reply.images_ms), sent
+
+    def commit(self) -> Running:
+        """See `cutover.Destination`."""
+        deadline = time.monotonic() + self._commit_s
+        while True:
+            try:
+                reply: pb.CommitReply = self._call(
+                    self._stub.Commit.future, self._ref(), self._commit_s, cancellable=False
+                )
+            except ChannelError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_RETRY_S)
+            else:
+                return Running(reply.pid, reply.since_resume_ms, reply.warning)
+
+    def abort(self) -> bool:
+        """Discard the migration at the destination; True if it confirmed. Idempotent."""
+        if not self._id:
+            return True
+        try:
+            self._call(self._stub.Abort.future, self._ref(), self._call_s, cancellable=False)
+        except PhaulError:
+            return False
+        return True
+
+
+def _ignore(_value: object) -> None:
+    """An interrupt returns nothing."""

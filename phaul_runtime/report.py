@@ -1,0 +1,76 @@
+"""The report of a migration: what happened, in numbers, with a versioned schema."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+SCHEMA = "phaul-runtime/report/1"
+
+
+@dataclass
+class Iteration:
+    """One pre-copy round.
+
+    `frozen_ms` is how long the tree stood still for it; `expected_freeze_ms` what the policy then
+    expected of a freeze, see `policy.estimate_freeze_ms`.
+    """
+
+    pages_written: int
+    pages_skipped: int
+    bytes: int
+    duration_ms: float
+    frozen_ms: float = 0.0
+    expected_freeze_ms: float | None = None
+
+
+@dataclass
+class MigrationReport:
+    """What `PhaulClient.migrate` returns and the CLI prints.
+
+    Attributes:
+        result: moved, failed, refused, cancelled, unknown, or checked (a dry run).
+        downtime_ms: from the freeze to the moment when the destination's copy ran.
+        total_ms: from the start of the command to its end; for library use, of `migrate`.
+        bytes_transferred: memory, images and files.
+        restored_pid: the root's pid at the destination.
+        converged: pre-copy ended within the budget.
+        pre_copy: why it ended, or why there was none.
+        freeze: the steps of the downtime, name to milliseconds.
+    """
+
+    result: str
+    id: str = ""
+    engine: str = ""
+    target: str = ""
+    source: str = ""
+    destination: str = ""
+    downtime_ms: float | None = None
+    total_ms: float = 0.0
+    bytes_transferred: int = 0
+    restored_pid: int | None = None
+    iterations: list[Iteration] = field(default_factory=list)
+    converged: bool = True
+    pre_copy: str = ""
+    final_pages_written: int = 0
+    final_pages_skipped: int = 0
+    files_copied: int = 0
+    freeze: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    error: str = ""
+    exit_code: int = 0
+    logs: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dictionary; `schema` comes first, milliseconds have three decimals."""
+        return {"schema": SCHEMA, **_rounded(asdict(self))}
+
+
+def _rounded(value: Any) -> Any:  # noqa: ANN401 - walks JSON values
+    if isinstance(value, float):
+        return round(value, 3)
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_rounded(v) for v in value]
+    return value

@@ -1,0 +1,249 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Error(_message.Message):
+    __slots__ = ("kind", "message", "hint", "log", "log_text")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    HINT_FIELD_NUMBER: _ClassVar[int]
+    LOG_FIELD_NUMBER: _ClassVar[int]
+    LOG_TEXT_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    message: str
+    hint: str
+    log: _containers.RepeatedScalarFieldContainer[str]
+    log_text: str
+    def __init__(self, kind: _Optional[str] = ..., message: _Optional[str] = ..., hint: _Optional[str] = ..., log: _Optional[_Iterable[str]] = ..., log_text: _Optional[str] = ...) -> None: ...
+
+class Done(_message.Message):
+    __slots__ = ("error",)
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    error: Error
+    def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
+
+class MigrationRef(_message.Message):
+    __slots__ = ("id",)
+    ID_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    def __init__(self, id: _Optional[str] = ...) -> None: ...
+
+class HelloRequest(_message.Message):
+    __slots__ = ("protocol", "version", "workdir")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    WORKDIR_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    version: str
+    workdir: str
+    def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ..., workdir: _Optional[str] = ...) -> None: ...
+
+class HelloReply(_message.Message):
+    __slots__ = ("error", "protocol", "facts")
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    FACTS_FIELD_NUMBER: _ClassVar[int]
+    error: Error
+    protocol: int
+    facts: HostFacts
+    def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., protocol: _Optional[int] = ..., facts: _Optional[_Union[HostFacts, _Mapping]] = ...) -> None: ...
+
+class HostFacts(_message.Message):
+    __slots__ = ("hostname", "phaul_version", "kernel", "arch", "page_size", "root", "criu_version", "page_server_format", "criu_problem", "dirty_tracking", "lazy_pages", "cpu_model", "cpu_flags", "cpuinfo", "memory_available", "workdir", "workdir_fs", "workdir_free", "workdir_problem", "boot_id")
+    HOSTNAME_FIELD_NUMBER: _ClassVar[int]
+    PHAUL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    KERNEL_FIELD_NUMBER: _ClassVar[int]
+    ARCH_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    ROOT_FIELD_NUMBER: _ClassVar[int]
+    CRIU_VERSION_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SERVER_FORMAT_FIELD_NUMBER: _ClassVar[int]
+    CRIU_PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    DIRTY_TRACKING_FIELD_NUMBER: _ClassVar[int]
+    LAZY_PAGES_FIELD_NUMBER: _ClassVar[int]
+    CPU_MODEL_FIELD_NUMBER: _ClassVar[int]
+    CPU_FLAGS_FIELD_NUMBER: _ClassVar[int]
+    CPUINFO_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_AVAILABLE_FIELD_NUMBER: _ClassVar[int]
+    WORKDIR_FIELD_NUMBER: _ClassVar[int]
+    WORKDIR_FS_FIELD_NUMBER: _ClassVar[int]
+    WORKDIR_FREE_FIELD_NUMBER: _ClassVar[int]
+    WORKDIR_PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    BOOT_ID_FIELD_NUMBER: _ClassVar[int]
+    hostname: str
+    phaul_version: str
+    kernel: str
+    arch: str
+    page_size: int
+    root: bool
+    criu_version: str
+    page_server_format: int
+    criu_problem: str
+    dirty_tracking: bool
+    lazy_pages: bool
+    cpu_model: str
+    cpu_flags: _containers.RepeatedScalarFieldContainer[str]
+    cpuinfo: bytes
+    memory_available: int
+    workdir: str
+    workdir_fs: str
+    workdir_free: int
+    workdir_problem: str
+    boot_id: str
+    def __init__(self, hostname: _Optional[str] = ..., phaul_version: _Optional[str] = ..., kernel: _Optional[str] = ..., arch: _Optional[str] = ..., page_size: _Optional[int] = ..., root: bool = ..., criu_version: _Optional[str] = ..., page_server_format: _Optional[int] = ..., criu_problem: _Optional[str] = ..., dirty_tracking: bool = ..., lazy_pages: bool = ..., cpu_model: _Optional[str] = ..., cpu_flags: _Optional[_Iterable[str]] = ..., cpuinfo: _Optional[bytes] = ..., memory_available: _Optional[int] = ..., workdir: _Optional[str] = ..., workdir_fs: _Optional[str] = ..., workdir_free: _Optional[int] = ..., workdir_problem: _Optional[str] = ..., boot_id: _Optional[str] = ...) -> None: ...
+
+class FileFact(_message.Message):
+    __slots__ = ("path", "size", "mode", "uid", "gid", "build_id", "digest", "directory", "written", "executable", "mtime_ns", "shared_map")
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    UID_FIELD_NUMBER: _ClassVar[int]
+    GID_FIELD_NUMBER: _ClassVar[int]
+    BUILD_ID_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    WRITTEN_FIELD_NUMBER: _ClassVar[int]
+    EXECUTABLE_FIELD_NUMBER: _ClassVar[int]
+    MTIME_NS_FIELD_NUMBER: _ClassVar[int]
+    SHARED_MAP_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    size: int
+    mode: int
+    uid: int
+    gid: int
+    build_id: str
+    digest: bytes
+    directory: bool
+    written: bool
+    executable: bool
+    mtime_ns: int
+    shared_map: bool
+    def __init__(self, path: _Optional[str] = ..., size: _Optional[int] = ..., mode: _Optional[int] = ..., uid: _Optional[int] = ..., gid: _Optional[int] = ..., build_id: _Optional[str] = ..., digest: _Optional[bytes] = ..., directory: bool = ..., written: bool = ..., executable: bool = ..., mtime_ns: _Optional[int] = ..., shared_map: bool = ...) -> None: ...
+
+class Finding(_message.Message):
+    __slots__ = ("check", "level", "text", "hint")
+    CHECK_FIELD_NUMBER: _ClassVar[int]
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    HINT_FIELD_NUMBER: _ClassVar[int]
+    check: str
+    level: str
+    text: str
+    hint: str
+    def __init__(self, check: _Optional[str] = ..., level: _Optional[str] = ..., text: _Optional[str] = ..., hint: _Optional[str] = ...) -> None: ...
+
+class CheckRequest(_message.Message):
+    __slots__ = ("engine", "manifest", "files", "memory", "cpuinfo", "same_host")
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    CPUINFO_FIELD_NUMBER: _ClassVar[int]
+    SAME_HOST_FIELD_NUMBER: _ClassVar[int]
+    engine: str
+    manifest: bytes
+    files: _containers.RepeatedCompositeFieldContainer[FileFact]
+    memory: int
+    cpuinfo: bytes
+    same_host: bool
+    def __init__(self, engine: _Optional[str] = ..., manifest: _Optional[bytes] = ..., files: _Optional[_Iterable[_Union[FileFact, _Mapping]]] = ..., memory: _Optional[int] = ..., cpuinfo: _Optional[bytes] = ..., same_host: bool = ...) -> None: ...
+
+class CheckReply(_message.Message):
+    __slots__ = ("error", "findings", "files")
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    FINDINGS_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    error: Error
+    findings: _containers.RepeatedCompositeFieldContainer[Finding]
+    files: _containers.RepeatedCompositeFieldContainer[FileVerdict]
+    def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., findings: _Optional[_Iterable[_Union[Finding, _Mapping]]] = ..., files: _Optional[_Iterable[_Union[FileVerdict, _Mapping]]] = ...) -> None: ...
+
+class FileVerdict(_message.Message):
+    __slots__ = ("path", "reason", "copyable")
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    COPYABLE_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    reason: str
+    copyable: bool
+    def __init__(self, path: _Optional[str] = ..., reason: _Optional[str] = ..., copyable: bool = ...) -> None: ...
+
+class OpenRequest(_message.Message):
+    __slots__ = ("id", "engine", "manifest", "options", "lost_s", "commit_s", "criu_log_level", "files")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    LOST_S_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_S_FIELD_NUMBER: _ClassVar[int]
+    CRIU_LOG_LEVEL_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    engine: str
+    manifest: bytes
+    options: bytes
+    lost_s: float
+    commit_s: float
+    criu_log_level: int
+    files: str
+    def __init__(self, id: _Optional[str] = ..., engine: _Optional[str] = ..., manifest: _Optional[bytes] = ..., options: _Optional[bytes] = ..., lost_s: _Optional[float] = ..., commit_s: _Optional[float] = ..., criu_log_level: _Optional[int] = ..., files: _Optional[str] = ...) -> None: ...
+
+class FilePart(_message.Message):
+    __slots__ = ("id", "head", "offset", "data")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    HEAD_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    head: FileFact
+    offset: int
+    data: bytes
+    def __init__(self, id: _Optional[str] = ..., head: _Optional[_Union[FileFact, _Mapping]] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class PreparePart(_message.Message):
+    __slots__ = ("id", "name", "data")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    name: str
+    data: bytes
+    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class PrepareReply(_message.Message):
+    __slots__ = ("error", "pid", "restore_ms", "images_ms")
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    RESTORE_MS_FIELD_NUMBER: _ClassVar[int]
+    IMAGES_MS_FIELD_NUMBER: _ClassVar[int]
+    error: Error
+    pid: int
+    restore_ms: float
+    images_ms: float
+    def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., pid: _Optional[int] = ..., restore_ms: _Optional[float] = ..., images_ms: _Optional[float] = ...) -> None: ...
+
+class CommitReply(_message.Message):
+    __slots__ = ("error", "pid", "since_resume_ms", "warning")
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    SINCE_RESUME_MS_FIELD_NUMBER: _ClassVar[int]
+    WARNING_FIELD_NUMBER: _ClassVar[int]
+    error: Error
+    pid: int
+    since_resume_ms: float
+    warning: str
+    def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., pid: _Optional[int] = ..., since_resume_ms: _Optional[float] = ..., warning: _Optional[str] = ...) -> None: ...
+
+class BeatReply(_message.Message):
+    __slots__ = ("error", "bytes", "state")
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    error: Error
+    bytes: int
+    state: str
+    def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., bytes: _Optional[int] = ..., state: _Optional[str] = ...) -> None: ...

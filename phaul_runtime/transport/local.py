@@ -1,0 +1,36 @@
+"""`local:` moves within one host: an agent of its own, as a child, over unix sockets."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from typing import TYPE_CHECKING
+
+from phaul_runtime.errors import UsageError
+from phaul_runtime.transport import Channel, Destination, Transport, socket_directory
+from phaul_runtime.transport.agentprocess import AgentProcess
+
+if TYPE_CHECKING:
+    from phaul_runtime.cancel import Cancellation
+    from phaul_runtime.config import Config
+
+
+class LocalTransport(Transport):
+    """The destination is this host."""
+
+    def open(
+        self, destination: Destination, config: Config, cancellation: Cancellation
+    ) -> Channel:
+        """See `Transport`."""
+        if destination.host or destination.user or destination.port:
+            raise UsageError(f"{destination.url!r}: local: takes no host", hint="write local:")
+        sockets = socket_directory(config.workdir, secrets.token_hex(8))
+        argv = [
+            sys.executable, "-m", "phaul_runtime", "agent", "--sockets", str(sockets),
+            "--workdir", f"{config.workdir}/in", "--criu", config.criu.binary,
+        ]
+        channel = AgentProcess(
+            "local", argv, sockets, owned=False, by_hand="phaul-runtime agent --help"
+        )
+        channel.start(config.transport.connect_timeout_s, cancellation)
+        return channel

@@ -1,0 +1,81 @@
+"""`ssh://[user@]host[:port]`: the system's ssh, its configuration and keys; nothing listens.
+
+ssh starts the agent and forwards its two unix sockets to this host, into a directory of mode 0700.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from phaul_runtime.agent import CONTROL, MEMORY
+from phaul_runtime.errors import Refused, UsageError
+from phaul_runtime.transport import Channel, Destination, Transport, socket_directory
+from phaul_runtime.transport.agentprocess import AgentProcess
+
+if TYPE_CHECKING:
+    from phaul_runtime.cancel import Cancellation
+    from phaul_runtime.config import Config
+
+# No questions, no shared connection whose life others decide, no waiting for a dead peer.
+_OPTIONS = (
+    "BatchMode=yes",
+    "ControlMaster=no",
+    "ControlPath=none",
+    "ExitOnForwardFailure=yes",
+    "ServerAliveInterval=5",
+    "ServerAliveCountMax=3",
+    "RequestTTY=no",
+)
+
+
+class SshTransport(Transport):
+    """The destination is reached by ssh."""
+
+    def open(
+        self, destination: Destination, config: Config, cancellation: Cancellation
+    ) -> Channel:
+        """See `Transport`."""
+        if not destination.host:
+            raise UsageError(f"{destination.url!r} names no host", hint="write ssh://root@host")
+        token = secrets.token_hex(8)
+        there = socket_directory(config.workdir, token)
+        # Another name on this side: the destination may be this very host.
+        here = there.with_name(f"ssh-{token}")
+        try:
+            here.mkdir(mode=0o700, parents=True)
+        except OSError as error:
+            raise Refused(f"cannot create {here}: {error.strerror}") from error
+        login = f"{destination.user}@{destination.host}" if destination.user else destination.host
+        by_hand = [*config.transport.ssh_command, "-o", "BatchMode=yes", login]
+        channel = AgentProcess(
+            destination.host,
+            self._argv(destination, config, here, there),
+            here,
+            owned=True,
+            by_hand=shlex.join([*by_hand, *config.transport.agent_command, "--version"]),
+        )
+        channel.start(config.transport.connect_timeout_s, cancellation)
+        return channel
+
+    @staticmethod
+    def _argv(destination: Destination, config: Config, here: Path, there: Path) -> list[str]:
+        settings = config.transport
+        argv = [*settings.ssh_command]
+        for option in (*_OPTIONS, f"ConnectTimeout={max(1, round(settings.connect_timeout_s))}"):
+            argv += ["-o", option]
+        argv += settings.ssh_options
+        for name in (CONTROL, MEMORY):
+            argv += ["-L", f"{here / name}:{there / name}"]
+        if destination.port is not None:
+            argv += ["-p", str(destination.port)]
+        if destination.user:
+            argv += ["-l", destination.user]
+        agent = [
+            *settings.agent_command, "agent", "--sockets", str(there),
+            "--workdir", config.workdir, "--criu", config.criu.binary,
+        ]
+        # ssh hands one string to the remote shell.
+        return [*argv, "--", destination.host, shlex.join(agent)]

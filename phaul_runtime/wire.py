@@ -1,0 +1,33 @@
+"""Errors on the control channel: from an exception to a message and back."""
+
+from __future__ import annotations
+
+from phaul_runtime.errors import CriuError, DestinationError, PhaulError, Refused
+from phaul_runtime.rpc import phaul_pb2 as pb
+
+# gRPC's own limit for a message is 4 MiB; a log's end is enough.
+_LOG_TEXT = 256 << 10
+
+
+def to_wire(error: Exception) -> pb.Error:
+    """Describe an exception; one that is not ours becomes an internal error."""
+    if not isinstance(error, PhaulError):
+        return pb.Error(kind="PhaulError", message=f"internal error: {error!r}")
+    message = pb.Error(
+        kind=type(error).__name__, message=error.message, hint=error.hint, log=error.log
+    )
+    if isinstance(error, CriuError):
+        message.log_text = error.log_text[-_LOG_TEXT:]
+    return message
+
+
+def from_wire(message: pb.Error, host: str) -> PhaulError:
+    """The exception for an error that `host` reported."""
+    log = list(message.log)
+    if message.kind == "CriuError":
+        return CriuError(
+            message.message, hint=message.hint, host=host, log=log, log_text=message.log_text
+        )
+    if message.kind in ("Refused", "CheckFailed", "NoSuchTarget"):
+        return Refused(message.message, hint=message.hint, host=host, log=log)
+    return DestinationError(message.message, hint=message.hint, host=host, log=log)
