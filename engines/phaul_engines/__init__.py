@@ -1,0 +1,1 @@
+"""Engines: plain process; others by entry point."""

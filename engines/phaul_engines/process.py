@@ -1,0 +1,386 @@
+"""The process engine: a plain process and its descendants, by CRIU alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from phaul_engines.process_options import ProcessOptions
+from phaul_engines.proctree import (
+    OpenFile,
+    Process,
+    Tree,
+    established_connections,
+    read_process,
+    read_tree,
+)
+from phaul_runtime import cgroup
+from phaul_runtime.api import Outcome, PhaulConfig, PhaulLocal
+from phaul_runtime.cancel import Cancellation
+from phaul_runtime.criu import Criu, CriuNotify, criu_opts, rpc
+from phaul_runtime.cutover import CutOver
+from phaul_runtime.engine import (
+    OK,
+    REFUSED,
+    DestinationHalf,
+    Engine,
+    Finding,
+    Inspection,
+    SourceHalf,
+)
+from phaul_runtime.errors import (
+    Cancelled,
+    MigrationFailed,
+    NoSuchTarget,
+    PhaulError,
+    Refused,
+    TargetGone,
+    UsageError,
+)
+from phaul_runtime.filesystem import gather
+from phaul_runtime.held import HeldRestore
+from phaul_runtime.images import relative_parent
+from phaul_runtime.rpc import phaul_pb2 as pb
+from phaul_runtime.stats import read_dump_stats
+
+DUMP_LOG = "dump.log"
+RESTORE_LOG = "restore.log"
+RESTORE_WITHIN_S = 300.0
+# Namespaces that CRIU must not find different from its own: they belong to a container engine.
+_FOREIGN = ("mnt", "net", "user", "time")
+_MIB = 1 << 20
+
+
+class ProcessEngine(Engine):
+    """`--engine process PID`."""
+
+    name = "process"
+    options_model = ProcessOptions
+
+    def source(self, target: str, options: Any, *, criu_log_level: int) -> SourceHalf:  # noqa: ANN401
+        """See `Engine`.
+
+        Raises:
+            UsageError: `target` is not a pid.
+        """
+        if not target.isascii() or not target.isdigit() or not 0 < int(target) < 1 << 22:
+            raise UsageError(f"{target!r} is not a pid", hint="migrate --engine process PID")
+        return ProcessSource(int(target), options, criu_log_level)
+
+    def destination(
+        self,
+        options: Any,  # noqa: ANN401
+        *,
+        criu_log_level: int,
+        hold_s: float,
+    ) -> DestinationHalf:
+        """See `Engine`."""
+        return ProcessDestination(options, criu_log_level, hold_s)
+
+
+class ProcessSource(SourceHalf):
+    """The source half."""
+
+    def __init__(self, pid: int, options: ProcessOptions, log_level: int) -> None:
+        self._pid = pid
+        self._options = options
+        self._log_level = log_level
+        self._tree: Tree | None = None
+
+    def inspect(self) -> Inspection:
+        """See `SourceHalf`."""
+        if os.geteuid() != 0:
+            raise Refused(
+                "moving processes needs root: CRIU freezes the tree by ptrace and restores its pids",
+                hint="run phaul-runtime as root",
+            )
+        root = read_process(self._pid)
+        if root.kernel_thread:
+            raise NoSuchTarget(f"pid {self._pid} is a kernel thread ({root.name})")
+        if root.state in "ZX":
+            raise NoSuchTarget(f"process {self._pid} ({root.name}) has ended: it is a zombie")
+        tree = self._tree = read_tree(self._pid)
+        return Inspection(
+            pid=self._pid,
+            title=root.name,
+            memory=sum(member.memory for member in tree.members),
+            files=[fact for fact in map(_fact, tree.files.values()) if fact is not None],
+            manifest={
+                "pids": sorted({tid for member in tree.members for tid in member.threads}),
+                "own_pid_namespace": _own_pid_namespace(tree),
+                "shell_job": self._shell_job(tree),
+            },
+            findings=[finding for finding in _findings(tree, self._options)],
+        )
+
+    def _shell_job(self, tree: Tree) -> bool:
+        """Whether the tree's session is led by somebody outside it."""
+        if isinstance(self._options.shell_job, bool):
+            return self._options.shell_job
+        return tree.root.session not in tree.pids and not _own_pid_namespace(tree)
+
+    def local(self, handover: Any, cancellation: Cancellation) -> PhaulLocal:  # noqa: ANN401
+        """See `SourceHalf`."""
+        if self._tree is None:
+            self.inspect()
+        assert self._tree is not None
+        opts = criu_opts(
+            pid=self._pid,
+            log_level=self._log_level,
+            log_file=DUMP_LOG,
+            **_common_opts(self._options, self._shell_job(self._tree)),
+        )
+        return ProcessLocal(self._tree, opts, handover)
+
+    def finish(self) -> Sequence[str]:
+        """See `SourceHalf`."""
+        return []
+
+    def rollback(self) -> None:
+        """See `SourceHalf`: CRIU has let the tree run again by itself."""
+
+
+class ProcessLocal(PhaulLocal, CriuNotify):
+    """Final dump over the memory channel; the cut-over happens in CRIU's notifications."""
+
+    def __init__(self, tree: Tree, opts: Any, handover: CutOver) -> None:  # noqa: ANN401
+        self._tree = tree
+        self._opts = opts
+        self._handover = handover
+        self._images_dir = Path()
+
+    def dump_copy_restore(
+        self, criu: Criu, config: PhaulConfig, last_client_images_dir: str | None
+    ) -> Outcome:
+        """See `PhaulLocal`."""
+        self._images_dir = Path(config.wdir) / "final"
+        self._images_dir.mkdir(mode=0o700)
+        directory = os.open(self._images_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            opts = self._opts
+            opts.images_dir_fd = directory
+            if last_client_images_dir is not None:
+                opts.track_mem = True
+                opts.parent_img = relative_parent(self._images_dir, last_client_images_dir)
+            opts.ps.fd = config.memfd
+            criu.dump(opts, self)
+        except PhaulError as error:
+            if not self._tree.root.alive():
+                raise TargetGone(
+                    f"process {self._tree.root.pid} ended by itself before it was frozen; "
+                    "nothing was moved"
+                ) from error
+            if isinstance(error.__cause__, (PhaulError, Cancelled)):
+                raise error.__cause__ from error  # the veto's reason is the reason
+            raise
+        finally:
+            os.close(directory)
+        cut_over = self._handover
+        cut_over.commit(self._source_is_dead)
+        stats = read_dump_stats(self._images_dir)
+        cut_over.freeze["frozen_by_criu_ms"] = stats.frozen_s * 1000
+        return Outcome(
+            restored_pid=cut_over.pid,
+            downtime_ms=cut_over.downtime_ms,
+            freeze=cut_over.freeze,
+            pages_written=stats.pages_written,
+            pages_skipped=stats.pages_skipped,
+            extra_bytes=cut_over.bytes_sent,
+            warnings=(cut_over.warning,) if cut_over.warning else (),
+        )
+
+    def _source_is_dead(self) -> bool:
+        return not any(member.alive() for member in self._tree.members)
+
+    def pre_dump(self) -> None:
+        """CRIU begins; the next thing it does is to freeze."""
+        self._handover.freezing()
+
+    def post_dump(self) -> None:
+        """The tree is frozen, its memory is over: restore there, or let it run on here."""
+        self._handover.prepare(self._images_dir)
+
+
+class ProcessDestination(DestinationHalf):
+    """The destination half."""
+
+    def __init__(self, options: ProcessOptions, log_level: int, hold_s: float) -> None:
+        self._options = options
+        self._log_level = log_level
+        self._hold_s = hold_s
+        self._shell_job = False
+        self._id = ""
+        self._held: HeldRestore | None = None
+        self._group: Path | None = None
+
+    def check(self, manifest: Mapping[str, Any]) -> Sequence[Finding]:
+        """See `DestinationHalf`."""
+        if manifest.get("own_pid_namespace"):
+            return [Finding("pids", OK, "the tree has a pid namespace of its own")]
+        if manifest.get("same_host"):
+            return [
+                Finding(
+                    "pids", REFUSED,
+                    "source and destination are one host: its pids are taken by the source's copy",
+                    "within one host only a tree with a pid namespace of its own can move",
+                )
+            ]
+        pids = [int(pid) for pid in manifest.get("pids", [])]
+        taken = [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+        if taken:
+            names = ", ".join(f"{pid} ({_name_of(pid)})" for pid in taken[:5])
+            return [
+                Finding(
+                    "pids", REFUSED, f"pid taken: {names}",
+                    "CRIU restores the same pids: end that process, or run the target in a pid "
+                    "namespace of its own",
+                )
+            ]
+        limit = int(Path("/proc/sys/kernel/pid_max").read_text(encoding="ascii"))
+        if pids and max(pids) >= limit:
+            return [
+                Finding("pids", REFUSED, f"pid {max(pids)} is above kernel.pid_max ({limit})",
+                        "raise kernel.pid_max there")
+            ]
+        return [Finding("pids", OK, f"{len(pids)} pids are free")]
+
+    def prepare(self, manifest: Mapping[str, Any], migration_id: str) -> None:
+        """See `DestinationHalf`."""
+        self._shell_job = bool(manifest.get("shell_job"))
+        self._id = migration_id
+
+    def restore(self, criu: Criu, images_dir: Path) -> int:
+        """See `DestinationHalf`."""
+        directory = os.open(images_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        session = Criu(criu.binary, deadline_s=criu.deadline_s)
+        try:
+            session.prepare()
+            if session.swrk_pid is not None:
+                # What CRIU rebuilds is born in its own cgroup, not in the agent's.
+                self._group = cgroup.adopt(self._id, session.swrk_pid)
+            opts = criu_opts(
+                images_dir_fd=directory,
+                log_level=self._log_level,
+                log_file=RESTORE_LOG,
+                **_common_opts(self._options, self._shell_job),
+            )
+            self._held = HeldRestore(session, opts, hold_s=self._hold_s)
+            return self._held.start(RESTORE_WITHIN_S)
+        except BaseException:
+            session.cleanup()
+            cgroup.remove(self._group)
+            raise
+        finally:
+            os.close(directory)
+
+    def resume(self) -> float:
+        """See `DestinationHalf`."""
+        if self._held is None:
+            raise MigrationFailed("nothing was restored")
+        return self._held.resume(self._hold_s)
+
+    def discard(self) -> None:
+        """See `DestinationHalf`."""
+        if self._held is not None:
+            self._held.discard()
+            self._held = None
+        cgroup.remove(self._group)
+
+
+def _common_opts(options: ProcessOptions, shell_job: bool) -> dict[str, Any]:
+    """What dump and restore must agree on."""
+    return {
+        "shell_job": shell_job,
+        "tcp_established": options.tcp_established,
+        "file_locks": options.file_locks,
+        "ghost_limit": options.ghost_limit_mib * _MIB,
+        # The tree goes to a cgroup of its own at the destination; the source's are not rebuilt.
+        "manage_cgroups": True,
+        "manage_cgroups_mode": rpc.IGNORE,
+    }
+
+
+def _fact(use: OpenFile) -> pb.FileFact | None:
+    return gather(
+        use.path, written=use.written, executable=use.executable, shared_map=use.shared_map
+    )
+
+
+def _own_pid_namespace(tree: Tree) -> bool:
+    return len(tree.root.inner_pids) > 1 and tree.root.inner_pids[-1] == 1
+
+
+def _name_of(pid: int) -> str:
+    try:
+        return read_process(pid).name
+    except NoSuchTarget:
+        return "gone"
+
+
+def _findings(tree: Tree, options: ProcessOptions) -> list[Finding]:
+    """What the source side can say for and against this tree."""
+    found = [Finding("target", OK, _describe(tree))]
+    ours = read_process(os.getpid())
+    if ours.pid in tree.pids:
+        found.append(Finding("target", REFUSED, "phaul-runtime itself is in that tree"))
+    for member in tree.members:
+        found += _member_findings(member, ours, tree)
+    if tree.terminals:
+        found.append(
+            Finding("terminal", REFUSED, f"a terminal stays on this host: {tree.terminals[0]}",
+                    "start it with setsid and its input and output in files or /dev/null")
+        )
+    if tree.odd:
+        found.append(Finding("descriptors", REFUSED, f"CRIU cannot dump: {tree.odd[0]}"))
+    limit = options.ghost_limit_mib * _MIB
+    for path, size in tree.deleted:
+        if size > limit:
+            found.append(
+                Finding("ghosts", REFUSED, f"{path} is deleted but open, with {size} bytes",
+                        "raise engines.process.ghost_limit_mib")
+            )
+    connections = established_connections(tree)
+    if connections and not options.tcp_established:
+        found.append(
+            Finding("tcp", REFUSED,
+                    f"{len(connections)} TCP connections are established: {connections[0]}",
+                    "--tcp-established carries them, if their address moves too")
+        )
+    return found
+
+
+def _describe(tree: Tree) -> str:
+    memory = sum(member.memory for member in tree.members) / _MIB
+    return (
+        f"{tree.root.name}, {len(tree.members)} processes, {memory:.0f} MiB, "
+        f"{len(tree.files)} files"
+    )
+
+
+def _member_findings(member: Process, ours: Process, tree: Tree) -> list[Finding]:
+    found = []
+    if member.tracer:
+        found.append(
+            Finding("tracer", REFUSED, f"pid {member.pid} is traced by pid {member.tracer}",
+                    "end the debugger: CRIU traces the tree itself")
+        )
+    for kind in _FOREIGN:
+        if member.namespaces.get(kind) != ours.namespaces.get(kind):
+            found.append(
+                Finding("namespaces", REFUSED,
+                        f"pid {member.pid} has a {kind} namespace of its own",
+                        "it belongs to a container: use the engine of that container")
+            )
+    inner = len(member.inner_pids) - len(ours.inner_pids)
+    if inner > 0 and not _own_pid_namespace(tree):
+        found.append(
+            Finding("namespaces", REFUSED,
+                    f"pid {member.pid} is in a pid namespace, the tree's root is not its init",
+                    "move the tree from the init of that namespace")
+        )
+    return found
+
+
+__all__ = ["ProcessDestination", "ProcessEngine", "ProcessLocal", "ProcessSource"]

@@ -1,0 +1,255 @@
+"""A process tree as /proc shows it: members, descriptors, mappings, sockets."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from phaul_runtime.errors import NoSuchTarget
+
+PROC = Path("/proc")
+_DELETED = " (deleted)"
+_TCP_LISTEN = "0A"
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+_O_ACCMODE = 0o3
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process; ids as this pid namespace sees them, but `inner_pids` as its own do."""
+
+    pid: int
+    name: str
+    state: str
+    parent: int
+    group: int
+    session: int
+    start_time: int
+    kernel_thread: bool
+    tracer: int
+    threads: tuple[int, ...]
+    inner_pids: tuple[int, ...]
+    memory: int
+    namespaces: dict[str, str]
+
+    def alive(self) -> bool:
+        """It still exists (the same, not another with its pid) and is no zombie."""
+        try:
+            state, start_time, *_ = _stat(self.pid)
+        except NoSuchTarget:
+            return False
+        return start_time == self.start_time and state not in "ZX"
+
+
+@dataclass
+class OpenFile:
+    """A path that the tree uses, and how."""
+
+    path: str
+    written: bool = False
+    executable: bool = False
+    shared_map: bool = False
+
+
+@dataclass
+class Tree:
+    """A root and all its descendants."""
+
+    members: list[Process]
+    files: dict[str, OpenFile] = field(default_factory=dict)
+    deleted: list[tuple[str, int]] = field(default_factory=list)
+    terminals: list[str] = field(default_factory=list)
+    odd: list[str] = field(default_factory=list)
+    socket_inodes: set[str] = field(default_factory=set)
+
+    @property
+    def root(self) -> Process:
+        """The process at the top."""
+        return self.members[0]
+
+    @property
+    def pids(self) -> list[int]:
+        """All pids, the root's first."""
+        return [member.pid for member in self.members]
+
+
+def _stat(pid: int) -> tuple[str, int, str, list[str]]:
+    """State, start time, name and the fields after the name of /proc/PID/stat."""
+    try:
+        text = (PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise NoSuchTarget(f"no process has pid {pid}") from error
+    name = text[text.index("(") + 1 : text.rindex(")")]
+    rest = text[text.rindex(")") + 2 :].split()
+    return rest[0], int(rest[19]), name, rest
+
+
+def read_process(pid: int) -> Process:
+    """Read one process.
+
+    Raises:
+        NoSuchTarget: it does not exist (any more).
+    """
+    state, start_time, name, rest = _stat(pid)
+    home = PROC / str(pid)
+    try:
+        status = dict(
+            line.split(":\t", 1)
+            for line in (home / "status").read_text(encoding="utf-8", errors="replace").splitlines()
+            if ":\t" in line
+        )
+        threads = tuple(sorted(int(entry) for entry in os.listdir(home / "task")))
+        namespaces = {}
+        for kind in os.listdir(home / "ns"):
+            namespaces[kind] = os.readlink(home / "ns" / kind)
+    except PermissionError:
+        threads, namespaces, status = (pid,), {}, {}
+    except OSError as error:
+        raise NoSuchTarget(f"process {pid} is ending") from error
+    return Process(
+        pid=pid,
+        name=name,
+        state=state,
+        parent=int(rest[1]),
+        group=int(rest[2]),
+        session=int(rest[3]),
+        start_time=start_time,
+        kernel_thread=bool(int(rest[6]) & 0x00200000),  # PF_KTHREAD
+        tracer=int(status.get("TracerPid", "0")),
+        threads=threads,
+        inner_pids=tuple(int(n) for n in status.get("NSpid", str(pid)).split()),
+        memory=int(rest[21]) * _PAGE,
+        namespaces=namespaces,
+    )
+
+
+def _children(pid: int) -> Iterator[int]:
+    try:
+        tasks = os.listdir(PROC / str(pid) / "task")
+    except OSError:
+        return
+    for task in tasks:
+        try:
+            text = (PROC / str(pid) / "task" / task / "children").read_text(encoding="ascii")
+        except OSError:
+            continue
+        yield from (int(child) for child in text.split())
+
+
+def read_tree(pid: int) -> Tree:
+    """Read the tree below `pid` with everything it has open.
+
+    Raises:
+        NoSuchTarget: the root does not exist (any more).
+    """
+    tree = Tree([read_process(pid)])
+    for member in tree.members:
+        for child in _children(member.pid):
+            try:
+                tree.members.append(read_process(child))
+            except NoSuchTarget:
+                continue  # it ended meanwhile
+    for member in tree.members:
+        if member.state in "ZX":
+            continue
+        try:
+            _add_links(tree, member.pid)
+            _add_descriptors(tree, member.pid)
+            _add_mappings(tree, member.pid)
+        except FileNotFoundError:
+            continue  # it ended meanwhile
+        except ProcessLookupError:
+            continue
+    return tree
+
+
+def _use(tree: Tree, path: str) -> OpenFile:
+    return tree.files.setdefault(path, OpenFile(path))
+
+
+def _add_links(tree: Tree, pid: int) -> None:
+    home = PROC / str(pid)
+    for link in ("cwd", "root", "exe"):
+        path = os.readlink(home / link)
+        if not path.endswith(_DELETED) and path != "/":
+            use = _use(tree, path)
+            use.executable |= link == "exe"
+
+
+def _add_descriptors(tree: Tree, pid: int) -> None:
+    home = PROC / str(pid)
+    for number in os.listdir(home / "fd"):
+        link = home / "fd" / number
+        try:
+            path = os.readlink(link)
+            info = os.stat(link)
+            flags = _flags(home / "fdinfo" / number)
+        except OSError:
+            continue  # closed meanwhile
+        if path.startswith("socket:["):
+            tree.socket_inodes.add(path[8:-1])
+        elif stat.S_ISCHR(info.st_mode) and os.major(info.st_rdev) in (4, 5, *range(136, 144)):
+            tree.terminals.append(f"fd {number} of pid {pid} is {path}")
+        elif path in ("anon_inode:[io_uring]", "anon_inode:[perf_event]", "anon_inode:kvm-vm"):
+            tree.odd.append(f"fd {number} of pid {pid} is {path}")
+        elif path.startswith("anon_inode:bpf") or path.startswith(("/dev/nvidia", "/dev/kvm")):
+            tree.odd.append(f"fd {number} of pid {pid} is {path}")
+        elif stat.S_ISREG(info.st_mode) and path.startswith("/"):
+            if info.st_nlink == 0:
+                tree.deleted.append((path.removesuffix(_DELETED), info.st_size))
+            elif not path.startswith(("/proc/", "/sys/", "/memfd:")):
+                _use(tree, path).written |= bool(flags & _O_ACCMODE)
+        elif stat.S_ISDIR(info.st_mode) and not path.startswith(("/proc", "/sys")):
+            _use(tree, path)
+
+
+def _flags(fdinfo: Path) -> int:
+    for line in fdinfo.read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith("flags:"):
+            return int(line.split()[1], 8)
+    return 0
+
+
+def _add_mappings(tree: Tree, pid: int) -> None:
+    text = (PROC / str(pid) / "maps").read_text(encoding="utf-8", errors="surrogateescape")
+    for line in text.splitlines():
+        fields = line.split(None, 5)
+        if len(fields) < 6 or not fields[5].startswith("/"):
+            continue
+        path, rights = fields[5], fields[1]
+        if path.endswith(_DELETED) or path.startswith(("/dev/zero", "/memfd:", "/SYSV", "/proc/")):
+            continue
+        use = _use(tree, path)
+        use.executable |= "x" in rights
+        if rights[3] == "s" and "w" in rights:
+            use.shared_map = use.written = True
+
+
+def established_connections(tree: Tree) -> list[str]:
+    """TCP connections of the tree that are not merely listening, as `local > remote`."""
+    found = []
+    for table in ("tcp", "tcp6"):
+        try:
+            text = (PROC / str(tree.root.pid) / "net" / table).read_text(encoding="ascii")
+        except OSError:
+            continue
+        for line in text.splitlines()[1:]:
+            fields = line.split()
+            if fields[9] in tree.socket_inodes and fields[3] != _TCP_LISTEN:
+                found.append(f"{_address(fields[1])} > {_address(fields[2])}")
+    return found
+
+
+def _address(text: str) -> str:
+    """`0100007F:1F90` as `127.0.0.1:8080`; the kernel prints 32-bit words in host order."""
+    import ipaddress  # noqa: PLC0415
+    import sys  # noqa: PLC0415
+
+    address, port = text.split(":")
+    words = [bytes.fromhex(address[i : i + 8]) for i in range(0, len(address), 8)]
+    if sys.byteorder == "little":
+        words = [word[::-1] for word in words]
+    return f"{ipaddress.ip_address(b''.join(words))}:{int(port, 16)}"

@@ -1,0 +1,1 @@
+"""Hooks: what runs around a migration at the request of CRIU, docker or an operator."""

@@ -1,0 +1,55 @@
+"""`phaul-runtime`: the entry point, and how errors end it."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import click
+
+from phaul_runtime import __version__
+from phaul_runtime.errors import ExitCode, PhaulError
+
+# Loaded when used: an agent starts without what only the client needs.
+_COMMANDS = {
+    "migrate": ("phaul_runtime.cli.migrate_cmd", "migrate_command"),
+    "check": ("phaul_runtime.cli.check_cmd", "check_command"),
+    "agent": ("phaul_runtime.cli.agent_cmd", "agent_command"),
+    "config": ("phaul_runtime.cli.config_cmd", "config_group"),
+}
+
+
+class _Lazy(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module, attribute = _COMMANDS[cmd_name]
+        command: click.Command = getattr(import_module(module), attribute)
+        return command
+
+
+@click.command(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="phaul-runtime")
+def cli() -> None:
+    """Move running processes and containers between Linux hosts with CRIU."""
+
+
+def main() -> None:
+    """Run the command line and end with the exit code of errors.py."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        click.echo("phaul-runtime: cancelled", err=True)
+        sys.exit(ExitCode.CANCELLED)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(ExitCode.USAGE)
+    except PhaulError as error:
+        click.echo(f"phaul-runtime: {error}", err=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.exit(ExitCode.INTERNAL)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,212 @@
+"""Views of events: a progress display, plain lines, JSON lines; and the report."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+import click
+
+from phaul_runtime import events as ev
+from phaul_runtime.report import MigrationReport
+
+_MIB = 1 << 20
+_MARKS = {"ok": "ok", "warning": "warn", "refused": "NO", "ignored": "skip"}
+
+
+class View:
+    """Listens to events and shows the report; a context manager around the migration."""
+
+    def __enter__(self) -> View:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Leave the terminal as it was."""
+
+    def __call__(self, event: ev.Event) -> None:
+        """Show an event."""
+        raise NotImplementedError
+
+    def report(self, report: MigrationReport) -> None:
+        """Show the report."""
+        raise NotImplementedError
+
+
+class JsonView(View):
+    """One JSON object a line; the report is the last."""
+
+    def __call__(self, event: ev.Event) -> None:
+        """Print an event."""
+        click.echo(json.dumps({"time": round(time.time(), 3), **event.to_json()}))
+
+    def report(self, report: MigrationReport) -> None:
+        """Print the report."""
+        click.echo(json.dumps(report.to_json()))
+
+
+class PlainView(View):
+    """A line for what matters, for pipes and logs."""
+
+    def __call__(self, event: ev.Event) -> None:
+        """Print an event, unless it is mere progress."""
+        line = describe(event)
+        if line:
+            self.line(line)
+
+    def line(self, text: str) -> None:
+        """Print one line."""
+        click.echo(text)
+
+    def report(self, report: MigrationReport) -> None:
+        """Print the report as a table of two columns."""
+        for name, value in report_rows(report):
+            self.line(f"  {name:<14} {value}")
+
+
+class TerminalView(PlainView):
+    """Plain lines above, the current iteration's progress in the last line."""
+
+    def __init__(self) -> None:
+        from rich.console import Console  # noqa: PLC0415 - not needed in a pipe
+        from rich.progress import (  # noqa: PLC0415
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TransferSpeedColumn,
+        )
+
+        self._console = Console(highlight=False)
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(pulse_style="blue"), DownloadColumn(True),
+            TransferSpeedColumn(), TimeElapsedColumn(), console=self._console, transient=True,
+        )
+        self._task: Any = None
+
+    def __enter__(self) -> View:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, event: ev.Event) -> None:
+        """Show an event."""
+        super().__call__(event)
+        if isinstance(event, ev.IterationStarted):
+            self._show(f"pre-dump {event.number}")
+        elif isinstance(event, ev.Progress) and self._task is not None:
+            self._progress.update(self._task, completed=event.bytes)
+        elif isinstance(event, ev.Frozen):
+            self._show("frozen: final dump, restore")
+        elif isinstance(event, (ev.Committed, ev.RolledBack)):
+            self._hide()
+
+    def _hide(self) -> None:
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+            self._task = None
+
+    def _show(self, text: str) -> None:
+        self._hide()
+        self._task = self._progress.add_task(text, total=None)
+
+    def line(self, text: str) -> None:
+        """Print one line above the progress."""
+        self._console.print(text, markup=False, soft_wrap=True)
+
+
+def make_view(output: str) -> View:
+    """The view for `--output` and for what stdout is."""
+    if output == "json":
+        return JsonView()
+    return TerminalView() if sys.stdout.isatty() else PlainView()
+
+
+def describe(event: ev.Event) -> str:
+    """An event as one line; empty for mere progress."""
+    match event:
+        case ev.MigrationStarted():
+            return f"{event.id}: moving {event.engine} {event.target} to {event.to}"
+        case ev.Checked():
+            hint = f" ({event.hint})" if event.hint and event.level != "ok" else ""
+            return (
+                f"  {_MARKS[event.level]:<4} {event.host}: {event.check}: {event.text}{hint}"
+            )
+        case ev.FilesCopied():
+            return f"files: {event.files} carried, {mib(event.bytes)}"
+        case ev.PreCopySkipped():
+            return f"no pre-copy: {event.reason}"
+        case ev.IterationDone():
+            return _iteration(event)
+        case ev.Frozen():
+            return "frozen: final dump"
+        case ev.Prepared():
+            return f"prepared: rebuilt there as pid {event.pid}, held"
+        case ev.Committed():
+            return f"moved: runs there as pid {event.pid}, downtime {event.downtime_ms:.0f} ms"
+        case ev.RolledBack():
+            state = "clean" if event.destination_clean else "did not confirm that it is clean"
+            return f"rolled back: the source runs on, the destination is {state}"
+        case ev.Warned():
+            return f"warning: {event.text}"
+    return ""
+
+
+def _iteration(event: ev.IterationDone) -> str:
+    rate = event.bytes / _MIB / (event.duration_ms / 1000) if event.duration_ms else 0.0
+    expected = (
+        "" if event.expected_freeze_ms is None
+        else f", expected freeze {event.expected_freeze_ms:.0f} ms"
+    )
+    return (
+        f"pre-dump {event.number}: {event.pages_written} pages written, {event.pages_skipped} "
+        f"skipped, {mib(event.bytes)} in {event.duration_ms / 1000:.1f} s "
+        f"({rate:.1f} MiB/s){expected}: {event.reason}"
+    )
+
+
+def mib(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / _MIB:.1f} MiB"
+
+
+def report_rows(report: MigrationReport) -> list[tuple[str, str]]:
+    """The report as names and values."""
+    rows = [("result", report.result), ("id", report.id)]
+    if report.result == "moved":
+        pages = sum(i.pages_written for i in report.iterations)
+        rows += [
+            ("route", f"{report.source} > {report.destination}"),
+            ("restored pid", str(report.restored_pid)),
+            ("downtime", f"{report.downtime_ms:.0f} ms"
+             if report.downtime_ms is not None else "not known"),
+            ("total", f"{report.total_ms / 1000:.1f} s"),
+            ("transferred", mib(report.bytes_transferred)),
+            ("pre-copy", f"{len(report.iterations)} rounds, {pages} pages ({report.pre_copy})"),
+            ("final dump", f"{report.final_pages_written} pages written, "
+             f"{report.final_pages_skipped} skipped"),
+            ("freeze", ", ".join(
+                f"{name.removesuffix('_ms')} {value:.0f} ms"
+                for name, value in report.freeze.items()
+            )),
+        ]
+        if report.files_copied:
+            rows.append(("files", f"{report.files_copied} carried"))
+    if report.logs:
+        rows.append(("logs", report.logs))
+    return rows
