@@ -116,8 +116,7 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
             findings.append(check_cpu(str(self._workdir), self._criu, request.cpuinfo))
         return pb.CheckReply(
             findings=[
-                pb.Finding(check=f.check, level=f.level, text=f.text, hint=f.hint)
-                for f in findings
+                pb.Finding(check=f.check, level=f.level, text=f.text, hint=f.hint) for f in findings
             ],
             files=compare(request.files),
         )

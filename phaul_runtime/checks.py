@@ -62,26 +62,46 @@ def compare_hosts(
     for host, facts in ((here, source), (there, destination)):
         _one_host(host, facts, add)
     if source.phaul_version != destination.phaul_version:
-        add(there, "phaul-version", REFUSED,
+        add(
+            there,
+            "phaul-version",
+            REFUSED,
             f"phaul-runtime {destination.phaul_version}, here {source.phaul_version}",
-            "install the same version on both hosts")
+            "install the same version on both hosts",
+        )
     if (source.arch, source.page_size) != (destination.arch, destination.page_size):
-        add(there, "arch", REFUSED,
+        add(
+            there,
+            "arch",
+            REFUSED,
             f"{destination.arch} with pages of {destination.page_size}, "
-            f"here {source.arch} with {source.page_size}")
+            f"here {source.arch} with {source.page_size}",
+        )
     else:
         add(there, "arch", OK, destination.arch)
     if source.criu_version and destination.criu_version:
         same = source.page_server_format == destination.page_server_format
-        add(there, "criu-version", OK if same else REFUSED,
+        add(
+            there,
+            "criu-version",
+            OK if same else REFUSED,
             f"CRIU {destination.criu_version}, here {source.criu_version}",
-            "" if same else "CRIU 4.2 changed the page-server format: install the same series")
+            "" if same else "CRIU 4.2 changed the page-server format: install the same series",
+        )
     older = _kernel_number(destination.kernel) < _kernel_number(source.kernel)
-    add(there, "kernel", WARNING if older else OK,
-        f"Linux {destination.kernel}" + (f", older than {source.kernel} here" if older else ""))
+    add(
+        there,
+        "kernel",
+        WARNING if older else OK,
+        f"Linux {destination.kernel}" + (f", older than {source.kernel} here" if older else ""),
+    )
     if not source.dirty_tracking and source.criu_version:
-        add(here, "dirty-tracking", WARNING,
-            "no dirty tracking (CONFIG_MEM_SOFT_DIRTY): one stop-and-copy round, no pre-copy")
+        add(
+            here,
+            "dirty-tracking",
+            WARNING,
+            "no dirty tracking (CONFIG_MEM_SOFT_DIRTY): one stop-and-copy round, no pre-copy",
+        )
     elif source.criu_version:
         add(here, "dirty-tracking", OK, "dirty pages are tracked")
     return found
@@ -89,29 +109,45 @@ def compare_hosts(
 
 def _one_host(host: str, facts: pb.HostFacts, add: _Add) -> None:
     if not facts.root:
-        add(host, "root", REFUSED, "phaul-runtime does not run as root there",
-            "CRIU restores pids, namespaces and sockets of others: run it as root")
+        add(
+            host,
+            "root",
+            REFUSED,
+            "phaul-runtime does not run as root there",
+            "CRIU restores pids, namespaces and sockets of others: run it as root",
+        )
     if facts.criu_problem:
         first, _, rest = facts.criu_problem.partition("\n")
         add(host, "criu", REFUSED, first, rest.strip() or "install CRIU 4.1 or later")
     else:
         add(host, "criu", OK, f"CRIU {facts.criu_version} on Linux {facts.kernel}")
     if facts.workdir_problem:
-        add(host, "workdir", REFUSED, f"{facts.workdir}: {facts.workdir_problem}",
-            "choose another workdir in the configuration")
+        add(
+            host,
+            "workdir",
+            REFUSED,
+            f"{facts.workdir}: {facts.workdir_problem}",
+            "choose another workdir in the configuration",
+        )
     elif facts.workdir_fs not in ("tmpfs", "ramfs"):
-        add(host, "workdir", WARNING,
+        add(
+            host,
+            "workdir",
+            WARNING,
             f"{facts.workdir} is on {facts.workdir_fs or 'an unknown file system'}: "
-            "images on a disk make the freeze longer")
+            "images on a disk make the freeze longer",
+        )
     else:
-        add(host, "workdir", OK,
-            f"{facts.workdir} on {facts.workdir_fs}, {facts.workdir_free // _MIB} MiB free")
+        add(
+            host,
+            "workdir",
+            OK,
+            f"{facts.workdir} on {facts.workdir_fs}, {facts.workdir_free // _MIB} MiB free",
+        )
 
 
 class _Add(Protocol):
-    def __call__(
-        self, host: str, check: str, level: str, text: str, hint: str = ""
-    ) -> None: ...
+    def __call__(self, host: str, check: str, level: str, text: str, hint: str = "") -> None: ...
 
 
 def check_space(facts: pb.HostFacts, memory: int) -> Finding:
@@ -120,14 +156,21 @@ def check_space(facts: pb.HostFacts, memory: int) -> Finding:
     in_memory = facts.workdir_fs in ("tmpfs", "ramfs")
     needed = memory + (images if in_memory else 0)
     if facts.workdir_free < images:
-        return Finding("space", REFUSED,
-                       f"{facts.workdir} has {facts.workdir_free // _MIB} MiB free, the images "
-                       f"take {images // _MIB} MiB", "free some, or choose another workdir")
+        return Finding(
+            "space",
+            REFUSED,
+            f"{facts.workdir} has {facts.workdir_free // _MIB} MiB free, the images "
+            f"take {images // _MIB} MiB",
+            "free some, or choose another workdir",
+        )
     if facts.memory_available < needed:
-        return Finding("space", REFUSED,
-                       f"{facts.memory_available // _MIB} MiB of memory are available, process "
-                       f"and images take {needed // _MIB} MiB",
-                       "free some, or put the workdir on a disk")
+        return Finding(
+            "space",
+            REFUSED,
+            f"{facts.memory_available // _MIB} MiB of memory are available, process "
+            f"and images take {needed // _MIB} MiB",
+            "free some, or put the workdir on a disk",
+        )
     return Finding("space", OK, f"{needed // _MIB} MiB of memory fit")
 
 
@@ -137,14 +180,18 @@ def check_cpu(workdir: str, criu: Criu, cpuinfo: bytes) -> Finding:
         return Finding("cpu", WARNING, "the source's CPU is not known")
     lines = cpu_problem(workdir, criu, cpuinfo)
     if lines:
-        return Finding("cpu", REFUSED, f"CPU features are missing: {'; '.join(lines)}",
-                       "a program that uses them would die there (SIGILL)")
+        return Finding(
+            "cpu",
+            REFUSED,
+            f"CPU features are missing: {'; '.join(lines)}",
+            "a program that uses them would die there (SIGILL)",
+        )
     return Finding("cpu", OK, "the CPU has what the source's has")
 
 
 def _kernel_number(release: str) -> tuple[int, ...]:
     numbers = []
-    for part in release.split("-")[0].split(".")[:2]:
+    for part in release.split("-", maxsplit=1)[0].split(".")[:2]:
         digits = "".join(c for c in part if c.isdigit())
         numbers.append(int(digits or 0))
     return tuple(numbers)

@@ -56,8 +56,11 @@ def require_pycriu() -> None:
             hint="install the distribution's package (Debian: python3-pycriu) and let the virtual "
             "environment see it (python3 -m venv --system-site-packages)",
         )
-    missing = [n for n in ("pidfd_store_sk", "network_lock", "orphan_pts_master")
-               if n not in rpc.criu_opts.DESCRIPTOR.fields_by_name]
+    missing = [
+        n
+        for n in ("pidfd_store_sk", "network_lock", "orphan_pts_master")
+        if n not in rpc.criu_opts.DESCRIPTOR.fields_by_name
+    ]
     if missing:
         raise Refused(
             f"pycriu is too old: its criu_opts lacks {', '.join(missing)}",
@@ -424,9 +427,11 @@ def _dispatch(notify: CriuNotify | None, note: Any, fds: list[int]) -> None:  # 
         getattr(notify, script)()
 
 
-_PLAIN_NOTES = frozenset(
-    name for name in vars(CriuNotify) if not name.startswith("_")
-) - {"setup_namespaces", "post_restore", "orphan_pts_master"}
+_PLAIN_NOTES = frozenset(name for name in vars(CriuNotify) if not name.startswith("_")) - {
+    "setup_namespaces",
+    "post_restore",
+    "orphan_pts_master",
+}
 
 
 def read_log(opts: Any) -> str:  # noqa: ANN401

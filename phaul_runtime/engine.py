@@ -146,14 +146,22 @@ class Engine(ABC):
     options_model: type[BaseModel]
 
     @abstractmethod
-    def source(  
-        self, target: str, options: Any, *, criu_log_level: int  # noqa: ANN401
+    def source(
+        self,
+        target: str,
+        options: Any,
+        *,
+        criu_log_level: int,  # noqa: ANN401
     ) -> SourceHalf:
         """The source half for `target`; `options` is an instance of `options_model`."""
 
     @abstractmethod
     def destination(
-        self, options: Any, *, criu_log_level: int, hold_s: float  # noqa: ANN401
+        self,
+        options: Any,
+        *,
+        criu_log_level: int,
+        hold_s: float,  # noqa: ANN401
     ) -> DestinationHalf:
         """The destination half."""
 

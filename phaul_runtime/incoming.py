@@ -211,8 +211,11 @@ class Incoming:
                 self._stage.undo()
             self._close(keep_images=keep)
             if keep:
-                log.error("%s: the client was lost while the copy was held; images kept in %s",
-                          self.id, self._dir)
+                log.error(
+                    "%s: the client was lost while the copy was held; images kept in %s",
+                    self.id,
+                    self._dir,
+                )
 
     def _close(self, *, keep_images: bool) -> None:
         if self._server is not None:

@@ -144,9 +144,7 @@ class Migration:
 
     def _source_half(self, engine: Engine) -> SourceHalf:
         self._options = self.config.engine_options(engine.name, engine.options_model)
-        return engine.source(
-            self.target, self._options, criu_log_level=self.config.criu.log_level
-        )
+        return engine.source(self.target, self._options, criu_log_level=self.config.criu.log_level)
 
     _options: Any = None
 
@@ -177,9 +175,7 @@ class Migration:
         findings.append(HostFinding(there, self._files_finding(reply.files, inspection)))
         return findings, [verdict.path for verdict in reply.files]
 
-    def _files_finding(
-        self, verdicts: Sequence[pb.FileVerdict], inspection: Inspection
-    ) -> Finding:
+    def _files_finding(self, verdicts: Sequence[pb.FileVerdict], inspection: Inspection) -> Finding:
         copy = self.config.filesystem.files == "copy"
         stuck = [v for v in verdicts if not (copy and v.copyable)]
         if stuck:
@@ -190,13 +186,14 @@ class Migration:
                 "files", REFUSED, text, "install the same packages on both hosts, or the same file"
             )
         if verdicts:
-            return Finding("files", OK, f"{len(verdicts)} of {len(inspection.files)} differ and "
-                                        "will be carried")
+            return Finding(
+                "files",
+                OK,
+                f"{len(verdicts)} of {len(inspection.files)} differ and will be carried",
+            )
         return Finding("files", OK, f"{len(inspection.files)} files are there")
 
-    def _preflight(
-        self, session: _Session, engine: Engine
-    ) -> tuple[Inspection, list[str]]:
+    def _preflight(self, session: _Session, engine: Engine) -> tuple[Inspection, list[str]]:
         self._source = self._source_half(engine)
         ignore = self.config.checks.ignore
         # The hosts first: an inspection as an ordinary user would fail for the wrong reason.
@@ -286,8 +283,9 @@ class Migration:
         cause: BaseException | None = error
         while cause is not None:
             if isinstance(cause, CriuError) and cause.log_text:
-                texts.append((f"{cause.host or HERE}-{cause.request or 'criu'}".lower(),
-                              cause.log_text))
+                texts.append(
+                    (f"{cause.host or HERE}-{cause.request or 'criu'}".lower(), cause.log_text)
+                )
             cause = cause.__cause__
         if not texts:
             return ""

@@ -23,7 +23,9 @@ class PhaulServer:
         log_level: of the page servers' logs.
     """
 
-    def __init__(self, config: PhaulConfig, criu: Criu | None = None, *, log_level: int = 4) -> None:
+    def __init__(
+        self, config: PhaulConfig, criu: Criu | None = None, *, log_level: int = 4
+    ) -> None:
         self.config = config
         self.criu = criu or Criu()
         self._log_level = log_level

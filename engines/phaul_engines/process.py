@@ -222,7 +222,8 @@ class ProcessDestination(DestinationHalf):
         if manifest.get("same_host"):
             return [
                 Finding(
-                    "pids", REFUSED,
+                    "pids",
+                    REFUSED,
                     "source and destination are one host: its pids are taken by the source's copy",
                     "within one host only a tree with a pid namespace of its own can move",
                 )
@@ -233,7 +234,9 @@ class ProcessDestination(DestinationHalf):
             names = ", ".join(f"{pid} ({_name_of(pid)})" for pid in taken[:5])
             return [
                 Finding(
-                    "pids", REFUSED, f"pid taken: {names}",
+                    "pids",
+                    REFUSED,
+                    f"pid taken: {names}",
                     "CRIU restores the same pids: end that process, or run the target in a pid "
                     "namespace of its own",
                 )
@@ -241,8 +244,12 @@ class ProcessDestination(DestinationHalf):
         limit = int(Path("/proc/sys/kernel/pid_max").read_text(encoding="ascii"))
         if pids and max(pids) >= limit:
             return [
-                Finding("pids", REFUSED, f"pid {max(pids)} is above kernel.pid_max ({limit})",
-                        "raise kernel.pid_max there")
+                Finding(
+                    "pids",
+                    REFUSED,
+                    f"pid {max(pids)} is above kernel.pid_max ({limit})",
+                    "raise kernel.pid_max there",
+                )
             ]
         return [Finding("pids", OK, f"{len(pids)} pids are free")]
 
@@ -329,8 +336,12 @@ def _findings(tree: Tree, options: ProcessOptions) -> list[Finding]:
         found += _member_findings(member, ours, tree)
     if tree.terminals:
         found.append(
-            Finding("terminal", REFUSED, f"a terminal stays on this host: {tree.terminals[0]}",
-                    "start it with setsid and its input and output in files or /dev/null")
+            Finding(
+                "terminal",
+                REFUSED,
+                f"a terminal stays on this host: {tree.terminals[0]}",
+                "start it with setsid and its input and output in files or /dev/null",
+            )
         )
     if tree.odd:
         found.append(Finding("descriptors", REFUSED, f"CRIU cannot dump: {tree.odd[0]}"))
@@ -338,15 +349,22 @@ def _findings(tree: Tree, options: ProcessOptions) -> list[Finding]:
     for path, size in tree.deleted:
         if size > limit:
             found.append(
-                Finding("ghosts", REFUSED, f"{path} is deleted but open, with {size} bytes",
-                        "raise engines.process.ghost_limit_mib")
+                Finding(
+                    "ghosts",
+                    REFUSED,
+                    f"{path} is deleted but open, with {size} bytes",
+                    "raise engines.process.ghost_limit_mib",
+                )
             )
     connections = established_connections(tree)
     if connections and not options.tcp_established:
         found.append(
-            Finding("tcp", REFUSED,
-                    f"{len(connections)} TCP connections are established: {connections[0]}",
-                    "--tcp-established carries them, if their address moves too")
+            Finding(
+                "tcp",
+                REFUSED,
+                f"{len(connections)} TCP connections are established: {connections[0]}",
+                "--tcp-established carries them, if their address moves too",
+            )
         )
     return found
 
@@ -363,22 +381,32 @@ def _member_findings(member: Process, ours: Process, tree: Tree) -> list[Finding
     found = []
     if member.tracer:
         found.append(
-            Finding("tracer", REFUSED, f"pid {member.pid} is traced by pid {member.tracer}",
-                    "end the debugger: CRIU traces the tree itself")
+            Finding(
+                "tracer",
+                REFUSED,
+                f"pid {member.pid} is traced by pid {member.tracer}",
+                "end the debugger: CRIU traces the tree itself",
+            )
         )
     for kind in _FOREIGN:
         if member.namespaces.get(kind) != ours.namespaces.get(kind):
             found.append(
-                Finding("namespaces", REFUSED,
-                        f"pid {member.pid} has a {kind} namespace of its own",
-                        "it belongs to a container: use the engine of that container")
+                Finding(
+                    "namespaces",
+                    REFUSED,
+                    f"pid {member.pid} has a {kind} namespace of its own",
+                    "it belongs to a container: use the engine of that container",
+                )
             )
     inner = len(member.inner_pids) - len(ours.inner_pids)
     if inner > 0 and not _own_pid_namespace(tree):
         found.append(
-            Finding("namespaces", REFUSED,
-                    f"pid {member.pid} is in a pid namespace, the tree's root is not its init",
-                    "move the tree from the init of that namespace")
+            Finding(
+                "namespaces",
+                REFUSED,
+                f"pid {member.pid} is in a pid namespace, the tree's root is not its init",
+                "move the tree from the init of that namespace",
+            )
         )
     return found
 

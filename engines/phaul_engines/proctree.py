@@ -193,9 +193,11 @@ def _add_descriptors(tree: Tree, pid: int) -> None:
             tree.socket_inodes.add(path[8:-1])
         elif stat.S_ISCHR(info.st_mode) and os.major(info.st_rdev) in (4, 5, *range(136, 144)):
             tree.terminals.append(f"fd {number} of pid {pid} is {path}")
-        elif path in ("anon_inode:[io_uring]", "anon_inode:[perf_event]", "anon_inode:kvm-vm"):
-            tree.odd.append(f"fd {number} of pid {pid} is {path}")
-        elif path.startswith("anon_inode:bpf") or path.startswith(("/dev/nvidia", "/dev/kvm")):
+        elif (
+            path in ("anon_inode:[io_uring]", "anon_inode:[perf_event]", "anon_inode:kvm-vm")
+            or path.startswith("anon_inode:bpf")
+            or path.startswith(("/dev/nvidia", "/dev/kvm"))
+        ):
             tree.odd.append(f"fd {number} of pid {pid} is {path}")
         elif stat.S_ISREG(info.st_mode) and path.startswith("/"):
             if info.st_nlink == 0:

@@ -20,20 +20,38 @@ _READ = 4096
 
 
 @click.command("agent")
-@click.option("--sockets", required=True, type=click.Path(path_type=Path), metavar="DIR",
-              help="Directory to be created for the control and the memory socket.")
-@click.option("--workdir", default="/run/phaul", show_default=True, type=click.Path(path_type=Path),
-              metavar="DIR", help="Private directory for images; best on tmpfs.")
-@click.option("--criu", "criu_binary", default="criu", show_default=True, metavar="PROGRAM",
-              help="CRIU's binary.")
+@click.option(
+    "--sockets",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Directory to be created for the control and the memory socket.",
+)
+@click.option(
+    "--workdir",
+    default="/run/phaul",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Private directory for images; best on tmpfs.",
+)
+@click.option(
+    "--criu",
+    "criu_binary",
+    default="criu",
+    show_default=True,
+    metavar="PROGRAM",
+    help="CRIU's binary.",
+)
 def agent_command(sockets: Path, workdir: Path, criu_binary: str) -> None:
     """Serve one connection as the destination; ends with its standard input.
 
     Transports start it; there is no need to run it by hand. What it has restored and been told
     to run outlives it.
     """
-    logging.basicConfig(format="phaul-runtime agent: %(levelname)s: %(message)s",
-                        level=logging.WARNING)
+    logging.basicConfig(
+        format="phaul-runtime agent: %(levelname)s: %(message)s", level=logging.WARNING
+    )
     wake_read, wake_write = os.pipe()
 
     def stop(_number: int, _frame: FrameType | None) -> None:

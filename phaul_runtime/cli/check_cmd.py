@@ -27,8 +27,11 @@ from phaul_runtime.migration import Migration
 @engine_option
 @to_option
 @config_option
-@click.option("--files", type=click.Choice(["refuse", "copy"]),
-              help="Files that the target uses and that differ there.  [default: refuse]")
+@click.option(
+    "--files",
+    type=click.Choice(["refuse", "copy"]),
+    help="Files that the target uses and that differ there.  [default: refuse]",
+)
 @tcp_option
 @ignore_option
 @output_option

@@ -29,12 +29,23 @@ from phaul_runtime.migration import Migration
 @engine_option
 @to_option
 @config_option
-@click.option("--files", type=click.Choice(["refuse", "copy"]),
-              help="Files that the target uses and that differ there.  [default: refuse]")
-@click.option("--max-downtime-ms", type=click.IntRange(min=1), metavar="N",
-              help="Iterate until the expected freeze fits.  [default: 300]")
-@click.option("--max-iterations", type=click.IntRange(min=1), metavar="N",
-              help="Pre-dump rounds at the most.  [default: 8]")
+@click.option(
+    "--files",
+    type=click.Choice(["refuse", "copy"]),
+    help="Files that the target uses and that differ there.  [default: refuse]",
+)
+@click.option(
+    "--max-downtime-ms",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Iterate until the expected freeze fits.  [default: 300]",
+)
+@click.option(
+    "--max-iterations",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Pre-dump rounds at the most.  [default: 8]",
+)
 @tcp_option
 @ignore_option
 @click.option("--dry-run", is_flag=True, help="Check everything, move nothing.")

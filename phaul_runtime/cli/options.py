@@ -17,7 +17,10 @@ from phaul_runtime.config import Config, load_config
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 config_option = click.option(
-    "--config", "config_path", type=click.Path(path_type=Path), metavar="FILE",
+    "--config",
+    "config_path",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
     help="Configuration, laid over /etc/phaul-runtime/config.yaml.",
 )
 to_option = click.option("--to", metavar="URL", help="Destination: ssh://[user@]host or local:.")
@@ -26,19 +29,24 @@ ignore_option = click.option(
     "--ignore", multiple=True, metavar="CHECK", help="Override one check by its name; repeatable."
 )
 tcp_option = click.option(
-    "--tcp-established", is_flag=True,
+    "--tcp-established",
+    is_flag=True,
     help="Carry established TCP connections; their address has to move too.",
 )
 output_option = click.option(
-    "--output", type=click.Choice(["text", "json"]), default="text", show_default=True,
+    "--output",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
     help="json: one event a line, the report last.",
 )
 
 
 def target_arguments(command: _Command) -> _Command:
     """The target: an argument, or `--target`."""
-    command = click.option("--target", "target_option", metavar="TARGET",
-                           help="The target, instead of the argument.")(command)
+    command = click.option(
+        "--target", "target_option", metavar="TARGET", help="The target, instead of the argument."
+    )(command)
     return click.argument("target", required=False)(command)
 
 

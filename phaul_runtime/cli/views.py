@@ -87,8 +87,13 @@ class TerminalView(PlainView):
 
         self._console = Console(highlight=False)
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(pulse_style="blue"), DownloadColumn(True),
-            TransferSpeedColumn(), TimeElapsedColumn(), console=self._console, transient=True,
+            TextColumn("{task.description}"),
+            BarColumn(pulse_style="blue"),
+            DownloadColumn(True),
+            TransferSpeedColumn(),
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
         )
         self._task: Any = None
 
@@ -144,9 +149,7 @@ def describe(event: ev.Event) -> str:
             return f"{event.id}: moving {event.engine} {event.target} to {event.to}"
         case ev.Checked():
             hint = f" ({event.hint})" if event.hint and event.level != "ok" else ""
-            return (
-                f"  {_MARKS[event.level]:<4} {event.host}: {event.check}: {event.text}{hint}"
-            )
+            return f"  {_MARKS[event.level]:<4} {event.host}: {event.check}: {event.text}{hint}"
         case ev.FilesCopied():
             return f"files: {event.files} carried, {mib(event.bytes)}"
         case ev.PreCopySkipped():
@@ -170,7 +173,8 @@ def describe(event: ev.Event) -> str:
 def _iteration(event: ev.IterationDone) -> str:
     rate = event.bytes / _MIB / (event.duration_ms / 1000) if event.duration_ms else 0.0
     expected = (
-        "" if event.expected_freeze_ms is None
+        ""
+        if event.expected_freeze_ms is None
         else f", expected freeze {event.expected_freeze_ms:.0f} ms"
     )
     return (
@@ -193,17 +197,24 @@ def report_rows(report: MigrationReport) -> list[tuple[str, str]]:
         rows += [
             ("route", f"{report.source} > {report.destination}"),
             ("restored pid", str(report.restored_pid)),
-            ("downtime", f"{report.downtime_ms:.0f} ms"
-             if report.downtime_ms is not None else "not known"),
+            (
+                "downtime",
+                f"{report.downtime_ms:.0f} ms" if report.downtime_ms is not None else "not known",
+            ),
             ("total", f"{report.total_ms / 1000:.1f} s"),
             ("transferred", mib(report.bytes_transferred)),
             ("pre-copy", f"{len(report.iterations)} rounds, {pages} pages ({report.pre_copy})"),
-            ("final dump", f"{report.final_pages_written} pages written, "
-             f"{report.final_pages_skipped} skipped"),
-            ("freeze", ", ".join(
-                f"{name.removesuffix('_ms')} {value:.0f} ms"
-                for name, value in report.freeze.items()
-            )),
+            (
+                "final dump",
+                f"{report.final_pages_written} pages written, {report.final_pages_skipped} skipped",
+            ),
+            (
+                "freeze",
+                ", ".join(
+                    f"{name.removesuffix('_ms')} {value:.0f} ms"
+                    for name, value in report.freeze.items()
+                ),
+            ),
         ]
         if report.files_copied:
             rows.append(("files", f"{report.files_copied} carried"))

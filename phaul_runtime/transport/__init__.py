@@ -91,9 +91,7 @@ class Transport(ABC):
     """A way to reach agents."""
 
     @abstractmethod
-    def open(
-        self, destination: Destination, config: Config, cancellation: Cancellation
-    ) -> Channel:
+    def open(self, destination: Destination, config: Config, cancellation: Cancellation) -> Channel:
         """Open a channel.
 
         Raises:

@@ -61,9 +61,11 @@ class AgentProcess(Channel):
         stderr_read, stderr_write = os.pipe()
         stdin_read, stdin_write = os.pipe()
         try:
-            with os.fdopen(stdin_read, "rb") as stdin, os.fdopen(write_fd, "wb") as out, os.fdopen(
-                stderr_write, "wb"
-            ) as err:
+            with (
+                os.fdopen(stdin_read, "rb") as stdin,
+                os.fdopen(write_fd, "wb") as out,
+                os.fdopen(stderr_write, "wb") as err,
+            ):
                 self._stdin = stdin_write
                 self._process = proc.spawn(self._argv, stdin=stdin, stdout=out, stderr=err)
         finally:
@@ -86,8 +88,10 @@ class AgentProcess(Channel):
             cancellation.check()
             if time.monotonic() > deadline:
                 raise DestinationUnreachable(
-                    f"no agent answered within {timeout_s:g} s", host=self.name,
-                    log=self._said_lines(), hint=f"try by hand: {self._by_hand}",
+                    f"no agent answered within {timeout_s:g} s",
+                    host=self.name,
+                    log=self._said_lines(),
+                    hint=f"try by hand: {self._by_hand}",
                 )
             if not select.select([fd], [], [], _POLL_S)[0]:
                 continue
@@ -106,12 +110,15 @@ class AgentProcess(Channel):
         if code == 127:
             return DestinationUnreachable(
                 "phaul-runtime is not installed there, or not on the PATH of a plain ssh command",
-                host=self.name, log=lines,
+                host=self.name,
+                log=lines,
                 hint="install it, or set transport.agent_command in the configuration",
             )
         return DestinationUnreachable(
             lines[-1] if lines else f"the agent ended with code {code}",
-            host=self.name, log=lines[:-1], hint=f"try by hand: {self._by_hand}",
+            host=self.name,
+            log=lines[:-1],
+            hint=f"try by hand: {self._by_hand}",
         )
 
     def _said_lines(self) -> list[str]:
@@ -137,7 +144,8 @@ class AgentProcess(Channel):
         except OSError as error:
             channel.close()
             raise ChannelError(
-                f"cannot open the memory channel: {error.strerror}", host=self.name,
+                f"cannot open the memory channel: {error.strerror}",
+                host=self.name,
                 log=self._said_lines(),
             ) from error
         return channel

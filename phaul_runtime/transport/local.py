@@ -18,16 +18,22 @@ if TYPE_CHECKING:
 class LocalTransport(Transport):
     """The destination is this host."""
 
-    def open(
-        self, destination: Destination, config: Config, cancellation: Cancellation
-    ) -> Channel:
+    def open(self, destination: Destination, config: Config, cancellation: Cancellation) -> Channel:
         """See `Transport`."""
         if destination.host or destination.user or destination.port:
             raise UsageError(f"{destination.url!r}: local: takes no host", hint="write local:")
         sockets = socket_directory(config.workdir, secrets.token_hex(8))
         argv = [
-            sys.executable, "-m", "phaul_runtime", "agent", "--sockets", str(sockets),
-            "--workdir", f"{config.workdir}/in", "--criu", config.criu.binary,
+            sys.executable,
+            "-m",
+            "phaul_runtime",
+            "agent",
+            "--sockets",
+            str(sockets),
+            "--workdir",
+            f"{config.workdir}/in",
+            "--criu",
+            config.criu.binary,
         ]
         channel = AgentProcess(
             "local", argv, sockets, owned=False, by_hand="phaul-runtime agent --help"

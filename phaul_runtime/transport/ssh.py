@@ -34,9 +34,7 @@ _OPTIONS = (
 class SshTransport(Transport):
     """The destination is reached by ssh."""
 
-    def open(
-        self, destination: Destination, config: Config, cancellation: Cancellation
-    ) -> Channel:
+    def open(self, destination: Destination, config: Config, cancellation: Cancellation) -> Channel:
         """See `Transport`."""
         if not destination.host:
             raise UsageError(f"{destination.url!r} names no host", hint="write ssh://root@host")
@@ -74,8 +72,14 @@ class SshTransport(Transport):
         if destination.user:
             argv += ["-l", destination.user]
         agent = [
-            *settings.agent_command, "agent", "--sockets", str(there),
-            "--workdir", config.workdir, "--criu", config.criu.binary,
+            *settings.agent_command,
+            "agent",
+            "--sockets",
+            str(there),
+            "--workdir",
+            config.workdir,
+            "--criu",
+            config.criu.binary,
         ]
         # ssh hands one string to the remote shell.
         return [*argv, "--", destination.host, shlex.join(agent)]

@@ -1,0 +1,196 @@
+"""The configuration: a validated model whose errors name file, line, key and accepted values.
+
+/etc/phaul-runtime/config.yaml, then the file of --config, then flags: later wins, key by key.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+
+from phaul_runtime.config_source import Key, Source, read_yaml
+from phaul_runtime.errors import ConfigError
+
+SYSTEM_CONFIG = Path("/etc/phaul-runtime/config.yaml")
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections(cls, value: Any) -> Any:  # noqa: ANN401
+        """A section whose keys are all commented out is null in YAML: its defaults."""
+        return {} if value is None else value
+
+
+class TransportConfig(_Section):
+    """How to reach the destination."""
+
+    to: str | None = Field(None, description="destination: ssh://[user@]host[:port] or local:")
+    ssh_command: list[str] = Field(["ssh"], min_length=1, description="the ssh program")
+    ssh_options: list[str] = Field([], description="further arguments for ssh, as -i and a path")
+    agent_command: list[str] = Field(
+        ["phaul-runtime"], min_length=1, description="phaul-runtime at the destination"
+    )
+    connect_timeout_s: float = Field(30, gt=0, description="seconds to wait for the agent")
+
+
+class PolicyConfig(_Section):
+    """When to stop iterating."""
+
+    name: Literal["budget", "phaul"] = Field(
+        "budget", description="budget: by expected freeze; phaul: the ancestor's constants"
+    )
+    max_downtime_ms: int = Field(300, gt=0, description="iterate until the expected freeze fits")
+    max_iterations: int = Field(8, gt=0, le=100, description="pre-dump rounds at the most")
+    if_not_converging: Literal["proceed", "abort"] = Field(
+        "proceed", description="what to do when the budget cannot be met"
+    )
+
+
+class FilesystemConfig(_Section):
+    """Files that the target holds open or has mapped."""
+
+    files: Literal["refuse", "copy"] = Field(
+        "refuse", description="those that differ at the destination: refuse the move or copy them"
+    )
+
+
+class CriuConfig(_Section):
+    """CRIU itself."""
+
+    binary: str = Field("criu", min_length=1, description="CRIU's name or path, on both hosts")
+    log_level: int = Field(4, ge=0, le=4, description="of CRIU's logs")
+    timeout_s: float = Field(3600, gt=0, description="longest wait for any one answer of CRIU")
+
+
+class TimeoutsConfig(_Section):
+    """How long to wait, seconds."""
+
+    call_s: float = Field(60, gt=0, description="for an ordinary answer of the agent")
+    prepare_s: float = Field(300, gt=0, description="for files and the restore")
+    commit_s: float = Field(60, gt=0, description="how long a commit is repeated")
+    heartbeat_s: float = Field(2, gt=0, description="between two signs of life")
+    lost_s: float = Field(30, gt=0, description="a silent client is given up after that")
+
+    @model_validator(mode="after")
+    def _lost_is_longer(self) -> TimeoutsConfig:
+        if self.lost_s <= self.heartbeat_s:
+            raise ValueError("lost_s must be larger than heartbeat_s")
+        return self
+
+
+class ChecksConfig(_Section):
+    """Preflight."""
+
+    ignore: list[str] = Field([], description="names of checks that do not count")
+
+
+class Config(_Section):
+    """The whole configuration."""
+
+    engine: str = Field("process", min_length=1, description="engine of the target")
+    workdir: str = Field(
+        "/run/phaul", pattern="^/", description="private directory for images; best on tmpfs"
+    )
+    log_dir: str = Field(
+        "/var/log/phaul-runtime", pattern="^/", description="CRIU's logs of failed moves"
+    )
+    transport: TransportConfig = TransportConfig()
+    policy: PolicyConfig = PolicyConfig()
+    filesystem: FilesystemConfig = FilesystemConfig()
+    criu: CriuConfig = CriuConfig()
+    timeouts: TimeoutsConfig = TimeoutsConfig()
+    checks: ChecksConfig = ChecksConfig()
+    engines: dict[str, dict[str, Any] | None] = Field({}, description="options of each engine")
+
+    _source: Source = PrivateAttr(default_factory=Source)
+
+    def engine_options(self, name: str, model: type[_Model]) -> _Model:
+        """The options of engine `name`, validated by its own model.
+
+        Raises:
+            ConfigError: as for any other key.
+        """
+        return _validated(model, self.engines.get(name) or {}, self._source, ("engines", name))
+
+
+def load_config(path: Path | None = None, overrides: Mapping[str, object] | None = None) -> Config:
+    """Load the configuration.
+
+    Args:
+        path: the file of --config; it must exist.
+        overrides: values from flags, by dotted key as `policy.max_downtime_ms`.
+
+    Raises:
+        ConfigError: all that is wrong, a line each.
+    """
+    source = Source()
+    if SYSTEM_CONFIG.exists():
+        source = source.overlay(read_yaml(SYSTEM_CONFIG))
+    if path is not None:
+        source = source.overlay(read_yaml(path))
+    for dotted, value in (overrides or {}).items():
+        source = source.overlay(_flag(dotted, value))
+    config = _validated(Config, source.values, source, ())
+    config._source = source
+    return config
+
+
+def _flag(dotted: str, value: object) -> Source:
+    keys = dotted.split(".")
+    nested: Any = value
+    for key in reversed(keys):
+        nested = {key: nested}
+    return Source(nested, {tuple(keys): "command line"})
+
+
+def _validated(model: type[_Model], values: Any, source: Source, prefix: Key) -> _Model:  # noqa: ANN401
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(model, problem, source, prefix) for problem in error.errors()]
+        raise ConfigError(lines[0], log=lines[1:]) from error
+
+
+def _explain(model: type[BaseModel], problem: Any, source: Source, prefix: Key) -> str:  # noqa: ANN401
+    # A union adds the names of its members to the location: only what stands in the file counts.
+    inner = tuple(part for part in problem["loc"])
+    key = (*prefix, *inner)
+    while inner and key not in source.places and problem["type"] != "missing":
+        inner = inner[:-1]
+        key = (*prefix, *inner)
+    place = source.place(key)
+    dotted = ".".join(str(part) for part in key)
+    where = f"{place}: {dotted}" if place else dotted
+    if problem["type"] == "extra_forbidden":
+        known = _keys_at(model, inner[:-1])
+        near = difflib.get_close_matches(str(inner[-1]), known, 1)
+        guess = f"; did you mean {near[0]}?" if near else f"; known keys: {', '.join(known)}"
+        return f"{where}: unknown key{guess}"
+    got = problem.get("input")
+    text = problem["msg"][:1].lower() + problem["msg"][1:]
+    if isinstance(got, (dict, BaseModel)):
+        return f"{where}: {text}"
+    return f"{where}: {text}, not {got!r}"
+
+
+def _keys_at(model: type[BaseModel], key: tuple[Any, ...]) -> list[str]:
+    for part in key:
+        field = model.model_fields.get(str(part))
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        model = inner
+    return list(model.model_fields)
+
+
+def config_schema() -> dict[str, Any]:
+    """The configuration's JSON Schema, without the engines' options."""
+    return Config.model_json_schema()

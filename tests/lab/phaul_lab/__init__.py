@@ -1,0 +1,5 @@
+"""The laboratory: emulated Debian hosts on one machine, for real moves between real kernels."""
+
+from phaul_lab.lab import Lab, LabError
+
+__all__ = ["Lab", "LabError"]

@@ -1,0 +1,260 @@
+"""One emulated host: its machine, its ssh, its cable."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from phaul_lab.image import Image, cache_dir, recipe
+from phaul_lab.shell import LabError, run
+
+ADDRESSES = {"a": "10.77.0.1", "b": "10.77.0.2", "c": "10.77.0.3"}
+BOOT_S = 240
+_SSH_OPTIONS = (
+    "StrictHostKeyChecking=no",
+    "UserKnownHostsFile=/dev/null",
+    "LogLevel=ERROR",
+    "BatchMode=yes",
+    "ConnectTimeout=60",
+    "ControlMaster=auto",
+    "ControlPersist=600",
+    "ServerAliveInterval=30",
+)
+
+
+def free_port() -> int:
+    """A TCP port on loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def kvm_works(image: Image) -> bool:
+    """Whether an ordinary kernel boots on /dev/kvm, proven by a boot; remembered until reboot."""
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return False
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    verdict = cache_dir() / f"kvm-{boot}-{image.dir.name}"
+    if not verdict.exists():
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            done = subprocess.run(
+                [
+                    "qemu-system-x86_64",
+                    "-accel",
+                    "kvm",
+                    "-cpu",
+                    "host",
+                    "-m",
+                    "512",
+                    "-display",
+                    "none",
+                    "-no-reboot",
+                    "-serial",
+                    "stdio",
+                    "-monitor",
+                    "none",
+                    "-kernel",
+                    str(image.kernel),
+                    "-initrd",
+                    str(image.initrd),
+                    "-append",
+                    "console=ttyS0 panic=-1 root=/dev/null break=top",
+                ],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=15,
+                check=False,
+            )
+            verdict.write_text("yes" if b"(initramfs)" in done.stdout else "no")
+        if not verdict.exists():
+            verdict.write_text("no")
+    return verdict.read_text() == "yes"
+
+
+class Host:
+    """A host of one laboratory, its state in `directory`."""
+
+    def __init__(self, name: str, directory: Path, image: Image) -> None:
+        self.name = name
+        self.dir = directory
+        self.image = image
+
+    # -- the machine -----------------------------------------------------------------------
+
+    @property
+    def _state(self) -> dict[str, int | str]:
+        try:
+            state: dict[str, int | str] = json.loads((self.dir / "state.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return state
+
+    @property
+    def pid(self) -> int | None:
+        """The pid of its machine, if that runs and is ours."""
+        pid = self._state.get("pid")
+        if not isinstance(pid, int):
+            return None
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            return None
+        return pid if str(self.dir).encode() in command else None
+
+    @property
+    def port(self) -> int:
+        """The port on loopback that leads to its sshd."""
+        return int(self._state.get("port", 0))
+
+    def start(self, hub: Sequence[str], accel: str) -> None:
+        """Start the machine with a fresh disk; does not wait for it."""
+        shutil.rmtree(self.dir, ignore_errors=True)
+        self.dir.mkdir(parents=True)
+        settings = recipe()["host"]
+        disk = self.dir / "disk.qcow2"
+        run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", self.image.base, disk])
+        port = free_port()
+        append = (
+            f"console=ttyS0 quiet net.ifnames=0 root=/dev/vda rw init=/sbin/labinit "
+            f"lab.host={self.name} lab.addr={ADDRESSES[self.name]}/24"
+        )
+        argv = [
+            "qemu-system-x86_64",
+            "-accel",
+            accel,
+            "-machine",
+            "q35",
+            "-cpu",
+            "host" if accel == "kvm" else settings["cpu"],
+            "-smp",
+            settings["processors"],
+            "-m",
+            settings["memory_mib"],
+            "-display",
+            "none",
+            "-serial",
+            f"file:{self.dir}/console.log",
+            "-qmp",
+            f"unix:{self.dir}/qmp.sock,server=on,wait=off",
+            "-kernel",
+            str(self.image.kernel),
+            "-initrd",
+            str(self.image.initrd),
+            "-append",
+            append,
+            "-drive",
+            f"file={disk},if=virtio,cache=unsafe",
+            "-netdev",
+            f"user,id=u0,hostfwd=tcp:127.0.0.1:{port}-:22",
+            "-device",
+            "virtio-net-pci,netdev=u0",
+            *hub,
+            "-device",
+            f"virtio-net-pci,netdev=l0,id=cable,mac=52:54:00:77:00:0{ord(self.name) - 96}",
+        ]
+        with (self.dir / "qemu.log").open("wb") as log:
+            process = subprocess.Popen(
+                argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        (self.dir / "state.json").write_text(json.dumps({"pid": process.pid, "port": port}))
+
+    def wait_up(self) -> None:
+        """Wait until its sshd answers."""
+        deadline = time.monotonic() + BOOT_S
+        while True:
+            if self.pid is None:
+                log = (self.dir / "qemu.log").read_text(errors="replace").strip()
+                raise LabError(f"the machine of host {self.name} ended: {log[-300:]}")
+            if self._banner() and self.exec(["true"], check=False, timeout=90).returncode == 0:
+                return
+            if time.monotonic() > deadline:
+                raise LabError(f"host {self.name} did not come up; see {self.dir}/console.log")
+            time.sleep(0.3)
+
+    def _banner(self) -> bool:
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=2) as probe:
+                probe.settimeout(5)
+                return probe.recv(4).startswith(b"SSH")
+        except OSError:
+            return False
+
+    def stop(self) -> None:
+        """End the machine and forget its disk; idempotent."""
+        if self.port:
+            run([*self.ssh(), "-O", "exit", "root@lab"], check=False, timeout=20)
+        pid = self.pid
+        if pid is not None:
+            os.kill(pid, signal.SIGTERM)
+            deadline = time.monotonic() + 15
+            while self.pid is not None and time.monotonic() < deadline:
+                # It may be our own child: reap it.
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, os.WNOHANG)
+                time.sleep(0.1)
+            if self.pid is not None:
+                os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(self.dir, ignore_errors=True)
+
+    # -- ssh -------------------------------------------------------------------------------
+
+    def ssh(self) -> list[str]:
+        """The ssh command up to the options; the destination is `root@lab`."""
+        argv = [
+            "ssh",
+            "-i",
+            str(self.image.ssh_key),
+            "-p",
+            str(self.port),
+            "-o",
+            "HostName=127.0.0.1",
+            "-o",
+            f"ControlPath={self.dir}/ssh.sock",
+        ]
+        for option in _SSH_OPTIONS:
+            argv += ["-o", option]
+        return argv
+
+    def exec_argv(self, argv: Sequence[str], *, tty: bool = False) -> list[str]:
+        """The command that runs `argv` there, its arguments unchanged."""
+        return [*self.ssh(), *(["-tt"] if tty else []), "root@lab", "--", shlex.join(argv)]
+
+    def exec(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: bytes | None = None,
+        timeout: float = 120,
+        check: bool = True,
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Run a command there to its end."""
+        return run(self.exec_argv(argv), stdin=stdin, timeout=timeout, check=check)
+
+    # -- the cable -------------------------------------------------------------------------
+
+    def set_cable(self, up: bool) -> None:
+        """Plug or unplug the cable to the other hosts."""
+        with socket.socket(socket.AF_UNIX) as monitor:
+            monitor.settimeout(10)
+            monitor.connect(str(self.dir / "qmp.sock"))
+            stream = monitor.makefile("rw")
+            stream.readline()
+            for command in (
+                {"execute": "qmp_capabilities"},
+                {"execute": "set_link", "arguments": {"name": "cable", "up": up}},
+            ):
+                stream.write(json.dumps(command) + "\n")
+                stream.flush()
+                while "return" not in (answer := json.loads(stream.readline())):
+                    if "error" in answer:
+                        raise LabError(f"the monitor of host {self.name} says {answer['error']}")
