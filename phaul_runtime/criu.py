@@ -254,9 +254,9 @@ class Criu:
         response = self._call(rpc.RESTORE, opts, notify)
         return int(response.restore.pid)
 
-    def check(self) -> None:
-        """Ask CRIU whether this kernel has what it needs."""
-        self._call(rpc.CHECK, criu_opts(images_dir_fd=-1))
+    def check(self, opts: Any) -> None:  # noqa: ANN401
+        """Ask CRIU whether this kernel has what it needs; its log goes to the images directory."""
+        self._call(rpc.CHECK, opts)
 
     def start_page_server_chld(self, opts: Any) -> tuple[int, int]:  # noqa: ANN401
         """Start a page server as a child of the prepared swrk; returns its pid and port.
@@ -332,7 +332,9 @@ class Criu:
             if own:
                 self.cleanup()
         name = rpc.criu_req_type.Name(kind)
-        if response.type != kind or not response.success:
+        # PAGE_SERVER_CHLD is answered as PAGE_SERVER.
+        answer = rpc.PAGE_SERVER if kind == rpc.PAGE_SERVER_CHLD else kind
+        if response.type != answer or not response.success:
             raise self._failure(name, opts, response)
         return response
 

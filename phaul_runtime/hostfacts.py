@@ -6,6 +6,8 @@ import os
 import platform
 import socket
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from phaul_runtime import __version__
@@ -96,32 +98,36 @@ def _add_criu(facts: pb.HostFacts, criu: Criu) -> None:
         facts.page_server_format = version.page_server_format
         features = criu.feature_check()
         facts.dirty_tracking, facts.lazy_pages = features.mem_track, features.lazy_pages
-        criu.check()
         if not facts.workdir_problem:
-            facts.cpuinfo = _cpuinfo(facts.workdir, criu)
+            _add_criu_files(facts, criu)
     except PhaulError as error:
         facts.criu_problem = str(error)
 
 
-def _cpuinfo(workdir: str, criu: Criu) -> bytes:
+def _add_criu_files(facts: pb.HostFacts, criu: Criu) -> None:
+    """What CRIU can only say with a directory for its log and images."""
+    with _scratch(facts.workdir) as (path, directory):
+        criu.check(criu_opts(images_dir_fd=directory, log_file="check.log"))
+        criu.cpuinfo_dump(criu_opts(images_dir_fd=directory, log_file="cpuinfo.log"))
+        facts.cpuinfo = (path / CPUINFO).read_bytes()
+
+
+@contextmanager
+def _scratch(workdir: str) -> Iterator[tuple[Path, int]]:
     with tempfile.TemporaryDirectory(dir=workdir) as name:
         directory = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            criu.cpuinfo_dump(criu_opts(images_dir_fd=directory, log_file="cpuinfo.log"))
-            return (Path(name) / CPUINFO).read_bytes()
+            yield Path(name), directory
         finally:
             os.close(directory)
 
 
 def cpu_problem(workdir: str, criu: Criu, cpuinfo: bytes) -> tuple[str, ...]:
     """Hold another host's cpuinfo.img against this CPU; CRIU's lines, empty if it fits."""
-    with tempfile.TemporaryDirectory(dir=workdir) as name:
-        (Path(name) / CPUINFO).write_bytes(cpuinfo)
-        directory = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    with _scratch(workdir) as (path, directory):
+        (path / CPUINFO).write_bytes(cpuinfo)
         try:
             criu.cpuinfo_check(criu_opts(images_dir_fd=directory, log_file="cpuinfo.log"))
         except PhaulError as error:
             return error.log or (error.message,)
-        finally:
-            os.close(directory)
     return ()
