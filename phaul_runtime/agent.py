@@ -23,7 +23,7 @@ import grpc
 from phaul_runtime import __version__
 from phaul_runtime.checks import check_cpu, check_space
 from phaul_runtime.criu import Criu
-from phaul_runtime.engine import load_engine
+from phaul_runtime.engine import Finding, load_engine
 from phaul_runtime.errors import DestinationError, PhaulError, Refused
 from phaul_runtime.filesystem import compare
 from phaul_runtime.hostfacts import PROTOCOL, gather_facts
@@ -54,7 +54,7 @@ def _answers(
 
     def decorate(handler: Callable[..., _Reply | None]) -> Callable[..., _Reply]:
         @functools.wraps(handler)
-        def answer(*args: Any) -> _Reply:  # noqa: ANN401
+        def answer(*args: Any) -> _Reply:
             try:
                 return handler(*args) or reply()
             except PhaulError as error:
@@ -103,7 +103,7 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
 
     @_answers(pb.CheckReply)
     def Check(self, request: pb.CheckRequest, _context: object) -> pb.CheckReply:  # noqa: D102, N802
-        findings = []
+        findings: list[Finding] = []
         if request.engine:
             engine = load_engine(request.engine)
             half = engine.destination(engine.options_model(), criu_log_level=4, hold_s=1.0)

@@ -24,7 +24,7 @@ class _Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _empty_sections(cls, value: Any) -> Any:  # noqa: ANN401
+    def _empty_sections(cls, value: Any) -> Any:
         """A section whose keys are all commented out is null in YAML: its defaults."""
         return {} if value is None else value
 
@@ -151,7 +151,7 @@ def _flag(dotted: str, value: object) -> Source:
     return Source(nested, {tuple(keys): "command line"})
 
 
-def _validated(model: type[_Model], values: Any, source: Source, prefix: Key) -> _Model:  # noqa: ANN401
+def _validated(model: type[_Model], values: Any, source: Source, prefix: Key) -> _Model:
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -159,7 +159,7 @@ def _validated(model: type[_Model], values: Any, source: Source, prefix: Key) ->
         raise ConfigError(lines[0], log=lines[1:]) from error
 
 
-def _explain(model: type[BaseModel], problem: Any, source: Source, prefix: Key) -> str:  # noqa: ANN401
+def _explain(model: type[BaseModel], problem: Any, source: Source, prefix: Key) -> str:
     # A union adds the names of its members to the location: only what stands in the file counts.
     inner = tuple(part for part in problem["loc"])
     key = (*prefix, *inner)

@@ -71,7 +71,7 @@ def read_yaml(path: Path) -> Source:
     return source
 
 
-def _plain(node: yaml.Node, key: Key, path: Path, places: dict[Key, str]) -> Any:  # noqa: ANN401
+def _plain(node: yaml.Node, key: Key, path: Path, places: dict[Key, str]) -> Any:
     places.setdefault(key, f"{path}:{node.start_mark.line + 1}")
     if isinstance(node, yaml.MappingNode):
         values: dict[str, Any] = {}
@@ -87,8 +87,8 @@ def _plain(node: yaml.Node, key: Key, path: Path, places: dict[Key, str]) -> Any
         return [_plain(item, (*key, i), path, places) for i, item in enumerate(node.value)]
     loader = yaml.SafeLoader("")
     try:
-        return loader.construct_object(node)  # type: ignore[no-untyped-call]
+        return loader.construct_object(node)
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{places[key]}: {node.value!r} cannot be read") from error
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+        loader.dispose()

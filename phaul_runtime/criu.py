@@ -68,7 +68,7 @@ def require_pycriu() -> None:
         )
 
 
-def criu_opts(**fields: Any) -> Any:  # noqa: ANN401 - protobuf messages of pycriu carry no types
+def criu_opts(**fields: Any) -> Any:
     """A `criu_opts` message; `None` leaves a field unset."""
     require_pycriu()
     return rpc.criu_opts(**{k: v for k, v in fields.items() if v is not None})
@@ -233,7 +233,7 @@ class Criu:
 
     # -- requests --------------------------------------------------------------------------
 
-    def dump(self, opts: Any, notify: CriuNotify | None = None) -> None:  # noqa: ANN401
+    def dump(self, opts: Any, notify: CriuNotify | None = None) -> None:
         """Dump a tree; returns when it is dead (or runs on, with `leave_running`).
 
         Raises:
@@ -242,23 +242,23 @@ class Criu:
         """
         self._call(rpc.DUMP, opts, notify)
 
-    def pre_dump(self, opts: Any, notify: CriuNotify | None = None) -> None:  # noqa: ANN401
+    def pre_dump(self, opts: Any, notify: CriuNotify | None = None) -> None:
         """Dump memory only and let the tree run on; one round of pre-copy.
 
         Ask `feature_check` first: without dirty tracking CRIU hits a BUG.
         """
         self._call(rpc.SINGLE_PRE_DUMP, opts, notify)
 
-    def restore(self, opts: Any, notify: CriuNotify | None = None) -> int:  # noqa: ANN401
+    def restore(self, opts: Any, notify: CriuNotify | None = None) -> int:
         """Restore a tree; returns the pid of its root once it runs."""
         response = self._call(rpc.RESTORE, opts, notify)
         return int(response.restore.pid)
 
-    def check(self, opts: Any) -> None:  # noqa: ANN401
+    def check(self, opts: Any) -> None:
         """Ask CRIU whether this kernel has what it needs; its log goes to the images directory."""
         self._call(rpc.CHECK, opts)
 
-    def start_page_server_chld(self, opts: Any) -> tuple[int, int]:  # noqa: ANN401
+    def start_page_server_chld(self, opts: Any) -> tuple[int, int]:
         """Start a page server as a child of the prepared swrk; returns its pid and port.
 
         `wait_pid` is then the last request to that swrk.
@@ -291,11 +291,11 @@ class Criu:
         got = self._call(rpc.VERSION, None).version
         return CriuVersion(int(got.major_number), int(got.minor_number), int(got.sublevel))
 
-    def cpuinfo_dump(self, opts: Any) -> None:  # noqa: ANN401
+    def cpuinfo_dump(self, opts: Any) -> None:
         """Write this CPU's features to cpuinfo.img in the images directory."""
         self._call(rpc.CPUINFO_DUMP, opts)
 
-    def cpuinfo_check(self, opts: Any) -> None:  # noqa: ANN401
+    def cpuinfo_check(self, opts: Any) -> None:
         """Hold cpuinfo.img in the images directory against this CPU.
 
         Raises:
@@ -308,12 +308,12 @@ class Criu:
     def _call(
         self,
         kind: int,
-        opts: Any,  # noqa: ANN401
+        opts: Any,
         notify: CriuNotify | None = None,
         *,
         keep_open: bool = False,
-        features: Any = None,  # noqa: ANN401
-    ) -> Any:  # noqa: ANN401
+        features: Any = None,
+    ) -> Any:
         require_pycriu()
         message = rpc.criu_req(type=kind)
         if opts is not None:
@@ -338,7 +338,7 @@ class Criu:
             raise self._failure(name, opts, response)
         return response
 
-    def _exchange(self, message: Any, notify: CriuNotify | None) -> Any:  # noqa: ANN401
+    def _exchange(self, message: Any, notify: CriuNotify | None) -> Any:
         name = rpc.criu_req_type.Name(message.type)
         veto: Exception | None = None
         try:
@@ -365,7 +365,7 @@ class Criu:
             raise self._failure(name, message.opts, response, vetoed=True) from veto
         return response
 
-    def _send(self, message: Any) -> None:  # noqa: ANN401
+    def _send(self, message: Any) -> None:
         if self._socket is None:
             raise EOFError("no session with CRIU")
         self._socket.send(message.SerializeToString())
@@ -381,8 +381,8 @@ class Criu:
     def _failure(
         self,
         name: str,
-        opts: Any,  # noqa: ANN401
-        response: Any,  # noqa: ANN401
+        opts: Any,
+        response: Any,
         *,
         vetoed: bool = False,
     ) -> CriuError:
@@ -401,7 +401,7 @@ class Criu:
         return CriuError(f"CRIU's {name} {reason}", request=name, log=lines, log_text=text)
 
 
-def _wanted_fds(opts: Any) -> set[int]:  # noqa: ANN401
+def _wanted_fds(opts: Any) -> set[int]:
     """The descriptors of a request that must be in swrk's own table."""
     if opts is None:
         return set()
@@ -411,7 +411,7 @@ def _wanted_fds(opts: Any) -> set[int]:  # noqa: ANN401
     return {fd for fd in wanted if fd >= 0}
 
 
-def _dispatch(notify: CriuNotify | None, note: Any, fds: list[int]) -> None:  # noqa: ANN401
+def _dispatch(notify: CriuNotify | None, note: Any, fds: list[int]) -> None:
     """Call the method that belongs to a notification; unknown ones are let through."""
     script = note.script.replace("-", "_")
     if script == "orphan_pts_master":
@@ -436,7 +436,7 @@ _PLAIN_NOTES = frozenset(name for name in vars(CriuNotify) if not name.startswit
 }
 
 
-def read_log(opts: Any) -> str:  # noqa: ANN401
+def read_log(opts: Any) -> str:
     """The end of the log that a request wrote (1 MiB at most); empty when there is none."""
     if opts is None or not opts.log_file:
         return ""

@@ -133,9 +133,13 @@ class CutOver:
         self.cancellation.seal()
         return held.pid
 
-    def commit(self, source_is_dead: Callable[[], bool]) -> None:
+    def commit(self, source_is_dead: Callable[[], bool], frozen_at: float | None = None) -> None:
         """After CRIU has killed the source's copy; see `engine.Handover`."""
         self._enter(State.COMMITTING)
+        if frozen_at is not None and frozen_at > self._frozen_at:
+            # CRIU looks around for a moment before it freezes: that is no downtime.
+            self.freeze["dump_ms"] -= (frozen_at - self._frozen_at) * 1000
+            self._frozen_at = frozen_at
         deadline = time.monotonic() + DEAD_WITHIN_S
         while not source_is_dead():
             if time.monotonic() > deadline:

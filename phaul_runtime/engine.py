@@ -74,8 +74,10 @@ class Handover(Protocol):
         Returns the held root's pid. Raising means that the source must run on.
         """
 
-    def commit(self, source_is_dead: Callable[[], bool]) -> None:
+    def commit(self, source_is_dead: Callable[[], bool], frozen_at: float | None = None) -> None:
         """Once the source's copy is dead: let the destination's run.
+
+        `frozen_at` is the `time.monotonic()` at which CRIU froze the tree, where it is known.
 
         Raises `OutcomeUnknown` if the destination does not confirm it. Never undoes anything.
         """
@@ -95,6 +97,10 @@ class SourceHalf(ABC):
     @abstractmethod
     def local(self, handover: Handover, cancellation: Cancellation) -> PhaulLocal:
         """The engine's `PhaulLocal` for the target last inspected."""
+
+    @abstractmethod
+    def gone(self) -> bool:
+        """Whether the target last inspected has ended by itself."""
 
     @abstractmethod
     def finish(self) -> Sequence[str]:
@@ -151,7 +157,7 @@ class Engine(ABC):
         target: str,
         options: Any,
         *,
-        criu_log_level: int,  # noqa: ANN401
+        criu_log_level: int,
     ) -> SourceHalf:
         """The source half for `target`; `options` is an instance of `options_model`."""
 
@@ -161,7 +167,7 @@ class Engine(ABC):
         options: Any,
         *,
         criu_log_level: int,
-        hold_s: float,  # noqa: ANN401
+        hold_s: float,
     ) -> DestinationHalf:
         """The destination half."""
 

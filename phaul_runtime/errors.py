@@ -15,7 +15,7 @@
     │   ├── ChannelError            4  the control or the memory channel broke
     │   ├── DestinationError        4  the destination could not do its part
     │   └── NotConverging           4  the budget cannot be met and the policy says abort
-    ├── OutcomeUnknown              5  the destination may or may not run: look before you start anything
+    ├── OutcomeUnknown              5  the source is dead, the destination did not confirm
     └── Cancelled                   6  by the user, before the cut-over
 
 An error's message is one line (CRIU's lines follow it, indented); `hint` says what to do about it.

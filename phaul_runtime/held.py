@@ -11,7 +11,7 @@ from phaul_runtime.criu import Criu, CriuNotify
 from phaul_runtime.errors import CriuError, DestinationError, PhaulError
 
 
-class _Discarded(Exception):  # noqa: N818 - an answer, not an error: it never leaves this module
+class _Discarded(Exception):
     pass
 
 
@@ -27,7 +27,7 @@ class HeldRestore(CriuNotify):
         hold_s: how long to wait for the verdict, seconds.
     """
 
-    def __init__(self, criu: Criu, opts: Any, *, hold_s: float) -> None:  # noqa: ANN401
+    def __init__(self, criu: Criu, opts: Any, *, hold_s: float) -> None:
         self._criu = criu
         self._opts = opts
         self._hold_s = hold_s

@@ -82,9 +82,7 @@ def filesystem_of(path: Path) -> str:
     resolved = str(path.resolve())
     for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines():
         _source, mount_point, fs_type, *_ = line.split(" ")
-        inside = (
-            mount_point == "/" or resolved == mount_point or resolved.startswith(mount_point + "/")
-        )
+        inside = mount_point in ("/", resolved) or resolved.startswith(mount_point + "/")
         if inside and len(mount_point) >= len(best):
             best, kind = mount_point, fs_type
     return kind

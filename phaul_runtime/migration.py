@@ -5,7 +5,7 @@ This is what `phaul-runtime migrate` runs; a program that wants the whole of it 
 
 from __future__ import annotations
 
-import os
+import json
 import secrets
 import socket
 import time
@@ -17,9 +17,7 @@ from typing import TYPE_CHECKING, Any
 from phaul_runtime.api import PhaulConfig
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.checks import (
-    CHECKS,
     HostFinding,
-    check_space,
     compare_hosts,
     judge,
     refuse,
@@ -29,15 +27,18 @@ from phaul_runtime.criu import Criu
 from phaul_runtime.cutover import CutOver
 from phaul_runtime.engine import OK, REFUSED, Engine, Finding, Inspection, SourceHalf, load_engine
 from phaul_runtime.errors import (
-    Cancelled,
     CriuError,
     DestinationUnreachable,
+    MigrationFailed,
     OutcomeUnknown,
     PhaulError,
     Refused,
+    TargetGone,
 )
 from phaul_runtime.events import (
+    Event,
     FilesCopied,
+    IterationStarted,
     Listener,
     MigrationStarted,
     Progress,
@@ -45,7 +46,6 @@ from phaul_runtime.events import (
     Warned,
     nobody,
 )
-from phaul_runtime.events import IterationStarted as _IterationStarted
 from phaul_runtime.hostfacts import gather_facts
 from phaul_runtime.images import remove_tree
 from phaul_runtime.policy import AncestorPolicy, BudgetPolicy, Policy
@@ -109,9 +109,8 @@ class Migration:
     def check(self) -> list[HostFinding]:
         """Only the checks, of the target too if there is one; returns what refuses."""
         destination = Destination.parse(self.config.transport.to or "")
-        transport = load_transport(destination)
+        load_transport(destination)
         engine = load_engine(self.config.engine) if self.target else None
-        del transport
         with _Session(self, destination) as session:
             findings = self._host_findings(session)
             if engine is not None:
@@ -161,7 +160,7 @@ class Migration:
         findings = [HostFinding(HERE, f) for f in inspection.findings]
         request = pb.CheckRequest(
             engine=self.config.engine,
-            manifest=_json(inspection.manifest),
+            manifest=json.dumps(dict(inspection.manifest)).encode(),
             files=() if self._same_host else inspection.files,
             memory=inspection.memory,
             cpuinfo=self._here.cpuinfo,
@@ -243,7 +242,15 @@ class Migration:
             cancellation=self.cancellation,
             log_level=config.criu.log_level,
         )
-        report = client.migrate()
+        try:
+            report = client.migrate()
+        except MigrationFailed as error:
+            if self._source.gone():
+                raise TargetGone(
+                    f"{engine.name} {self.target} ended by itself while it was being moved; "
+                    "nothing runs at the destination"
+                ) from error
+            raise
         session.moved = True
         report.files_copied = cut_over.files_sent
         report.bytes_transferred += carried
@@ -252,8 +259,8 @@ class Migration:
             self.listener(Warned(warning))
         return report
 
-    def _track(self, event: Any) -> None:  # noqa: ANN401 - any event
-        if isinstance(event, _IterationStarted):
+    def _track(self, event: Event) -> None:
+        if isinstance(event, IterationStarted):
             self._iteration = event.number
         self.listener(event)
 
@@ -343,10 +350,10 @@ class _Session:
         self._memory = self._channel.open_memory(self._migration.id)
         return self._memory
 
-    def __exit__(self, kind: Any, value: BaseException | None, trace: Any) -> None:  # noqa: ANN401
-        if value is not None and self.opened and not isinstance(value, OutcomeUnknown):
-            if not self.moved:
-                self._migration.roll_back(self, value)
+    def __exit__(self, kind: Any, value: BaseException | None, trace: Any) -> None:
+        undo = self.opened and not self.moved and not isinstance(value, OutcomeUnknown)
+        if value is not None and undo:
+            self._migration.roll_back(self, value)
         if self._memory is not None:
             self._memory.close()
         self.agent.close()
@@ -355,17 +362,3 @@ class _Session:
         # After an unknown outcome the source's images may be what a recovery needs.
         if self._workdir is not None and not isinstance(value, OutcomeUnknown):
             remove_tree(self._workdir)
-
-
-def _json(manifest: Any) -> bytes:  # noqa: ANN401
-    import json  # noqa: PLC0415
-
-    return json.dumps(dict(manifest)).encode()
-
-
-def known_checks() -> dict[str, str]:
-    """Names of the core's checks and what they mean."""
-    return dict(CHECKS)
-
-
-__all__ = ["Cancelled", "Migration", "check_space", "known_checks", "os", "policy_from"]

@@ -46,7 +46,7 @@ class Decision:
         go_on: run another round.
         reason: one phrase for people.
         expected_freeze_ms: the freeze if it were taken now, as far as the source can know it: the
-            fixed cost of a dump plus the transfer of what is dirty by now. The restore is not in it.
+            fixed cost of a dump plus the transfer of what is dirty by now, without the restore.
         converged: False if iterating ends without having met the budget.
     """
 

@@ -68,7 +68,7 @@ def run(argv: Sequence[str], *, timeout_s: float) -> subprocess.CompletedProcess
 
 
 def end(process: Process, *, grace_s: float = 2.0) -> int:
-    """End a process started by `spawn`: SIGTERM, then SIGKILL; idempotent. Returns its exit code."""
+    """End a process started by `spawn` (SIGTERM, then SIGKILL); idempotent; its exit code."""
     for pipe in (process.stdin, process.stdout, process.stderr):
         if pipe is not None:
             with contextlib.suppress(OSError):

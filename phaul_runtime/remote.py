@@ -18,6 +18,7 @@ from phaul_runtime.cancel import Cancellation
 from phaul_runtime.cutover import Held, Running
 from phaul_runtime.errors import Cancelled, ChannelError, MigrationFailed, PhaulError
 from phaul_runtime.filecarry import FileSender
+from phaul_runtime.filesystem import gather
 from phaul_runtime.hostfacts import PROTOCOL
 from phaul_runtime.images import image_files
 from phaul_runtime.rpc import phaul_pb2 as pb
@@ -80,12 +81,12 @@ class RemoteAgent(PhaulRemote):
 
     def _call(
         self,
-        method: Callable[..., grpc.Future],
-        request: Any,  # noqa: ANN401 - a message or a stream of them
+        method: Callable[..., Any],
+        request: Any,
         timeout_s: float,
         *,
         cancellable: bool = True,
-    ) -> Any:  # noqa: ANN401
+    ) -> Any:
         future = method(request, timeout=timeout_s)
         try:
             if cancellable:
@@ -105,8 +106,9 @@ class RemoteAgent(PhaulRemote):
         return reply
 
     def _channel_error(self, error: grpc.RpcError) -> ChannelError:
-        code = error.code() if isinstance(error, grpc.Call) else None
-        said = error.details() if isinstance(error, grpc.Call) else str(error)
+        # grpc's errors are calls as well, which its types do not say.
+        call: Any = error
+        code, said = call.code(), call.details()
         trouble = self._channel.trouble()
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
             text = "the agent did not answer in time"
@@ -211,8 +213,6 @@ class RemoteAgent(PhaulRemote):
         return self._sender.files, self._sender.bytes - before
 
     def _refuse_changed(self, changed: list[pb.FileFact]) -> None:
-        from phaul_runtime.filesystem import gather  # noqa: PLC0415
-
         facts = [fact for fact in (gather(c.path) for c in changed) if fact is not None]
         differing = self.check(pb.CheckRequest(files=facts)).files
         if differing:

@@ -66,7 +66,7 @@ class MigrationReport:
         return {"schema": SCHEMA, **_rounded(asdict(self))}
 
 
-def _rounded(value: Any) -> Any:  # noqa: ANN401 - walks JSON values
+def _rounded(value: Any) -> Any:
     if isinstance(value, float):
         return round(value, 3)
     if isinstance(value, dict):

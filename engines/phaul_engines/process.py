@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,6 @@ from phaul_runtime.errors import (
     NoSuchTarget,
     PhaulError,
     Refused,
-    TargetGone,
     UsageError,
 )
 from phaul_runtime.filesystem import gather
@@ -59,7 +59,7 @@ class ProcessEngine(Engine):
     name = "process"
     options_model = ProcessOptions
 
-    def source(self, target: str, options: Any, *, criu_log_level: int) -> SourceHalf:  # noqa: ANN401
+    def source(self, target: str, options: Any, *, criu_log_level: int) -> SourceHalf:
         """See `Engine`.
 
         Raises:
@@ -71,7 +71,7 @@ class ProcessEngine(Engine):
 
     def destination(
         self,
-        options: Any,  # noqa: ANN401
+        options: Any,
         *,
         criu_log_level: int,
         hold_s: float,
@@ -93,7 +93,7 @@ class ProcessSource(SourceHalf):
         """See `SourceHalf`."""
         if os.geteuid() != 0:
             raise Refused(
-                "moving processes needs root: CRIU freezes the tree by ptrace and restores its pids",
+                "moving a process needs root: CRIU traces it and restores its pid",
                 hint="run phaul-runtime as root",
             )
         root = read_process(self._pid)
@@ -112,7 +112,7 @@ class ProcessSource(SourceHalf):
                 "own_pid_namespace": _own_pid_namespace(tree),
                 "shell_job": self._shell_job(tree),
             },
-            findings=[finding for finding in _findings(tree, self._options)],
+            findings=_findings(tree, self._options),
         )
 
     def _shell_job(self, tree: Tree) -> bool:
@@ -121,7 +121,7 @@ class ProcessSource(SourceHalf):
             return self._options.shell_job
         return tree.root.session not in tree.pids and not _own_pid_namespace(tree)
 
-    def local(self, handover: Any, cancellation: Cancellation) -> PhaulLocal:  # noqa: ANN401
+    def local(self, handover: Any, cancellation: Cancellation) -> PhaulLocal:
         """See `SourceHalf`."""
         if self._tree is None:
             self.inspect()
@@ -134,6 +134,10 @@ class ProcessSource(SourceHalf):
         )
         return ProcessLocal(self._tree, opts, handover)
 
+    def gone(self) -> bool:
+        """See `SourceHalf`."""
+        return self._tree is not None and not self._tree.root.alive()
+
     def finish(self) -> Sequence[str]:
         """See `SourceHalf`."""
         return []
@@ -145,7 +149,7 @@ class ProcessSource(SourceHalf):
 class ProcessLocal(PhaulLocal, CriuNotify):
     """Final dump over the memory channel; the cut-over happens in CRIU's notifications."""
 
-    def __init__(self, tree: Tree, opts: Any, handover: CutOver) -> None:  # noqa: ANN401
+    def __init__(self, tree: Tree, opts: Any, handover: CutOver) -> None:
         self._tree = tree
         self._opts = opts
         self._handover = handover
@@ -167,20 +171,17 @@ class ProcessLocal(PhaulLocal, CriuNotify):
             opts.ps.fd = config.memfd
             criu.dump(opts, self)
         except PhaulError as error:
-            if not self._tree.root.alive():
-                raise TargetGone(
-                    f"process {self._tree.root.pid} ended by itself before it was frozen; "
-                    "nothing was moved"
-                ) from error
             if isinstance(error.__cause__, (PhaulError, Cancelled)):
                 raise error.__cause__ from error  # the veto's reason is the reason
             raise
         finally:
             os.close(directory)
-        cut_over = self._handover
-        cut_over.commit(self._source_is_dead)
+        answered = time.monotonic()
         stats = read_dump_stats(self._images_dir)
-        cut_over.freeze["frozen_by_criu_ms"] = stats.frozen_s * 1000
+        cut_over = self._handover
+        # CRIU's clock of the freeze runs until it has killed the tree and answers.
+        frozen_at = answered - stats.frozen_s - stats.freezing_s
+        cut_over.commit(self._source_is_dead, frozen_at)
         return Outcome(
             restored_pid=cut_over.pid,
             downtime_ms=cut_over.downtime_ms,

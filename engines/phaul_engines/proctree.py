@@ -15,6 +15,16 @@ _DELETED = " (deleted)"
 _TCP_LISTEN = "0A"
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _O_ACCMODE = 0o3
+# Majors of tty(4): consoles, /dev/tty, and the pseudo-terminals.
+_TTY_MAJORS = frozenset({4, 5, *range(136, 144)})
+_UNDUMPABLE = (
+    "anon_inode:[io_uring]",
+    "anon_inode:[perf_event]",
+    "anon_inode:kvm",
+    "anon_inode:bpf",
+    "/dev/kvm",
+    "/dev/nvidia",
+)
 
 
 @dataclass(frozen=True)
@@ -191,13 +201,9 @@ def _add_descriptors(tree: Tree, pid: int) -> None:
             continue  # closed meanwhile
         if path.startswith("socket:["):
             tree.socket_inodes.add(path[8:-1])
-        elif stat.S_ISCHR(info.st_mode) and os.major(info.st_rdev) in (4, 5, *range(136, 144)):
+        elif stat.S_ISCHR(info.st_mode) and os.major(info.st_rdev) in _TTY_MAJORS:
             tree.terminals.append(f"fd {number} of pid {pid} is {path}")
-        elif (
-            path in ("anon_inode:[io_uring]", "anon_inode:[perf_event]", "anon_inode:kvm-vm")
-            or path.startswith("anon_inode:bpf")
-            or path.startswith(("/dev/nvidia", "/dev/kvm"))
-        ):
+        elif path.startswith(_UNDUMPABLE):
             tree.odd.append(f"fd {number} of pid {pid} is {path}")
         elif stat.S_ISREG(info.st_mode) and path.startswith("/"):
             if info.st_nlink == 0:

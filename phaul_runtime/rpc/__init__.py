@@ -1,0 +1,1 @@
+"""The control channel's messages: phaul.proto and what is generated from it."""

@@ -1,0 +1,75 @@
+# phaul-runtime: everything from a fresh Debian machine.
+#
+#   make demo    move a process that dirties its memory from host a to host b
+#   make test    lint, types, and all tests, unit to e2e
+#
+# The laboratory (two emulated hosts, tests/lab) needs root, about 6 GiB of disk under
+# ~/.cache/phaul-runtime-lab and a few minutes for the first image.
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+LAB := tests/lab/lab
+APT := qemu-system-x86 qemu-utils mmdebstrap openssh-client e2fsprogs gcc libc6-dev make python3-venv
+PYCRIU = $(shell $(LAB) pycriu)
+
+all: test
+
+# -- set-up ------------------------------------------------------------------------------
+
+system: .venv/.system
+.venv/.system: Makefile
+	@mkdir -p $(VENV)
+	@missing=; for p in $(APT); do dpkg -s $$p >/dev/null 2>&1 || missing="$$missing $$p"; done; \
+	if [ -n "$$missing" ]; then echo "installing$$missing"; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+		apt-get install -y -qq --no-install-recommends $$missing >/dev/null || exit 1; fi
+	@touch $@
+
+venv: .venv/.ready
+.venv/.ready: .venv/.system setup.cfg pyproject.toml
+	@echo "setting up $(VENV)"
+	@python3 -m venv $(VENV)
+	@$(PYTHON) -m pip install -q -e '.[dev]'
+	@touch $@
+
+lab: venv
+	@$(LAB) up
+	@$(LAB) status
+
+# -- what it is for ----------------------------------------------------------------------
+
+demo: lab
+	@sh tests/lab/demo.sh
+
+# -- tests -------------------------------------------------------------------------------
+
+test: lint unit e2e
+
+lint: venv
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+# pycriu is not on PyPI: the tests get the real one out of the laboratory's image.
+unit: venv
+	PYTHONPATH=$(PYCRIU) $(VENV)/bin/pytest tests/unit tests/contract tests/integration
+
+e2e: lab
+	PYTHONPATH=$(PYCRIU) $(VENV)/bin/pytest tests/e2e
+
+bench: lab
+	$(PYTHON) tests/bench/downtime.py
+
+# -- the rest ----------------------------------------------------------------------------
+
+proto: venv
+	$(PYTHON) -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. \
+		phaul_runtime/rpc/phaul.proto
+
+down:
+	@$(LAB) down
+
+clean: down
+	rm -rf $(VENV) build dist *.egg-info
+
+.PHONY: all system venv lab demo test lint unit e2e bench proto down clean
