@@ -31,8 +31,8 @@ def adopt(name: str, pid: int) -> Path | None:
         return None
     parent = root / GROUP
     try:
+        sweep()
         parent.mkdir(exist_ok=True)
-        sweep(parent)
         group = parent / name
         group.mkdir(exist_ok=True)
         (group / "cgroup.procs").write_text(str(pid), encoding="ascii")
@@ -41,9 +41,12 @@ def adopt(name: str, pid: int) -> Path | None:
     return group
 
 
-def sweep(parent: Path) -> None:
-    """Remove the groups that are empty."""
-    for group in parent.iterdir():
+def sweep() -> None:
+    """Remove the groups of trees that have ended."""
+    root = _root()
+    if root is None or not (root / GROUP).is_dir():
+        return
+    for group in (root / GROUP).iterdir():
         if group.is_dir():
             with contextlib.suppress(OSError):  # busy: something lives in it
                 group.rmdir()

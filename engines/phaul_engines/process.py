@@ -48,8 +48,8 @@ from phaul_runtime.stats import read_dump_stats
 DUMP_LOG = "dump.log"
 RESTORE_LOG = "restore.log"
 RESTORE_WITHIN_S = 300.0
-# Namespaces that CRIU must not find different from its own: they belong to a container engine.
-_FOREIGN = ("mnt", "net", "user", "time")
+# Namespaces of a container, whose engine knows them. (CRIU gives what it restores a time namespace.)
+_FOREIGN = ("mnt", "net", "user")
 _MIB = 1 << 20
 
 
@@ -140,6 +140,7 @@ class ProcessSource(SourceHalf):
 
     def finish(self) -> Sequence[str]:
         """See `SourceHalf`."""
+        cgroup.sweep()  # the tree may have been restored here before, into a group of its own
         return []
 
     def rollback(self) -> None:

@@ -10,7 +10,7 @@ terminal=
 for host in a b; do
     $lab exec $host -- sh -c "
         pid=\$(sed -n 's/.*\"pid\": \([0-9]*\),.*/\1/p' $status 2>/dev/null) || true
-        [ -z \"\$pid\" ] || kill \"\$pid\" 2>/dev/null || true
+        [ \"\$(cat /proc/\$pid/comm 2>/dev/null)\" != piggie-dirty ] || kill \"\$pid\"
         rm -f $status"
 done
 
