@@ -155,7 +155,7 @@ class Incoming:
             begun = time.monotonic()
             server = self._require_server()
             images_dir = Path(server.last_images_dir or "")
-            _write_images(images_dir, parts)
+            write_images(images_dir, parts)
             # CRIU acknowledges pages before it has flushed them: only now is the chain whole.
             server.stop_iter()
             self._stage.install()
@@ -226,7 +226,8 @@ class Incoming:
             remove_tree(self._dir)
 
 
-def _write_images(images_dir: Path, parts: Iterable[pb.PreparePart]) -> None:
+def write_images(images_dir: Path, parts: Iterable[pb.PreparePart]) -> None:
+    """Write images by name into `images_dir`, mode 0600; names that lead elsewhere are refused."""
     name, fd = "", -1
     try:
         for part in parts:

@@ -71,7 +71,7 @@ def estimate_freeze_ms(rounds: Sequence[Round]) -> float | None:
     dump, pages have been dirtied for as long as the last round took.
     """
     last = rounds[-1]
-    if last.interval_s is None or last.interval_s <= 0:
+    if len(rounds) < 2 or last.interval_s is None or last.interval_s <= 0:
         return None
     bandwidth = max(r.bytes / r.duration_s for r in rounds if r.duration_s > 0)
     if bandwidth <= 0:

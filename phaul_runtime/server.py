@@ -4,13 +4,31 @@ from __future__ import annotations
 
 import os
 import signal
+from typing import Any
 
 from phaul_runtime.api import PhaulConfig
-from phaul_runtime.criu import Criu, criu_opts, error_lines, read_log
+from phaul_runtime.criu import Criu, CriuNotify, criu_opts, error_lines, read_log
 from phaul_runtime.errors import DestinationError
 from phaul_runtime.images import ImageDirs
 
 LOG_FILE = "page-server.log"
+
+
+class _ServerCriu(Criu):
+    """The session factory that a server hands out: a restore waits for the last pages first.
+
+    CRIU acknowledges a page session before it has flushed it; the ancestor's programs restore
+    right then.
+    """
+
+    def __init__(self, server: PhaulServer, factory: Criu) -> None:
+        super().__init__(factory.binary, pass_fds=factory.pass_fds, deadline_s=factory.deadline_s)
+        self._server = server
+
+    def restore(self, opts: Any, notify: CriuNotify | None = None) -> int:
+        """See `Criu`; the iteration is stopped first."""
+        self._server.stop_iter()
+        return super().restore(opts, notify)
 
 
 class PhaulServer:
@@ -27,10 +45,11 @@ class PhaulServer:
         self, config: PhaulConfig, criu: Criu | None = None, *, log_level: int = 4
     ) -> None:
         self.config = config
-        self.criu = criu or Criu()
+        self.criu: Criu = _ServerCriu(self, criu or Criu())
         self._log_level = log_level
         self._dirs = ImageDirs(config.wdir)
         self._session: Criu | None = None
+        self._failed = False
         self._page_server: tuple[int, int] | None = None  # pid, pidfd
 
     @property
@@ -72,14 +91,16 @@ class PhaulServer:
         self._session = session
 
     def stop_iter(self) -> None:
-        """Wait until the page server has written everything and ended well.
+        """Wait until the page server has written everything and ended well; may be repeated.
 
         Raises:
-            DestinationError: there is none, or it failed: the chain is worthless then.
+            DestinationError: none was ever started, or it failed: the chain is worthless then.
         """
         session, self._session = self._session, None
         if session is None or self._page_server is None:
-            raise DestinationError("stop_iter: no iteration was started")
+            if self._dirs.last is None or self._failed:
+                raise DestinationError("stop_iter: no iteration was started, or it failed")
+            return
         pid, pidfd = self._page_server
         try:
             status = session.wait_pid(pid)
@@ -88,6 +109,7 @@ class PhaulServer:
             self._page_server = None
             os.close(pidfd)
         if status != 0:
+            self._failed = True
             text = self._log_text()
             raise DestinationError(
                 f"the page server of iteration {self._dirs.count} failed (wait status {status})",

@@ -32,7 +32,6 @@ from phaul_runtime.engine import (
     SourceHalf,
 )
 from phaul_runtime.errors import (
-    Cancelled,
     MigrationFailed,
     NoSuchTarget,
     PhaulError,
@@ -48,7 +47,7 @@ from phaul_runtime.stats import read_dump_stats
 DUMP_LOG = "dump.log"
 RESTORE_LOG = "restore.log"
 RESTORE_WITHIN_S = 300.0
-# Namespaces of a container, whose engine knows them. (CRIU gives what it restores a time namespace.)
+# Namespaces of a container, whose engine knows them. (Time: CRIU restores into one of its own.)
 _FOREIGN = ("mnt", "net", "user")
 _MIB = 1 << 20
 
@@ -172,8 +171,9 @@ class ProcessLocal(PhaulLocal, CriuNotify):
             opts.ps.fd = config.memfd
             criu.dump(opts, self)
         except PhaulError as error:
-            if isinstance(error.__cause__, (PhaulError, Cancelled)):
-                raise error.__cause__ from error  # the veto's reason is the reason
+            if isinstance(error.__cause__, PhaulError):
+                # Our own veto in a notification: its reason is the reason.
+                raise error.__cause__ from None
             raise
         finally:
             os.close(directory)

@@ -31,7 +31,7 @@ class LocalTransport(Transport):
             "--sockets",
             str(sockets),
             "--workdir",
-            f"{config.workdir}/in",
+            config.workdir,
             "--criu",
             config.criu.binary,
         ]

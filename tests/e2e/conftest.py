@@ -117,7 +117,7 @@ def hosts(lab: Lab) -> Iterator[Hosts]:
         assert found.leftovers(host) == "", f"an earlier test left something on {host}"
     yield found
     for host, pid in found.started:
-        script = 'case $(cat /proc/$1/comm) in piggie*) kill -9 $1;; esac'
+        script = "case $(cat /proc/$1/comm) in piggie*) kill -9 $1;; esac"
         with contextlib.suppress(Exception):
             found.sh(host, script, str(pid), check=False)
     for host in ("a", "b"):

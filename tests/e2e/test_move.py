@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import threading
 import time
@@ -55,7 +56,7 @@ def test_tree_with_pipes_and_session_moves(hosts: Hosts) -> None:
     assert hosts.sh("b", "pgrep -P $1", str(victim.pid)).split() == children
     sessions = hosts.sh("b", "ps -o sid= -p $1,$2,$3", str(victim.pid), *children).split()
     assert sessions == [str(victim.pid)] * 3
-    assert not any(hosts.alive("a", int(pid)) for pid in [victim.pid, *children])
+    assert not any(hosts.alive("a", pid) for pid in [victim.pid, *map(int, children)])
 
 
 def test_what_was_restored_has_a_cgroup_of_its_own(hosts: Hosts) -> None:
@@ -98,7 +99,7 @@ def test_downtime_is_what_an_outside_observer_saw(hosts: Hosts) -> None:
         done.set()
         observer.join()
     assert moved.code == 0, moved.stderr
-    gaps = [(b - a) * 1000 for a, b in zip(arrivals, arrivals[1:], strict=False)]
+    gaps = [(b - a) * 1000 for a, b in itertools.pairwise(arrivals)]
     seen, told = max(gaps), moved.report["downtime_ms"]
     print(f"downtime: reported {told:.0f} ms, seen from outside {seen:.0f} ms")
     assert abs(seen - told) <= max(0.2 * seen, 100)
@@ -155,7 +156,7 @@ def test_nginx_moves_and_serves(hosts: Hosts) -> None:
     for host in ("a", "b"):
         hosts.sh(
             host,
-            "mkdir -p /var/tmp/web /var/lib/nginx/body && echo \"$1\" > /var/tmp/web/nginx.conf",
+            'mkdir -p /var/tmp/web /var/lib/nginx/body && echo "$1" > /var/tmp/web/nginx.conf',
             conf,
         )
     hosts.sh("a", "cd / && setsid nginx -c /var/tmp/web/nginx.conf </dev/null >/dev/null 2>&1")
@@ -173,8 +174,10 @@ def test_nginx_moves_and_serves(hosts: Hosts) -> None:
         hosts.sh("b", "kill -HUP $1", str(pid))
         wait_until(
             "it serves after a reload",
-            lambda: "served-by-a" in hosts.lab.exec("b", ["bash", "-c", fetch], check=False).stdout
-            or "served-by-b" in hosts.lab.exec("b", ["bash", "-c", fetch], check=False).stdout,
+            lambda: (
+                "served-by-a" in hosts.lab.exec("b", ["bash", "-c", fetch], check=False).stdout
+                or "served-by-b" in hosts.lab.exec("b", ["bash", "-c", fetch], check=False).stdout
+            ),
         )
     finally:
         for host in ("a", "b"):

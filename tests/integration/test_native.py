@@ -1,0 +1,37 @@
+"""A move on this machine's own kernel, with or without dirty tracking."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from phaul_lab.image import ensure_image
+from phaul_lab.payload import ensure_payload
+
+SCRIPT = Path(__file__).parent / "native.sh"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="requires root: namespaces and CRIU")
+def test_one_move_within_this_host() -> None:
+    image = ensure_image()
+    argv = [str(SCRIPT), str(image.root), str(ensure_payload(image))]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    text, _, numbers = done.stdout.partition("numbers\n")
+    lines = [json.loads(line) for line in text.splitlines()]
+    report = lines[-1]
+    assert report["result"] == "moved"
+    counted = [int(number) for number in numbers.split()]
+    assert counted == list(range(len(counted)))
+    levels = {line["check"]: line["level"] for line in lines if line.get("event") == "checked"}
+    if levels["dirty-tracking"] == "ok":
+        assert report["iterations"]
+    else:
+        # One stop-and-copy round, and the report says so.
+        assert report["iterations"] == []
+        assert "no dirty tracking" in report["pre_copy"]
+        assert [line["event"] for line in lines[:-1]].count("pre_copy_skipped") == 1
+        assert report["final_pages_written"] > 0

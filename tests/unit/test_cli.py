@@ -1,0 +1,109 @@
+"""The command line without another host: usage, configuration, and how errors end it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from phaul_runtime import events as ev
+from phaul_runtime.cli.main import cli
+from phaul_runtime.cli.views import JsonView, PlainView, describe
+from phaul_runtime.report import Iteration, MigrationReport
+
+
+def run(*argv: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "phaul_runtime", *argv], capture_output=True, text=True, check=False,
+        timeout=120,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["migrate"], "no target"),
+        (["migrate", "5"], "no destination"),
+        (["migrate", "5", "--target", "6", "--to", "local:"], "two targets"),
+        (["migrate", "5", "--to", "local:", "--engine", "jail"], "unknown engine 'jail'"),
+        (["migrate", "5", "--to", "warp:"], "unknown transport 'warp'"),
+        (["migrate", "5", "--to", "somewhere"], "names no transport"),
+        (["migrate", "5", "--to", "ssh://"], "names no host"),
+        (["migrate", "5", "--to", "ssh://-oProxyCommand=x"], "malformed destination"),
+        (["migrate", "five", "--to", "local:"], "'five' is not a pid"),
+        (["migrate", "0", "--to", "local:"], "'0' is not a pid"),
+        (["migrate", "5", "--to", "local:", "--max-downtime-ms", "-1"], "--max-downtime-ms"),
+        (["migrate", "5", "--to", "local:", "--file", "copy"], "--file"),
+        (["check"], "no destination"),
+        (["migrat"], "migrat"),
+        (["config", "check", "/none.yaml"], "/none.yaml: No such file"),
+    ],
+)
+def test_usage_errors_end_with_2_and_one_clear_line(argv: list[str], says: str) -> None:
+    done = run(*argv)
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_version_and_help() -> None:
+    assert run("--version").stdout.startswith("phaul-runtime, version ")
+    done = run("migrate", "--help")
+    assert done.returncode == 0
+    assert "Exit codes: 0 moved" in done.stdout
+
+
+def test_config_check_and_schema(tmp_path: Path) -> None:
+    example = Path(__file__).resolve().parents[2] / "config.example.yaml"
+    done = CliRunner().invoke(cli, ["config", "check", str(example)])
+    assert done.output == f"{example}: ok\n"
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("engines:\n  process:\n    ghost_limit_mib: lots\n")
+    ended = run("config", "check", str(bad))
+    assert ended.returncode == 2
+    assert f"{bad}:3: engines.process.ghost_limit_mib" in ended.stderr
+    schema = json.loads(CliRunner().invoke(cli, ["config", "schema"]).output)
+    options = schema["properties"]["engines"]["properties"]["process"]["properties"]
+    assert "tcp_established" in options
+
+
+EVENTS: list[ev.Event] = [
+    ev.MigrationStarted("1f", "process", "7", "ssh://b"),
+    ev.Checked("cpu", "refused", "b", "text", "hint"),
+    ev.FilesCopied(1, 2, final=False),
+    ev.IterationStarted(1),
+    ev.Progress(1, 100),
+    ev.IterationDone(1, 10, 0, 40960, 12.0, None, True, "why"),
+    ev.PreCopySkipped("no tracking"),
+    ev.Frozen(),
+    ev.Prepared(7),
+    ev.Committed(7, 12.3),
+    ev.RolledBack("why", True),
+    ev.Warned("careful"),
+]
+
+
+def test_every_event_has_its_json_line_and_its_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert {type(event) for event in EVENTS} == set(ev.Event.__subclasses__())
+    for event in EVENTS:
+        JsonView()(event)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["event"] for line in lines] == [event.name for event in EVENTS]
+    silent = (ev.IterationStarted, ev.Progress)
+    assert all(bool(describe(event)) != isinstance(event, silent) for event in EVENTS)
+
+
+def test_the_report_in_json_and_in_text(capsys: pytest.CaptureFixture[str]) -> None:
+    report = MigrationReport("moved", id="1f", downtime_ms=12.34567, restored_pid=7)
+    report.iterations.append(Iteration(10, 0, 40960, 12.0))
+    JsonView().report(report)
+    shown = json.loads(capsys.readouterr().out)
+    assert next(iter(shown)) == "schema"
+    assert shown["schema"] == "phaul-runtime/report/1"
+    assert shown["downtime_ms"] == 12.346
+    PlainView().report(report)
+    assert "downtime       12 ms" in capsys.readouterr().out

@@ -1,0 +1,134 @@
+"""The configuration: what is accepted, and what errors say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from phaul_engines.process_options import ProcessOptions
+from pydantic import BaseModel
+
+from phaul_runtime import config as config_module
+from phaul_runtime.config import Config, load_config
+from phaul_runtime.errors import ConfigError
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "config.example.yaml"
+
+
+@pytest.fixture(autouse=True)
+def no_system_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config_module, "SYSTEM_CONFIG", tmp_path / "etc.yaml")
+
+
+def keys(model: type[BaseModel]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        section = isinstance(inner, type) and issubclass(inner, BaseModel)
+        found[name] = keys(inner) if section else None  # type: ignore[arg-type]
+    return found
+
+
+def test_the_example_has_every_key_with_its_default() -> None:
+    example = yaml.safe_load(EXAMPLE.read_text())
+    loaded = load_config(EXAMPLE)
+    assert loaded.model_dump(exclude={"engines"}) == Config().model_dump(exclude={"engines"})
+    assert loaded.engine_options("process", ProcessOptions) == ProcessOptions()
+    named = {
+        name: dict.fromkeys(value) if isinstance(value, dict) and name != "engines" else None
+        for name, value in example.items()
+    }
+    assert named == keys(Config)
+    assert example["engines"]["process"].keys() == ProcessOptions.model_fields.keys()
+    assert all("#" in line for line in EXAMPLE.read_text().splitlines() if line.startswith("  ")
+               and not line.endswith(":"))  # fmt: skip
+
+
+def problem(tmp_path: Path, text: str, **overrides: object) -> str:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, {k.replace("__", "."): v for k, v in overrides.items()})
+    assert caught.value.exit_code == 2
+    return str(caught.value).replace(str(file), "c.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("policy:\n  max_downtime: 5\n",
+         "c.yaml:2: policy.max_downtime: unknown key; did you mean max_downtime_ms?"),
+        ("polcy: {}\n", "c.yaml:1: polcy: unknown key; did you mean policy?"),
+        ("zzz: 1\n", "known keys: engine, workdir"),
+        ("policy: {max_iterations: true}\n", "c.yaml:1: policy.max_iterations: input should be"),
+        ("policy:\n\n  max_iterations: '3'\n", "c.yaml:3: policy.max_iterations"),
+        ("policy: {max_iterations: -1}\n", "greater than 0, not -1"),
+        ("policy: {max_iterations: 2.5}\n", "not 2.5"),
+        ("filesystem:\n  files: maybe\n", "'refuse' or 'copy', not 'maybe'"),
+        ("policy: [1]\n", "c.yaml:1: policy:"),
+        ("transport: {ssh_command: ssh}\n", "transport.ssh_command: input should be a valid list"),
+        ("workdir: run/phaul\n", "c.yaml:1: workdir"),
+        ("engine: process\nengine: runc\n", "c.yaml:2: engine is there twice"),
+        ("a: b: c\n", "c.yaml:1:5: mapping values are not allowed"),
+        ("policy:\n\tname: budget\n", "c.yaml:2:1"),
+        ("- 1\n", "c.yaml:1: expected keys and values"),
+        ("timeouts: {lost_s: 1, heartbeat_s: 2}\n", "lost_s must be larger than heartbeat_s"),
+    ],
+)  # fmt: skip
+def test_errors_name_place_key_and_what_is_accepted(tmp_path: Path, text: str, says: str) -> None:
+    assert says in problem(tmp_path, text)
+
+
+def test_all_errors_are_named(tmp_path: Path) -> None:
+    said = problem(tmp_path, "engine: 5\npolicy: {nam: budget}\ncriu: {log_level: 9}\n")
+    assert all(f"c.yaml:{line}:" in said for line in (1, 2, 3))
+
+
+def test_flags_win_and_are_blamed(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("policy: {max_iterations: 3, max_downtime_ms: 100}\n")
+    config = load_config(file, {"policy.max_iterations": 5})
+    assert (config.policy.max_iterations, config.policy.max_downtime_ms) == (5, 100)
+    said = problem(tmp_path, "policy: {max_iterations: 3}\n", policy__max_iterations=-5)
+    assert "command line: policy.max_iterations" in said
+
+
+def test_the_system_file_lies_below(tmp_path: Path) -> None:
+    (tmp_path / "etc.yaml").write_text("engine: runc\npolicy: {max_iterations: 2}\n")
+    file = tmp_path / "c.yaml"
+    file.write_text("policy: {max_downtime_ms: 7}\n")
+    config = load_config(file)
+    assert (config.engine, config.policy.max_iterations) == ("runc", 2)
+    assert config.policy.max_downtime_ms == 7
+
+
+def test_engine_options_have_places_too(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("engines:\n  process:\n    tcp_establishd: true\n    shell_job: perhaps\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(file).engine_options("process", ProcessOptions)
+    said = str(caught.value)
+    assert f"{file}:3: engines.process.tcp_establishd: unknown key" in said
+    assert "did you mean tcp_established?" in said
+    assert f"{file}:4: engines.process.shell_job" in said
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "policy:\n", "engines:\n  process:\n"])
+def test_empty_means_defaults(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    config = load_config(file)
+    assert config.policy == Config().policy
+    assert config.engine_options("process", ProcessOptions) == ProcessOptions()
+
+
+def test_what_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        load_config(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="directory"):
+        load_config(tmp_path)
+    (tmp_path / "latin").write_bytes(b"engine: \xff\n")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_config(tmp_path / "latin")

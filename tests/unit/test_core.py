@@ -1,0 +1,295 @@
+"""The core's small parts: cut-over, cancellation, CRIU's words, errors, transports, statistics."""
+
+from __future__ import annotations
+
+import re
+import struct
+from pathlib import Path
+
+import pytest
+from google.protobuf import descriptor_pb2
+from grpc_tools import protoc
+from pycriu import rpc_pb2
+from pycriu.images import stats_pb2
+
+from phaul_runtime import errors
+from phaul_runtime.cancel import Cancellation
+from phaul_runtime.config import Config
+from phaul_runtime.criu import CriuVersion, criu_opts, error_lines
+from phaul_runtime.cutover import CutOver, Held, Running, State
+from phaul_runtime.errors import (
+    Cancelled,
+    ChannelError,
+    DestinationError,
+    MigrationFailed,
+    OutcomeUnknown,
+    PhaulError,
+    UsageError,
+)
+from phaul_runtime.events import Event
+from phaul_runtime.images import ImageDirs, relative_parent
+from phaul_runtime.incoming import checked_id, checked_json, write_images
+from phaul_runtime.rpc import phaul_pb2 as pb
+from phaul_runtime.stats import read_dump_stats
+from phaul_runtime.transport import Destination
+from phaul_runtime.transport.ssh import SshTransport
+from phaul_runtime.wire import from_wire, to_wire
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Recorder:
+    """A destination that writes down what it is asked to do."""
+
+    def __init__(self, failing: str = "") -> None:
+        self.calls: list[str] = []
+        self.failing = failing
+
+    def _called(self, name: str) -> None:
+        self.calls.append(name)
+        if name == self.failing:
+            raise ChannelError("the cable was cut", host="b")
+
+    def sync_files(self) -> tuple[int, int]:
+        self._called("sync_files")
+        return 1, 10
+
+    def prepare(self, images_dir: Path) -> tuple[Held, int]:
+        self._called("prepare")
+        return Held(7, 1.0, 1.0), 20
+
+    def commit(self) -> Running:
+        self._called("commit")
+        return Running(7, 0.0)
+
+
+def cut_over(recorder: Recorder) -> tuple[CutOver, list[Event], Cancellation]:
+    told: list[Event] = []
+    cancellation = Cancellation()
+    return CutOver(recorder, told.append, cancellation), told, cancellation
+
+
+def test_the_order_of_the_cut_over() -> None:
+    recorder = Recorder()
+    cut, told, _ = cut_over(recorder)
+    cut.freezing()
+    cut.prepare(Path("/x"))
+    answers = [False, False, True]
+
+    def dead() -> bool:
+        assert "commit" not in recorder.calls
+        return answers.pop(0)
+
+    cut.commit(dead)
+    assert recorder.calls == ["sync_files", "prepare", "commit"]
+    assert not answers
+    assert (cut.state, cut.pid, cut.bytes_sent) == (State.DONE, 7, 30)
+    assert [event.name for event in told] == ["frozen", "prepared", "committed"]
+    assert cut.downtime_ms is not None
+
+
+def test_a_failed_prepare_leaves_the_decision_to_the_source() -> None:
+    cut, _, cancellation = cut_over(Recorder("prepare"))
+    cut.freezing()
+    with pytest.raises(ChannelError):
+        cut.prepare(Path("/x"))
+    assert cut.state is State.FROZEN
+    assert cancellation.request()
+
+
+def test_a_failed_commit_is_an_unknown_outcome() -> None:
+    cut, _, _ = cut_over(Recorder("commit"))
+    cut.freezing()
+    cut.prepare(Path("/x"))
+    with pytest.raises(OutcomeUnknown, match="the cable was cut"):
+        cut.commit(lambda: True)
+
+
+def test_a_source_that_does_not_die_is_never_committed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("phaul_runtime.cutover.DEAD_WITHIN_S", 0.05)
+    recorder = Recorder()
+    cut, _, _ = cut_over(recorder)
+    cut.freezing()
+    cut.prepare(Path("/x"))
+    with pytest.raises(OutcomeUnknown, match="still exist"):
+        cut.commit(lambda: False)
+    assert "commit" not in recorder.calls
+
+
+def test_no_step_can_be_left_out() -> None:
+    cut, _, _ = cut_over(Recorder())
+    with pytest.raises(MigrationFailed):
+        cut.commit(lambda: True)
+    with pytest.raises(MigrationFailed):
+        cut.prepare(Path("/x"))
+
+
+def test_cancelling_counts_until_the_destination_is_prepared() -> None:
+    cut, _, cancellation = cut_over(Recorder())
+    cut.freezing()
+    cut.prepare(Path("/x"))
+    assert not cancellation.request()
+    cut.commit(lambda: True)
+    cut, _, cancellation = cut_over(Recorder())
+    cut.freezing()
+    assert cancellation.request()
+    with pytest.raises(Cancelled):
+        cut.prepare(Path("/x"))
+
+
+def test_cancelling_interrupts_whoever_waits() -> None:
+    cancellation = Cancellation()
+    called: list[int] = []
+    with cancellation.interrupt_with(lambda: called.append(1)):
+        cancellation.request()
+    assert called == [1]
+    with pytest.raises(Cancelled):
+        cancellation.check()
+
+
+LOG = """(00.000000) Version: 4.1.1 (gitid 0)
+(00.018) Warn  (criu/kerndat.c:1): nothing
+(00.020130) pie: 17: Error (criu/cr-restore.c:1485): Can't fork for 17: File exists
+(00.021000) Error (criu/cr-restore.c:2536): Restoring FAILED.
+"""
+
+
+def test_the_first_error_lines_of_a_log() -> None:
+    assert error_lines(LOG) == [
+        "pie: 17: Error (criu/cr-restore.c:1485): Can't fork for 17: File exists",
+        "Error (criu/cr-restore.c:2536): Restoring FAILED.",
+    ]
+    assert error_lines("") == []
+
+
+def test_the_page_server_format_changed_with_4_2() -> None:
+    assert CriuVersion(4, 1, 1).page_server_format != CriuVersion(4, 2).page_server_format
+    assert CriuVersion(5, 0).page_server_format == CriuVersion(4, 2).page_server_format
+    assert str(CriuVersion(4, 1, 1)) == "4.1.1"
+
+
+def test_options_are_pycrius_own_message() -> None:
+    opts = criu_opts(pid=7, images_dir_fd=3, parent_img=None)
+    assert isinstance(opts, rpc_pb2.criu_opts)
+    assert not opts.HasField("parent_img")
+
+
+def test_the_error_tree_in_the_docstring_is_true() -> None:
+    drawn = dict(re.findall(r"(\w+) +(\d)  ", errors.__doc__ or ""))
+    classes = {
+        name: str(int(value.exit_code))
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, PhaulError)
+    }
+    assert drawn == classes
+
+
+def test_errors_cross_the_wire() -> None:
+    error = errors.CriuError("failed", log=["Error (x)"], log_text="all", hint="do this")
+    back = from_wire(to_wire(error), "b")
+    assert isinstance(back, errors.CriuError)
+    assert (back.log, back.log_text, back.host) == (("Error (x)",), "all", "b")
+    assert "hint: do this" in str(back)
+    assert isinstance(from_wire(to_wire(KeyError("x")), "b"), DestinationError)
+
+
+@pytest.mark.parametrize(
+    ("url", "parts"),
+    [
+        ("ssh://root@b", ("ssh", "b", "root", None)),
+        ("ssh://b:2222", ("ssh", "b", "", 2222)),
+        ("local:", ("local", "", "", None)),
+    ],
+)
+def test_destinations(url: str, parts: tuple[str, str, str, int | None]) -> None:
+    found = Destination.parse(url)
+    assert (found.scheme, found.host, found.user, found.port) == parts
+
+
+@pytest.mark.parametrize("url", ["", "b", "ssh://b:x", "ssh://b/path", "ssh://a:pw@b", "ssh://-x"])
+def test_bad_destinations(url: str) -> None:
+    with pytest.raises(UsageError):
+        Destination.parse(url)
+
+
+def test_ssh_gets_one_quoted_command() -> None:
+    config = Config.model_validate({"workdir": "/run/with space"})
+    argv = SshTransport._argv(
+        Destination.parse("ssh://root@b:2222"), config, Path("/h"), Path("/t x")
+    )
+    assert argv[-3:-1] == ["--", "b"]
+    assert "--sockets '/t x' --workdir '/run/with space'" in argv[-1]
+    assert argv[argv.index("-p") + 1] == "2222"
+    assert "BatchMode=yes" in argv
+
+
+@pytest.mark.parametrize("text", ["", "..", "a/b", "A" * 16, "1" * 65, "1f\n" * 8])
+def test_ids_that_are_no_names(text: str) -> None:
+    with pytest.raises(DestinationError):
+        checked_id(text)
+
+
+@pytest.mark.parametrize("data", [b"[1]", b"{", b"\xff"])
+def test_json_that_is_none(data: bytes) -> None:
+    with pytest.raises(DestinationError):
+        checked_json(data, "manifest")
+
+
+@pytest.mark.parametrize("name", ["../x.img", "/etc/x.img", ".x.img", "x.sh", "a/b.img"])
+def test_image_names_that_lead_elsewhere(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DestinationError):
+        write_images(tmp_path, [pb.PreparePart(name=name, data=b"x")])
+    assert not list(tmp_path.iterdir())
+
+
+def test_images_are_written_privately(tmp_path: Path) -> None:
+    parts = [("a.img", b"1"), ("a.img", b"2"), ("empty.img", b"")]
+    write_images(tmp_path, [pb.PreparePart(name=n, data=d) for n, d in parts])
+    assert (tmp_path / "a.img").read_bytes() == b"12"
+    assert (tmp_path / "empty.img").read_bytes() == b""
+    assert (tmp_path / "a.img").stat().st_mode & 0o777 == 0o600
+
+
+def test_numbered_directories_and_their_parents(tmp_path: Path) -> None:
+    import os
+
+    dirs = ImageDirs(tmp_path)
+    assert (dirs.last, dirs.parent) == (None, None)
+    for _ in range(2):
+        os.close(dirs.open_next())
+    assert (dirs.last, dirs.parent) == (tmp_path / "2", "../1")
+    assert (tmp_path / "1").stat().st_mode & 0o777 == 0o700
+    assert relative_parent(tmp_path / "final", str(tmp_path / "2")) == "../2"
+    assert relative_parent(tmp_path, None) is None
+
+
+def test_statistics_are_read_from_crius_image(tmp_path: Path) -> None:
+    entry = stats_pb2.stats_entry()
+    entry.dump.pages_scanned, entry.dump.pages_written, entry.dump.pages_lazy = 100, 60, 0
+    entry.dump.pages_skipped_parent, entry.dump.frozen_time = 40, 1_500_000
+    entry.dump.freezing_time = entry.dump.memdump_time = entry.dump.memwrite_time = 0
+    body = entry.SerializeToString()
+    head = struct.pack("<III", 0x55105940, 0x57093306, len(body))
+    (tmp_path / "stats-dump").write_bytes(head + body)
+    stats = read_dump_stats(tmp_path)
+    assert (stats.pages_written, stats.pages_skipped, stats.frozen_s) == (60, 40, 1.5)
+    for broken in (b"", head, b"x" * 40):
+        (tmp_path / "stats-dump").write_bytes(broken)
+        with pytest.raises(MigrationFailed):
+            read_dump_stats(tmp_path)
+
+
+def test_the_generated_messages_are_those_of_the_proto_file(tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    code = protoc.main(
+        ["", f"-I{ROOT}", f"--descriptor_set_out={out}", "phaul_runtime/rpc/phaul.proto"]
+    )
+    assert code == 0
+    now = descriptor_pb2.FileDescriptorSet.FromString(out.read_bytes()).file[0]
+    committed = descriptor_pb2.FileDescriptorProto()
+    pb.DESCRIPTOR.CopyToProto(committed)
+    for proto in (now, committed):
+        for message in proto.message_type:
+            for field in message.field:
+                field.ClearField("json_name")
+    assert now == committed
