@@ -182,3 +182,41 @@ def test_nginx_moves_and_serves(hosts: Hosts) -> None:
     finally:
         for host in ("a", "b"):
             hosts.sh(host, "kill $1; rm -rf /var/tmp/web", str(pid), check=False)
+
+
+SELF_TALKER = """
+import socket, time
+server = socket.create_server(("127.0.0.1", 7777))
+client = socket.create_connection(("127.0.0.1", 7777))
+peer, _ = server.accept()
+log = open("/var/tmp/selftalk.log", "w")
+number = 0
+while True:
+    number += 1
+    client.sendall(b"%08d" % number)
+    received = peer.recv(8, socket.MSG_WAITALL)
+    print(int(received), file=log, flush=True)
+    time.sleep(0.05)
+"""
+
+
+def test_established_connections_move_by_option(hosts: Hosts) -> None:
+    log = "/var/tmp/selftalk.log"
+    start = 'setsid python3 -c "$1" </dev/null >/dev/null 2>&1 & echo $!'
+    pid = int(hosts.sh("a", start, SELF_TALKER))
+    try:
+        wait_until("it talks", lambda: len(hosts.sh("a", f"cat {log}", check=False)) > 10)
+        refused = hosts.migrate("a", pid, "ssh://root@b", *COPY)
+        assert refused.code == 3
+        assert "127.0.0.1:7777" in refused.stderr
+        moved = hosts.migrate("a", pid, "ssh://root@b", *COPY, "--tcp-established")
+        assert moved.code == 0, moved.stderr
+        at_move = int(hosts.sh("a", f"tail -1 {log}"))
+        wait_until("it goes on", lambda: int(hosts.sh("b", f"tail -1 {log}")) > at_move + 5)
+        lines = hosts.sh("b", f"cat {log}").split()
+        assert lines == [str(number) for number in range(1, len(lines) + 1)]
+        for host in ("a", "b"):
+            assert "CRIU" not in hosts.sh(host, "nft list tables; iptables-save; true")
+    finally:
+        for host in ("a", "b"):
+            hosts.sh(host, "kill -9 $1; rm -f /var/tmp/selftalk.log", str(pid), check=False)

@@ -32,7 +32,13 @@ class Client:
         self.stub = phaul_pb2_grpc.AgentStub(self.channel)
 
     def open(self, **fields: object) -> pb.Done:
-        values: dict[str, Any] = {"id": ID, "engine": "process", "lost_s": 30.0, "commit_s": 5.0, **fields}
+        values: dict[str, Any] = {
+            "id": ID,
+            "engine": "process",
+            "lost_s": 30.0,
+            "commit_s": 5.0,
+            **fields,
+        }
         reply: pb.Done = self.stub.Open(pb.OpenRequest(**values), timeout=30)
         return reply
 
