@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from phaul_engines import netlock
+from phaul_engines.netlock import Connection
 from phaul_engines.process_options import ProcessOptions
 from phaul_engines.proctree import (
     OpenFile,
@@ -87,6 +89,7 @@ class ProcessSource(SourceHalf):
         self._options = options
         self._log_level = log_level
         self._tree: Tree | None = None
+        self._connections: list[Connection] = []
 
     def inspect(self) -> Inspection:
         """See `SourceHalf`."""
@@ -125,6 +128,7 @@ class ProcessSource(SourceHalf):
         if self._tree is None:
             self.inspect()
         assert self._tree is not None
+        self._connections = established_connections(self._tree)
         opts = criu_opts(
             pid=self._pid,
             log_level=self._log_level,
@@ -140,7 +144,7 @@ class ProcessSource(SourceHalf):
     def finish(self) -> Sequence[str]:
         """See `SourceHalf`."""
         cgroup.sweep()  # the tree may have been restored here before, into a group of its own
-        return []
+        return netlock.release(self._connections)
 
     def rollback(self) -> None:
         """See `SourceHalf`: CRIU has let the tree run again by itself."""
@@ -364,11 +368,15 @@ def _findings(tree: Tree, options: ProcessOptions) -> list[Finding]:
             Finding(
                 "tcp",
                 REFUSED,
-                f"{len(connections)} TCP connections are established: {connections[0]}",
+                f"{len(connections)} TCP connections are established: {_arrow(connections[0])}",
                 "--tcp-established carries them, if their address moves too",
             )
         )
     return found
+
+
+def _arrow(connection: Connection) -> str:
+    return "{}:{} > {}:{}".format(*connection)
 
 
 def _describe(tree: Tree) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -236,8 +238,8 @@ def _add_mappings(tree: Tree, pid: int) -> None:
             use.shared_map = use.written = True
 
 
-def established_connections(tree: Tree) -> list[str]:
-    """TCP connections of the tree that are not merely listening, as `local > remote`."""
+def established_connections(tree: Tree) -> list[tuple[str, int, str, int]]:
+    """TCP connections of the tree that are not merely listening: local, remote address and port."""
     found = []
     for table in ("tcp", "tcp6"):
         try:
@@ -247,17 +249,16 @@ def established_connections(tree: Tree) -> list[str]:
         for line in text.splitlines()[1:]:
             fields = line.split()
             if fields[9] in tree.socket_inodes and fields[3] != _TCP_LISTEN:
-                found.append(f"{_address(fields[1])} > {_address(fields[2])}")
+                found.append((*_address(fields[1]), *_address(fields[2])))
     return found
 
 
-def _address(text: str) -> str:
-    """`0100007F:1F90` as `127.0.0.1:8080`; the kernel prints 32-bit words in host order."""
-    import ipaddress  # noqa: PLC0415
-    import sys  # noqa: PLC0415
-
+def _address(text: str) -> tuple[str, int]:
+    """`0100007F:1F90` is 127.0.0.1 and 8080: the kernel prints 32-bit words in host order."""
     address, port = text.split(":")
     words = [bytes.fromhex(address[i : i + 8]) for i in range(0, len(address), 8)]
     if sys.byteorder == "little":
         words = [word[::-1] for word in words]
-    return f"{ipaddress.ip_address(b''.join(words))}:{int(port, 16)}"
+    found = ipaddress.ip_address(b"".join(words))
+    mapped = getattr(found, "ipv4_mapped", None)
+    return str(mapped or found), int(port, 16)

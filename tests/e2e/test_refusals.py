@@ -28,9 +28,11 @@ def one_clear_line(stderr: str) -> str:
 def test_pid_taken_at_the_destination(hosts: Hosts) -> None:
     victim = hosts.dirtier("a", "taken", "--mib", "16", "--writes", "100")
     # Somebody at b gets that very pid: the next one after ns_last_pid.
+    last = hosts.sh("b", "cat /proc/sys/kernel/ns_last_pid")
     squat = "echo $(($1 - 1)) > /proc/sys/kernel/ns_last_pid; sleep 1000 >/dev/null 2>&1 & echo $!"
     while (squatter := int(hosts.sh("b", squat, str(victim.pid)))) != victim.pid:
         hosts.sh("b", "kill $1", str(squatter))
+    hosts.sh("b", "echo $1 > /proc/sys/kernel/ns_last_pid", last)
     # The check sees it before anything is frozen.
     refused = hosts.migrate("a", victim.pid, "ssh://root@b", *COPY)
     assert refused.code == 3
@@ -121,7 +123,8 @@ def test_rootless_is_refused_with_the_reason(hosts: Hosts) -> None:
 
 
 def test_another_build_of_a_program_is_never_replaced(hosts: Hosts) -> None:
-    build = 'echo "int main(void){for(;;)pause();}" | gcc -w -Wl,--build-id=$1 -o $2 -xc -'
+    build = "printf '#include <unistd.h>\\nint main(void){for(;;)pause();}' |"
+    build += " gcc -Wl,--build-id=$1 -o $2 -xc -"
     for host, number in (("a", "0xaa"), ("b", "0xbb")):
         hosts.sh(host, build, number, "/var/tmp/sleeper")
     pid = int(hosts.sh("a", "setsid /var/tmp/sleeper </dev/null >/dev/null 2>&1 & echo $!"))

@@ -1,0 +1,70 @@
+"""CRIU's network lock on the source host, after a move.
+
+In the host's network namespace CRIU drops the packets of each dumped TCP connection by a pair of
+iptables rules (all but its own, which carry the mark 0xc114), and leaves them after a successful
+dump: until the address has moved too, they keep this host's kernel from resetting the connection.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import shlex
+from collections.abc import Iterable, Sequence
+
+from phaul_runtime import proc
+from phaul_runtime.errors import PhaulError
+
+_MARK = "0xc114"
+_WITHIN_S = 10.0
+
+Connection = tuple[str, int, str, int]
+
+
+def release(connections: Sequence[Connection]) -> list[str]:
+    """Remove the rules of connections within this host; returns warnings about the others.
+
+    Args:
+        connections: of the tree that has moved: local address and port, remote address and port.
+    """
+    if not connections:
+        return []
+    ports = {(local, remote) for _, local, _, remote in connections}
+    inside = {(c[1], c[3]) for c in connections if ipaddress.ip_address(c[0]).is_loopback}
+    kept = []
+    for program in ("iptables", "ip6tables"):
+        for rule in _rules(program):
+            pair = _ports(rule)
+            either = {pair, pair[::-1]}
+            if not either & ports:
+                continue
+            command = [program, "-D", *rule[1:]]
+            if either & inside:
+                _quietly(command)
+            else:
+                kept.append(shlex.join(command))
+    if not kept:
+        return []
+    return [
+        "CRIU's network lock stays until the connections' address has moved; then: "
+        + " && ".join(kept)
+    ]
+
+
+def _rules(program: str) -> Iterable[list[str]]:
+    text = _quietly([f"{program}-save", "-t", "filter"])
+    for line in text.splitlines():
+        words = shlex.split(line)
+        if words[:1] == ["-A"] and _MARK in words and words[-1] == "DROP":
+            yield words
+
+
+def _ports(rule: list[str]) -> tuple[int, int]:
+    values = dict(zip(rule, rule[1:], strict=False))
+    return int(values.get("--sport", 0)), int(values.get("--dport", 0))
+
+
+def _quietly(argv: list[str]) -> str:
+    try:
+        return proc.run(argv, timeout_s=_WITHIN_S).stdout
+    except PhaulError:
+        return ""  # a host without iptables has no such rules
