@@ -8,6 +8,7 @@ dump: until the address has moved too, they keep this host's kernel from resetti
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import shlex
 from collections.abc import Iterable, Sequence
 
@@ -59,7 +60,7 @@ def _rules(program: str) -> Iterable[list[str]]:
 
 
 def _ports(rule: list[str]) -> tuple[int, int]:
-    values = dict(zip(rule, rule[1:], strict=False))
+    values = dict(itertools.pairwise(rule))
     return int(values.get("--sport", 0)), int(values.get("--dport", 0))
 
 
