@@ -57,9 +57,6 @@ unit: venv
 e2e: lab
 	PYTHONPATH=$(PYCRIU) $(VENV)/bin/pytest tests/e2e
 
-bench: lab
-	$(PYTHON) tests/bench/downtime.py
-
 # -- the rest ----------------------------------------------------------------------------
 
 proto: venv
@@ -72,4 +69,4 @@ down:
 clean: down
 	rm -rf $(VENV) build dist *.egg-info
 
-.PHONY: all system venv lab demo test lint unit e2e bench proto down clean
+.PHONY: all system venv lab demo test lint unit e2e proto down clean

@@ -30,19 +30,14 @@ from phaul_runtime.hostfacts import PROTOCOL, gather_facts
 from phaul_runtime.incoming import Incoming, checked_id, checked_json
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.rpc import phaul_pb2_grpc
-from phaul_runtime.wire import to_wire
+from phaul_runtime.wire import CONTROL, ID_BYTES, MAX_MESSAGE, MEMORY, to_wire
 
 log = logging.getLogger(__name__)
 
-CONTROL = "control.sock"
-MEMORY = "memory.sock"
-# The memory connection begins with the migration's id, padded to this length.
-ID_BYTES = 64
 _WORKERS = 16
 _WATCH_S = 1.0
 _PREAMBLE_S = 10.0
 _STOP_S = 5.0
-MAX_MESSAGE = 8 << 20
 
 _Reply = TypeVar("_Reply", bound=Any)
 

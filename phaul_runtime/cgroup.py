@@ -11,6 +11,7 @@ from pathlib import Path
 
 _ROOTS = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified"), Path("/sys/fs/cgroup/systemd"))
 GROUP = "phaul-runtime"
+_TRIES = 5
 
 
 def _root() -> Path | None:
@@ -30,15 +31,19 @@ def adopt(name: str, pid: int) -> Path | None:
     if root is None:
         return None
     parent = root / GROUP
-    try:
-        sweep()
-        parent.mkdir(exist_ok=True)
-        group = parent / name
-        group.mkdir(exist_ok=True)
-        (group / "cgroup.procs").write_text(str(pid), encoding="ascii")
-    except OSError:
-        return None
-    return group
+    group = parent / name
+    sweep()
+    for _ in range(_TRIES):
+        try:
+            parent.mkdir(exist_ok=True)
+            group.mkdir(exist_ok=True)
+            (group / "cgroup.procs").write_text(str(pid), encoding="ascii")
+        except FileNotFoundError:
+            continue  # another migration's sweep took the empty group
+        except OSError:
+            return None
+        return group
+    return None
 
 
 def sweep() -> None:

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import grpc
 
 from phaul_runtime import __version__
-from phaul_runtime.agent import MAX_MESSAGE
 from phaul_runtime.api import PhaulRemote
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.cutover import Held, Running
@@ -24,7 +23,7 @@ from phaul_runtime.images import image_files
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.rpc import phaul_pb2_grpc
 from phaul_runtime.transport import Channel
-from phaul_runtime.wire import from_wire
+from phaul_runtime.wire import MAX_MESSAGE, from_wire
 
 _Reply = TypeVar("_Reply", bound=Any)
 _PART = 1 << 20

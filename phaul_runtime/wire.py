@@ -1,9 +1,17 @@
-"""Errors on the control channel: from an exception to a message and back."""
+"""What client and agent agree on beside phaul.proto: names, sizes, errors as messages."""
 
 from __future__ import annotations
 
 from phaul_runtime.errors import CriuError, DestinationError, PhaulError, Refused
 from phaul_runtime.rpc import phaul_pb2 as pb
+
+# The agent's two sockets, in its socket directory.
+CONTROL = "control.sock"
+MEMORY = "memory.sock"
+# A memory connection begins with the migration's id, padded to this length.
+ID_BYTES = 64
+# Of the control channel; streams send parts of 1 MiB.
+MAX_MESSAGE = 8 << 20
 
 # gRPC's own limit for a message is 4 MiB; a log's end is enough.
 _LOG_TEXT = 256 << 10

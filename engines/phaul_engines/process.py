@@ -38,6 +38,7 @@ from phaul_runtime.errors import (
     NoSuchTarget,
     PhaulError,
     Refused,
+    TargetGone,
     UsageError,
 )
 from phaul_runtime.filesystem import gather
@@ -202,6 +203,8 @@ class ProcessLocal(PhaulLocal, CriuNotify):
 
     def pre_dump(self) -> None:
         """CRIU begins; the next thing it does is to freeze."""
+        if not self._tree.root.alive():
+            raise TargetGone(f"process {self._tree.root.pid} has ended by itself")
         self._handover.freezing()
 
     def post_dump(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from types import TracebackType
@@ -40,16 +41,24 @@ class View:
         raise NotImplementedError
 
 
+def _echo(text: str) -> None:
+    """Print; if nobody reads any more (`| head`), the move matters more than its display."""
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class JsonView(View):
     """One JSON object a line; the report is the last."""
 
     def __call__(self, event: ev.Event) -> None:
         """Print an event."""
-        click.echo(json.dumps({"time": round(time.time(), 3), **event.to_json()}))
+        _echo(json.dumps({"time": round(time.time(), 3), **event.to_json()}))
 
     def report(self, report: MigrationReport) -> None:
         """Print the report."""
-        click.echo(json.dumps(report.to_json()))
+        _echo(json.dumps(report.to_json()))
 
 
 class PlainView(View):
@@ -63,7 +72,7 @@ class PlainView(View):
 
     def line(self, text: str) -> None:
         """Print one line."""
-        click.echo(text)
+        _echo(text)
 
     def report(self, report: MigrationReport) -> None:
         """Print the report as a table of two columns."""

@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from phaul_runtime import proc
-from phaul_runtime.agent import CONTROL, ID_BYTES, MEMORY
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.errors import ChannelError, DestinationUnreachable
 from phaul_runtime.images import remove_tree
 from phaul_runtime.transport import Channel
+from phaul_runtime.wire import CONTROL, ID_BYTES, MEMORY
 
 READY = b"phaul-runtime agent ready"
 _POLL_S = 0.2

@@ -10,10 +10,10 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from phaul_runtime.agent import CONTROL, MEMORY
 from phaul_runtime.errors import Refused, UsageError
 from phaul_runtime.transport import Channel, Destination, Transport, socket_directory
 from phaul_runtime.transport.agentprocess import AgentProcess
+from phaul_runtime.wire import CONTROL, MEMORY
 
 if TYPE_CHECKING:
     from phaul_runtime.cancel import Cancellation

@@ -12,11 +12,12 @@ from typing import Any
 import grpc
 import pytest
 
-from phaul_runtime.agent import CONTROL, ID_BYTES, MEMORY, Agent
+from phaul_runtime.agent import Agent
 from phaul_runtime.criu import Criu
 from phaul_runtime.hostfacts import PROTOCOL
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.rpc import phaul_pb2_grpc
+from phaul_runtime.wire import CONTROL, ID_BYTES, MEMORY
 
 ID = "1f" * 8
 
