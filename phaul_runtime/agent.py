@@ -38,6 +38,8 @@ _WORKERS = 16
 _WATCH_S = 1.0
 _PREAMBLE_S = 10.0
 _STOP_S = 5.0
+# An agent that nobody has called for so long, and that holds nothing, has lost its client.
+_IDLE_S = 900.0
 
 _Reply = TypeVar("_Reply", bound=Any)
 
@@ -50,6 +52,7 @@ def _answers(
     def decorate(handler: Callable[..., _Reply | None]) -> Callable[..., _Reply]:
         @functools.wraps(handler)
         def answer(*args: Any) -> _Reply:
+            args[0].heard = time.monotonic()
             try:
                 return handler(*args) or reply()
             except PhaulError as error:
@@ -69,6 +72,7 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
     def __init__(self, workdir: Path, criu: Criu) -> None:
         self._workdir = workdir
         self._criu = criu
+        self.heard = time.monotonic()
         self._migrations: dict[str, Incoming] = {}
         self._lock = threading.Lock()
 
@@ -171,10 +175,18 @@ class Agent:
         sockets: directory for the two sockets; created with mode 0700, removed by `stop`.
         workdir: private directory for images, one below it for each migration.
         criu: a session factory.
+        on_lost: called once a client was given up: what was started for it may end.
     """
 
-    def __init__(self, sockets: Path, workdir: Path, criu: Criu) -> None:
+    def __init__(
+        self,
+        sockets: Path,
+        workdir: Path,
+        criu: Criu,
+        on_lost: Callable[[], object] = lambda: None,
+    ) -> None:
         self._sockets = sockets
+        self._on_lost = on_lost
         self.service = AgentService(workdir, criu)
         self._workdir = workdir
         self._server = grpc.server(
@@ -247,3 +259,6 @@ class Agent:
                 if silent > migration.lost_s and migration.state not in ("committed", "aborted"):
                     log.warning("%s: no sign of its client for %.0f s", migration.id, silent)
                     migration.abort(client_lost=True)
+                    self._on_lost()
+            if time.monotonic() - self.service.heard > _IDLE_S:
+                self._on_lost()

@@ -16,6 +16,7 @@ from phaul_engines.proctree import (
     Process,
     Tree,
     established_connections,
+    pipes_to_others,
     read_process,
     read_tree,
 )
@@ -354,6 +355,16 @@ def _findings(tree: Tree, options: ProcessOptions) -> list[Finding]:
         )
     if tree.odd:
         found.append(Finding("descriptors", REFUSED, f"CRIU cannot dump: {tree.odd[0]}"))
+    others = pipes_to_others(tree)
+    if others:
+        found.append(
+            Finding(
+                "pipes",
+                REFUSED,
+                f"a pipe leads out of the tree: {others[0]}",
+                "start it with its input and output in files or /dev/null, or move both ends",
+            )
+        )
     limit = options.ghost_limit_mib * _MIB
     for path, size in tree.deleted:
         if size > limit:

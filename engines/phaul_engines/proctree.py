@@ -76,6 +76,7 @@ class Tree:
     terminals: list[str] = field(default_factory=list)
     odd: list[str] = field(default_factory=list)
     socket_inodes: set[str] = field(default_factory=set)
+    pipe_ends: dict[str, set[int]] = field(default_factory=dict)
 
     @property
     def root(self) -> Process:
@@ -201,7 +202,9 @@ def _add_descriptors(tree: Tree, pid: int) -> None:
             flags = _flags(home / "fdinfo" / number)
         except OSError:
             continue  # closed meanwhile
-        if path.startswith("socket:["):
+        if path.startswith("pipe:["):
+            tree.pipe_ends.setdefault(path, set()).add(flags & _O_ACCMODE)
+        elif path.startswith("socket:["):
             tree.socket_inodes.add(path[8:-1])
         elif stat.S_ISCHR(info.st_mode) and os.major(info.st_rdev) in _TTY_MAJORS:
             tree.terminals.append(f"fd {number} of pid {pid} is {path}")
@@ -236,6 +239,24 @@ def _add_mappings(tree: Tree, pid: int) -> None:
         use.executable |= "x" in rights
         if rights[3] == "s" and "w" in rights:
             use.shared_map = use.written = True
+
+
+def pipes_to_others(tree: Tree) -> list[str]:
+    """Pipes whose other end a process outside the tree holds: CRIU would cut them silently."""
+    open_ended = {pipe for pipe, ends in tree.pipe_ends.items() if ends in ({0}, {1})}
+    if not open_ended:
+        return []
+    inside = set(tree.pids)
+    found = []
+    for entry in PROC.iterdir():
+        if not entry.name.isdigit() or int(entry.name) in inside:
+            continue
+        try:
+            links = {os.readlink(link) for link in (entry / "fd").iterdir()}
+        except OSError:
+            continue  # it ended meanwhile
+        found += [f"{pipe} leads to pid {entry.name}" for pipe in sorted(links & open_ended)]
+    return found
 
 
 def established_connections(tree: Tree) -> list[tuple[str, int, str, int]]:

@@ -46,8 +46,8 @@ _READ = 4096
 def agent_command(sockets: Path, workdir: Path, criu_binary: str) -> None:
     """Serve one connection as the destination; ends with its standard input.
 
-    Transports start it; there is no need to run it by hand. What it has restored and been told
-    to run outlives it.
+    Transports start it; there is no need to run it by hand. It also ends when its client gives no
+    sign of life. What it has restored and been told to run outlives it.
     """
     logging.basicConfig(
         format="phaul-runtime agent: %(levelname)s: %(message)s", level=logging.WARNING
@@ -59,7 +59,7 @@ def agent_command(sockets: Path, workdir: Path, criu_binary: str) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, stop)
-    agent = Agent(sockets, workdir, Criu(criu_binary))
+    agent = Agent(sockets, workdir, Criu(criu_binary), on_lost=lambda: os.write(wake_write, b"x"))
     agent.start()
     try:
         click.echo(f"phaul-runtime agent ready {PROTOCOL} {__version__}")

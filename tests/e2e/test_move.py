@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 import socket
+import subprocess
 import threading
 import time
 
-from tests.e2e.conftest import Hosts, wait_until
+from tests.e2e.conftest import Dirtier, Hosts, wait_until
 
 COPY = ("--files", "copy")
 REPORT_FIELDS = {
@@ -57,6 +59,41 @@ def test_tree_with_pipes_and_session_moves(hosts: Hosts) -> None:
     sessions = hosts.sh("b", "ps -o sid= -p $1,$2,$3", str(victim.pid), *children).split()
     assert sessions == [str(victim.pid)] * 3
     assert not any(hosts.alive("a", pid) for pid in [victim.pid, *map(int, children)])
+
+
+def test_a_job_of_a_shell_moves(hosts: Hosts) -> None:
+    # Its session is led by a shell outside the tree, which has ended meanwhile.
+    status = "/var/tmp/job.status"
+    start = "piggie-dirty --status $1 --mib 4 --verifies 4000 </dev/null >/dev/null 2>&1 & echo $!"
+    pid = int(hosts.sh("a", start, status))
+    victim = Dirtier(hosts, pid, status)
+    hosts.started += [("a", pid), ("b", pid)]
+    assert hosts.sh("a", "ps -o sid= -p $1", str(pid)) != str(pid)
+    wait_until("it runs", lambda: hosts.sh("a", f"cat {status}", check=False) != "")
+    moved = hosts.migrate("a", pid, "ssh://root@b", *COPY)
+    assert moved.code == 0, moved.stderr
+    assert victim.verified_on("b")["wrong"] == 0
+
+
+def test_a_killed_command_leaves_one_copy_and_nothing_else(hosts: Hosts) -> None:
+    victim = hosts.dirtier("a", "killed", "--mib", "64", "--writes", "200")
+    argv = ["phaul-runtime", "migrate", str(victim.pid), "--to", "ssh://root@b", "--output", "json"]
+    for event in ("iteration_started", "frozen"):
+        with subprocess.Popen(
+            hosts.lab.exec_argv("a", [*argv, *COPY]), stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if json.loads(line).get("event") == event:
+                    hosts.sh("a", "pkill -KILL -f '[p]haul-runtime migrate'")
+                    break
+            process.stdout.read()
+        wait_until("b is clean", lambda: hosts.leftovers("b") == "")
+        copies = [host for host in ("a", "b") if hosts.alive(host, victim.pid)]
+        assert copies == ["a"]
+        assert victim.verified_on("a")["wrong"] == 0
+        # What only the killed command could have removed: its own directories.
+        hosts.sh("a", "rm -rf /run/phaul/*")
 
 
 def test_what_was_restored_has_a_cgroup_of_its_own(hosts: Hosts) -> None:

@@ -163,6 +163,17 @@ def test_a_terminal_and_a_connection_are_refused(hosts: Hosts) -> None:
         hosts.sh("a", "kill $1 $2; pkill -x nc; pkill -x sleep; true", server, sleeper)
 
 
+def test_a_pipe_that_leads_out_of_the_tree_is_refused(hosts: Hosts) -> None:
+    start = "setsid sh -c 'sleep 600 | cat' </dev/null >/dev/null 2>&1 & sleep 1; pgrep -n -x cat"
+    pid = hosts.sh("a", start)
+    try:
+        refused = hosts.migrate("a", pid, "ssh://root@b")
+        assert refused.code == 3
+        assert "a pipe leads out of the tree" in one_clear_line(refused.stderr)
+    finally:
+        hosts.sh("a", "kill $1; pkill -x sleep; true", pid)
+
+
 def stream(hosts: Hosts, *argv: str) -> subprocess.Popen[str]:
     command = hosts.lab.exec_argv("a", ["phaul-runtime", "migrate", "--output", "json", *argv])
     return subprocess.Popen(
