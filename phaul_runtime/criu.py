@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any
 
 from phaul_runtime import proc
+from phaul_runtime.criu_hints import advice
 from phaul_runtime.errors import CriuError, PhaulError, Refused
 
 try:
@@ -353,10 +354,10 @@ class Criu:
                     veto = error
                 self._send(rpc.criu_req(type=rpc.NOTIFY, notify_success=veto is None))
         except TimeoutError as error:
+            failure = self._failure(name, message.opts, None)
+            failure.message = f"CRIU did not answer {name} within {self.deadline_s:g} s"
             self.cleanup()
-            raise CriuError(
-                f"CRIU did not answer {name} within {self.deadline_s:g} s", request=name
-            ) from error
+            raise failure from error
         except (OSError, EOFError) as error:
             failure = self._failure(name, message.opts, None)
             self.cleanup()
@@ -398,7 +399,9 @@ class Criu:
         else:
             errno = response.cr_errno if response.HasField("cr_errno") else 0
             reason = f"failed ({os.strerror(errno)})" if errno else "failed"
-        return CriuError(f"CRIU's {name} {reason}", request=name, log=lines, log_text=text)
+        return CriuError(
+            f"CRIU's {name} {reason}", request=name, hint=advice(lines), log=lines, log_text=text
+        )
 
 
 def _wanted_fds(opts: Any) -> set[int]:

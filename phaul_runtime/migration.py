@@ -245,6 +245,7 @@ class Migration:
         try:
             report = client.migrate()
         except MigrationFailed as error:
+            error.host = error.host or HERE
             if self._source.gone():
                 raise TargetGone(
                     f"{engine.name} {self.target} ended by itself while it was being moved; "

@@ -36,7 +36,8 @@ class MigrationReport:
         restored_pid: the root's pid at the destination.
         converged: pre-copy ended within the budget.
         pre_copy: why it ended, or why there was none.
-        freeze: the steps of the downtime, name to milliseconds.
+        freeze: the steps of the downtime, name to milliseconds: dump, files, prepare, kill and
+            commit follow each other; images and restore are the destination's parts of prepare.
     """
 
     result: str

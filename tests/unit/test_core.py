@@ -16,6 +16,7 @@ from phaul_runtime import errors
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.config import Config
 from phaul_runtime.criu import CriuVersion, criu_opts, error_lines
+from phaul_runtime.criu_hints import advice
 from phaul_runtime.cutover import CutOver, Held, Running, State
 from phaul_runtime.errors import (
     Cancelled,
@@ -160,6 +161,22 @@ def test_the_first_error_lines_of_a_log() -> None:
         "Error (criu/cr-restore.c:2536): Restoring FAILED.",
     ]
     assert error_lines("") == []
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("Error (criu/cr-restore.c:1485): Can't fork for 17: File exists", "pid is taken"),
+        ("Error (criu/files-reg.c:1): File var/log/x has bad size 7 (expect 3)", "--files copy"),
+        ("Error (criu/sk-inet.c:1): inet: Connected TCP socket, consider using"
+         " --tcp-established option.", "--tcp-established"),
+        ("Error (criu/image.c:1): No space left on device", "free some space"),
+        ("Error (criu/other.c:1): something new", ""),
+    ],
+)  # fmt: skip
+def test_crius_errors_come_with_an_advice(line: str, says: str) -> None:
+    assert says in advice([line])
+    assert bool(advice([line])) == bool(says)
 
 
 def test_the_page_server_format_changed_with_4_2() -> None:
