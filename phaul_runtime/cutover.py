@@ -59,7 +59,6 @@ class Running:
 
     pid: int
     since_resume_ms: float
-    warning: str = ""
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,6 @@ class CutOver:
     files_sent: int = 0
     downtime_ms: float | None = None
     pid: int | None = None
-    warning: str = ""
     _frozen_at: float = 0.0
 
     def _enter(self, state: State) -> None:
@@ -165,7 +163,6 @@ class CutOver:
         self.freeze["commit_ms"] = max(0.0, ran_at - killed) * 1000
         self.downtime_ms = (ran_at - self._frozen_at) * 1000
         self.pid = running.pid
-        self.warning = running.warning
         self._enter(State.DONE)
         self.listener(Committed(running.pid, self.downtime_ms))
 

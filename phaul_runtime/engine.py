@@ -47,7 +47,6 @@ class Inspection:
 
     Attributes:
         pid: root of the tree to dump.
-        title: the target for people, as its command line.
         memory: resident bytes of the whole tree.
         files: what has to exist at the destination.
         manifest: for the engine's other half; JSON values only.
@@ -55,7 +54,6 @@ class Inspection:
     """
 
     pid: int
-    title: str
     memory: int
     files: Sequence[pb.FileFact] = ()
     manifest: Mapping[str, Any] = field(default_factory=dict)
@@ -139,10 +137,6 @@ class DestinationHalf(ABC):
     @abstractmethod
     def discard(self) -> None:
         """End and remove everything that was not resumed; idempotent."""
-
-    def settle(self) -> str:
-        """After `resume`, when time no longer matters; returns a warning or an empty string."""
-        return ""
 
 
 class Engine(ABC):

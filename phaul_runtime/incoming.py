@@ -185,9 +185,6 @@ class Incoming:
         """After the commit, when time no longer matters."""
         with self._step:
             self._stage.keep()
-            warning = self._engine.settle()
-            if warning:
-                log.warning("%s: %s", self.id, warning)
             self._close(keep_images=False)
 
     def abort(self, *, client_lost: bool = False) -> None:

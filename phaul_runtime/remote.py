@@ -251,7 +251,7 @@ class RemoteAgent(PhaulRemote):
                     raise
                 time.sleep(_RETRY_S)
             else:
-                return Running(reply.pid, reply.since_resume_ms, reply.warning)
+                return Running(reply.pid, reply.since_resume_ms)
 
     def abort(self) -> bool:
         """Discard the migration at the destination; True if it confirmed. Idempotent."""

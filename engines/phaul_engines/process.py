@@ -108,7 +108,6 @@ class ProcessSource(SourceHalf):
         tree = self._tree = read_tree(self._pid)
         return Inspection(
             pid=self._pid,
-            title=root.name,
             memory=sum(member.memory for member in tree.members),
             files=[fact for fact in map(_fact, tree.files.values()) if fact is not None],
             manifest={
@@ -196,7 +195,6 @@ class ProcessLocal(PhaulLocal, CriuNotify):
             pages_written=stats.pages_written,
             pages_skipped=stats.pages_skipped,
             extra_bytes=cut_over.bytes_sent,
-            warnings=(cut_over.warning,) if cut_over.warning else (),
         )
 
     def _source_is_dead(self) -> bool:

@@ -105,6 +105,8 @@ class TerminalView(PlainView):
             transient=True,
         )
         self._task: Any = None
+        self._expected: float | None = None
+        self._frozen = False
 
     def __enter__(self) -> View:
         self._progress.start()
@@ -123,9 +125,15 @@ class TerminalView(PlainView):
         super().__call__(event)
         if isinstance(event, ev.IterationStarted):
             self._show(f"pre-dump {event.number}")
-        elif isinstance(event, ev.Progress) and self._task is not None:
-            self._progress.update(self._task, completed=event.bytes)
+        elif isinstance(event, ev.IterationDone):
+            self._expected = event.expected_freeze_ms
+        elif isinstance(event, ev.Progress) and self._task is not None and not self._frozen:
+            text = f"pre-dump {event.number}: {event.bytes // 4096} pages"
+            if self._expected is not None:
+                text += f", expected freeze {self._expected:.0f} ms"
+            self._progress.update(self._task, completed=event.bytes, description=text)
         elif isinstance(event, ev.Frozen):
+            self._frozen = True
             self._show("frozen: final dump, restore")
         elif isinstance(event, (ev.Committed, ev.RolledBack)):
             self._hide()

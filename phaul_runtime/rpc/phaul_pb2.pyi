@@ -33,14 +33,12 @@ class MigrationRef(_message.Message):
     def __init__(self, id: _Optional[str] = ...) -> None: ...
 
 class HelloRequest(_message.Message):
-    __slots__ = ("protocol", "version", "workdir")
+    __slots__ = ("protocol", "version")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
-    WORKDIR_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     version: str
-    workdir: str
-    def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ..., workdir: _Optional[str] = ...) -> None: ...
+    def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
 
 class HelloReply(_message.Message):
     __slots__ = ("error", "protocol", "facts")
@@ -173,7 +171,7 @@ class FileVerdict(_message.Message):
     def __init__(self, path: _Optional[str] = ..., reason: _Optional[str] = ..., copyable: bool = ...) -> None: ...
 
 class OpenRequest(_message.Message):
-    __slots__ = ("id", "engine", "manifest", "options", "lost_s", "commit_s", "criu_log_level", "files")
+    __slots__ = ("id", "engine", "manifest", "options", "lost_s", "commit_s", "criu_log_level")
     ID_FIELD_NUMBER: _ClassVar[int]
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
@@ -181,7 +179,6 @@ class OpenRequest(_message.Message):
     LOST_S_FIELD_NUMBER: _ClassVar[int]
     COMMIT_S_FIELD_NUMBER: _ClassVar[int]
     CRIU_LOG_LEVEL_FIELD_NUMBER: _ClassVar[int]
-    FILES_FIELD_NUMBER: _ClassVar[int]
     id: str
     engine: str
     manifest: bytes
@@ -189,8 +186,7 @@ class OpenRequest(_message.Message):
     lost_s: float
     commit_s: float
     criu_log_level: int
-    files: str
-    def __init__(self, id: _Optional[str] = ..., engine: _Optional[str] = ..., manifest: _Optional[bytes] = ..., options: _Optional[bytes] = ..., lost_s: _Optional[float] = ..., commit_s: _Optional[float] = ..., criu_log_level: _Optional[int] = ..., files: _Optional[str] = ...) -> None: ...
+    def __init__(self, id: _Optional[str] = ..., engine: _Optional[str] = ..., manifest: _Optional[bytes] = ..., options: _Optional[bytes] = ..., lost_s: _Optional[float] = ..., commit_s: _Optional[float] = ..., criu_log_level: _Optional[int] = ...) -> None: ...
 
 class FilePart(_message.Message):
     __slots__ = ("id", "head", "offset", "data")
@@ -227,16 +223,14 @@ class PrepareReply(_message.Message):
     def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., pid: _Optional[int] = ..., restore_ms: _Optional[float] = ..., images_ms: _Optional[float] = ...) -> None: ...
 
 class CommitReply(_message.Message):
-    __slots__ = ("error", "pid", "since_resume_ms", "warning")
+    __slots__ = ("error", "pid", "since_resume_ms")
     ERROR_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     SINCE_RESUME_MS_FIELD_NUMBER: _ClassVar[int]
-    WARNING_FIELD_NUMBER: _ClassVar[int]
     error: Error
     pid: int
     since_resume_ms: float
-    warning: str
-    def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., pid: _Optional[int] = ..., since_resume_ms: _Optional[float] = ..., warning: _Optional[str] = ...) -> None: ...
+    def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., pid: _Optional[int] = ..., since_resume_ms: _Optional[float] = ...) -> None: ...
 
 class BeatReply(_message.Message):
     __slots__ = ("error", "bytes", "state")
