@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import click
 
 from phaul_runtime.cancel import Cancellation
-from phaul_runtime.cli.options import (
-    cancel_on_signals,
-    chosen_target,
-    config_option,
-    configure,
-    engine_option,
-    ignore_option,
-    output_option,
-    target_arguments,
-    tcp_option,
-    to_option,
-)
+from phaul_runtime.cli.options import cancel_on_signals, chosen_target, configure, move_options
 from phaul_runtime.cli.views import make_view
 from phaul_runtime.errors import PhaulError
 from phaul_runtime.migration import Migration
 
 
 @click.command("migrate")
-@target_arguments
-@engine_option
-@to_option
-@config_option
-@click.option(
-    "--files",
-    type=click.Choice(["refuse", "copy"]),
-    help="Files that the target uses and that differ there.  [default: refuse]",
-)
+@move_options
 @click.option(
     "--max-downtime-ms",
     type=click.IntRange(min=1),
@@ -46,23 +27,9 @@ from phaul_runtime.migration import Migration
     metavar="N",
     help="Pre-dump rounds at the most.  [default: 8]",
 )
-@tcp_option
-@ignore_option
 @click.option("--dry-run", is_flag=True, help="Check everything, move nothing.")
-@output_option
 def migrate_command(
-    target: str | None,
-    target_option: str | None,
-    engine: str | None,
-    to: str | None,
-    config_path: Path | None,
-    files: str | None,
-    max_downtime_ms: int | None,
-    max_iterations: int | None,
-    tcp_established: bool,
-    ignore: tuple[str, ...],
-    dry_run: bool,
-    output: str,
+    max_downtime_ms: int | None, max_iterations: int | None, dry_run: bool, **given: Any
 ) -> int:
     """Move TARGET (with --engine process: a PID) to another host while it runs.
 
@@ -70,22 +37,14 @@ def migrate_command(
     Exit codes: 0 moved; 1 internal error; 2 usage or configuration; 3 refused by
     a check; 4 failed, the source still runs; 5 outcome unknown; 6 cancelled.
     """
-    name = chosen_target(target, target_option)
+    name = chosen_target(given)
     if not name:
         raise click.UsageError("no target: name a PID, as in migrate --engine process PID")
-    flags: dict[str, object] = {
-        "engine": engine,
-        "transport.to": to,
-        "filesystem.files": files,
-        "policy.max_downtime_ms": max_downtime_ms,
-        "policy.max_iterations": max_iterations,
-        "engines.process.tcp_established": True if tcp_established else None,
-    }
-    config = configure(config_path, flags, ignore)
-    if not config.transport.to:
-        raise click.UsageError("no destination: --to ssh://root@host, or transport.to")
+    config = configure(
+        given, policy__max_downtime_ms=max_downtime_ms, policy__max_iterations=max_iterations
+    )
     cancellation = Cancellation()
-    view = make_view(output)
+    view = make_view(given["output"])
     migration = Migration(config, name, view, cancellation)
     with cancel_on_signals(cancellation):
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -16,58 +16,94 @@ from phaul_runtime.config import Config, load_config
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
-config_option = click.option(
-    "--config",
-    "config_path",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Configuration, laid over /etc/phaul-runtime/config.yaml.",
-)
-to_option = click.option("--to", metavar="URL", help="Destination: ssh://[user@]host or local:.")
-engine_option = click.option("--engine", metavar="NAME", help="Engine of the target: process.")
-ignore_option = click.option(
-    "--ignore", multiple=True, metavar="CHECK", help="Override one check by its name; repeatable."
-)
-tcp_option = click.option(
-    "--tcp-established",
-    is_flag=True,
-    help="Carry established TCP connections; their address has to move too.",
-)
-output_option = click.option(
-    "--output",
-    type=click.Choice(["text", "json"]),
-    default="text",
-    show_default=True,
-    help="json: one event a line, the report last.",
-)
+
+def move_options(command: _Command) -> _Command:
+    """What every command about a move takes: target, engine, destination, configuration, checks."""
+    options = (
+        click.argument("target", required=False),
+        click.option(
+            "--target",
+            "target_option",
+            metavar="TARGET",
+            help="The target, instead of the argument.",
+        ),
+        click.option("--engine", metavar="NAME", help="Engine of the target.  [default: process]"),
+        click.option(
+            "--to", metavar="URL", help="Destination: ssh://[user@]host[:port] or local:."
+        ),
+        click.option(
+            "--config",
+            "config_path",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="Configuration, laid over /etc/phaul-runtime/config.yaml.",
+        ),
+        click.option(
+            "--files",
+            type=click.Choice(["refuse", "copy"]),
+            help="Files that the target uses and that differ there.  [default: refuse]",
+        ),
+        click.option(
+            "--tcp-established",
+            is_flag=True,
+            help="Carry established TCP connections; their address has to move too.",
+        ),
+        click.option(
+            "--ignore",
+            multiple=True,
+            metavar="CHECK",
+            help="Override one check by its name; repeatable.",
+        ),
+        click.option(
+            "--output",
+            type=click.Choice(["text", "json"]),
+            default="text",
+            show_default=True,
+            help="json: one event a line, the report last.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
-def target_arguments(command: _Command) -> _Command:
-    """The target: an argument, or `--target`."""
-    command = click.option(
-        "--target", "target_option", metavar="TARGET", help="The target, instead of the argument."
-    )(command)
-    return click.argument("target", required=False)(command)
-
-
-def chosen_target(target: str | None, option: str | None) -> str:
+def chosen_target(given: Mapping[str, Any]) -> str:
     """The one target that was named; empty if none was.
 
     Raises:
         click.UsageError: two different ones were.
     """
+    target, option = given["target"], given["target_option"]
     if target and option and target != option:
         raise click.UsageError(f"two targets: {target} and --target {option}")
     return target or option or ""
 
 
-def configure(path: Path | None, flags: dict[str, object], ignore: tuple[str, ...]) -> Config:
-    """The configuration with the flags that were given laid over it."""
-    overrides = {key: value for key, value in flags.items() if value is not None}
-    config = load_config(path, overrides)
-    if ignore:
-        names = [*config.checks.ignore, *ignore]
-        config = load_config(path, {**overrides, "checks.ignore": names})
+def configure(given: Mapping[str, Any], **flags: object) -> Config:
+    """The configuration with what was given on the command line laid over it.
+
+    Args:
+        given: the values of `move_options`.
+        flags: further keys, with `__` for the dot.
+
+    Raises:
+        ConfigError: a value or the file is wrong.
+        click.UsageError: there is no destination.
+    """
+    overrides: dict[str, object] = {
+        "engine": given["engine"],
+        "transport.to": given["to"],
+        "filesystem.files": given["files"],
+        "engines.process.tcp_established": True if given["tcp_established"] else None,
+        **{name.replace("__", "."): value for name, value in flags.items()},
+    }
+    overrides = {key: value for key, value in overrides.items() if value is not None}
+    config = load_config(given["config_path"], overrides)
+    if given["ignore"]:
+        overrides["checks.ignore"] = [*config.checks.ignore, *given["ignore"]]
+        config = load_config(given["config_path"], overrides)
+    if not config.transport.to:
+        raise click.UsageError("no destination: --to ssh://root@host, or transport.to")
     return config
 
 
