@@ -11,14 +11,16 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from phaul_lab.image import Image, cache_dir, recipe
 from phaul_lab.shell import LabError, run
 
 ADDRESSES = {"a": "10.77.0.1", "b": "10.77.0.2", "c": "10.77.0.3"}
 BOOT_S = 240
+START_S = 30
 _SSH_OPTIONS = (
     "StrictHostKeyChecking=no",
     "UserKnownHostsFile=/dev/null",
@@ -168,18 +170,45 @@ class Host:
             )
         (self.dir / "state.json").write_text(json.dumps({"pid": process.pid, "port": port}))
 
+    def wait_started(self) -> None:
+        """Wait until its machine has all its devices: the monitor answers only then."""
+
+        def answers() -> bool:
+            try:
+                self._monitor()
+            except OSError:
+                return False
+            return True
+
+        self._wait("did not start", answers, START_S)
+
     def wait_up(self) -> None:
         """Wait until its sshd answers."""
-        deadline = time.monotonic() + BOOT_S
-        while True:
+        self._wait(
+            f"did not come up; see {self.dir}/console.log",
+            lambda: self._banner() and self.exec(["true"], check=False, timeout=90).returncode == 0,
+            BOOT_S,
+        )
+
+    def wait_reaches(self, other: str) -> None:
+        """Wait until it reaches another host through the cable."""
+        ping = ["ping", "-c", "1", "-W", "1", other]
+        self._wait(
+            f"does not reach host {other}; is the cable cut?",
+            lambda: self.exec(ping, check=False).returncode == 0,
+            START_S,
+        )
+
+    def _wait(self, missed: str, condition: Callable[[], bool], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            # Before the look at the machine: while it is being executed it has no command line.
+            time.sleep(0.3)
             if self.pid is None:
                 log = (self.dir / "qemu.log").read_text(errors="replace").strip()
                 raise LabError(f"the machine of host {self.name} ended: {log[-300:]}")
-            if self._banner() and self.exec(["true"], check=False, timeout=90).returncode == 0:
-                return
             if time.monotonic() > deadline:
-                raise LabError(f"host {self.name} did not come up; see {self.dir}/console.log")
-            time.sleep(0.3)
+                raise LabError(f"host {self.name} {missed}")
 
     def _banner(self) -> bool:
         try:
@@ -244,15 +273,16 @@ class Host:
 
     def set_cable(self, up: bool) -> None:
         """Plug or unplug the cable to the other hosts."""
+        self._monitor({"execute": "set_link", "arguments": {"name": "cable", "up": up}})
+
+    def _monitor(self, *commands: dict[str, Any]) -> None:
+        """Give commands to the machine's monitor (QMP)."""
         with socket.socket(socket.AF_UNIX) as monitor:
             monitor.settimeout(10)
             monitor.connect(str(self.dir / "qmp.sock"))
             stream = monitor.makefile("rw")
             stream.readline()
-            for command in (
-                {"execute": "qmp_capabilities"},
-                {"execute": "set_link", "arguments": {"name": "cable", "up": up}},
-            ):
+            for command in ({"execute": "qmp_capabilities"}, *commands):
                 stream.write(json.dumps(command) + "\n")
                 stream.flush()
                 while "return" not in (answer := json.loads(stream.readline())):

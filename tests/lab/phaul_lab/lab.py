@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from phaul_lab.host import ADDRESSES, Host, free_port, kvm_works
+from phaul_lab.host import ADDRESSES, Host, kvm_works
 from phaul_lab.image import SOURCE, Image, cache_dir, ensure_image
 from phaul_lab.payload import ensure_payload
 from phaul_lab.shell import LabError, locked, run
@@ -62,33 +62,30 @@ class Lab:
                 self._down()
                 self.dir.mkdir(parents=True)
                 link.symlink_to(image.dir)
-                (self.dir / "ports").write_text(f"{free_port()} {free_port()}")
-            port_b, port_c = (self.dir / "ports").read_text().split()
-            hubs = {
-                # Host a holds the hub to which the cables of the others lead.
-                "a": [
-                    "-netdev",
-                    f"socket,id=sb,listen=127.0.0.1:{port_b}",
-                    "-netdev",
-                    "hubport,id=hb,hubid=1,netdev=sb",
-                    "-netdev",
-                    f"socket,id=sc,listen=127.0.0.1:{port_c}",
-                    "-netdev",
-                    "hubport,id=hc,hubid=1,netdev=sc",
-                    "-netdev",
-                    "hubport,id=l0,hubid=1",
-                ],
-                "b": ["-netdev", f"socket,id=l0,connect=127.0.0.1:{port_b}"],
-                "c": ["-netdev", f"socket,id=l0,connect=127.0.0.1:{port_c}"],
-            }
             accel = "kvm" if kvm_works(image) else "tcg"
             hosts = [self.host(name) for name in dict.fromkeys(["a", *names])]
             for host in hosts:
                 if host.pid is None:
-                    host.start(hubs[host.name], accel)
+                    host.start(self._cable(host.name), accel)
+                    # Its end of each cable is there before the others plug in: a connection
+                    # that is refused at the start is never tried again.
+                    host.wait_started()
             for host in hosts:
                 host.wait_up()
+            for other in hosts[1:]:
+                hosts[0].wait_reaches(other.name)
             self._deliver(image, hosts)
+
+    def _cable(self, name: str) -> list[str]:
+        """QEMU's options for a host's end of the cable: host a has the hub."""
+        if name != "a":
+            return ["-netdev", f"stream,id=l0,addr.type=unix,addr.path={self.dir}/cable-{name}"]
+        options = ["-netdev", "hubport,id=l0,hubid=1"]
+        for other in ADDRESSES.keys() - {"a"}:
+            path = f"addr.type=unix,addr.path={self.dir}/cable-{other}"
+            options += ["-netdev", f"stream,id=s{other},server=on,{path}"]
+            options += ["-netdev", f"hubport,id=h{other},hubid=1,netdev=s{other}"]
+        return options
 
     def _deliver(self, image: Image, hosts: Sequence[Host]) -> None:
         tar = ensure_payload(image)
