@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import shutil
 import socket
 import threading
@@ -27,10 +28,13 @@ from phaul_runtime.engine import Finding, load_engine
 from phaul_runtime.errors import DestinationError, PhaulError, Refused
 from phaul_runtime.filesystem import compare
 from phaul_runtime.hostfacts import PROTOCOL, gather_facts
-from phaul_runtime.incoming import Incoming, checked_id, checked_json
+from phaul_runtime.incoming import Incoming, checked_json
+from phaul_runtime.journal import checked_id, lock_directory
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.rpc import phaul_pb2_grpc
-from phaul_runtime.wire import CONTROL, ID_BYTES, MAX_MESSAGE, MEMORY, to_wire
+from phaul_runtime.settle import Settler
+from phaul_runtime.states import Role, Verdict
+from phaul_runtime.wire import CONTROL, ID_BYTES, MAX_MESSAGE, MEMORY, VERSION_KEY, to_wire
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +58,7 @@ def _answers(
         def answer(*args: Any) -> _Reply:
             args[0].heard = time.monotonic()
             try:
+                _require_protocol(args[2])
                 return handler(*args) or reply()
             except PhaulError as error:
                 return reply(error=to_wire(error))
@@ -66,12 +71,25 @@ def _answers(
     return decorate
 
 
+def _require_protocol(context: grpc.ServicerContext) -> None:
+    """Refuse a client that speaks another version, whatever it asks for."""
+    told = dict(context.invocation_metadata())
+    spoken = told.get(VERSION_KEY, "none")
+    if spoken != str(PROTOCOL):
+        raise Refused(
+            f"phaul-runtime {__version__} speaks protocol {PROTOCOL}, the client speaks {spoken!r}",
+            hint="install the same version on both hosts",
+        )
+
+
 class AgentService(phaul_pb2_grpc.AgentServicer):
     """The calls of phaul.proto."""
 
-    def __init__(self, workdir: Path, criu: Criu) -> None:
+    def __init__(self, workdir: Path, state_dir: Path, criu: Criu) -> None:
         self._workdir = workdir
+        self._state_dir = state_dir
         self._criu = criu
+        self._settler = Settler(state_dir, workdir, criu)
         self.heard = time.monotonic()
         self._migrations: dict[str, Incoming] = {}
         self._lock = threading.Lock()
@@ -91,13 +109,7 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
 
     @_answers(pb.HelloReply)
     def Hello(self, request: pb.HelloRequest, _context: object) -> pb.HelloReply:  # noqa: D102, N802
-        if request.protocol != PROTOCOL:
-            raise Refused(
-                f"phaul-runtime {__version__} speaks protocol {PROTOCOL}, the client "
-                f"({request.version}) speaks {request.protocol}",
-                hint="install the same version on both hosts",
-            )
-        facts = gather_facts(str(self._workdir), self._criu)
+        facts = gather_facts(str(self._workdir), str(self._state_dir), self._criu)
         return pb.HelloReply(protocol=PROTOCOL, facts=facts)
 
     @_answers(pb.CheckReply)
@@ -109,7 +121,7 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
             manifest = checked_json(request.manifest, "manifest")
             findings.extend(half.check({**manifest, "same_host": request.same_host}))
         if request.memory:
-            facts = gather_facts(str(self._workdir), self._criu)
+            facts = gather_facts(str(self._workdir), str(self._state_dir), self._criu)
             findings.append(check_space(facts, request.memory))
         if request.cpuinfo:
             findings.append(check_cpu(str(self._workdir), self._criu, request.cpuinfo))
@@ -125,7 +137,9 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
         with self._lock:
             if checked_id(request.id) in self._migrations:
                 raise DestinationError(f"migration {request.id} is open already")
-            self._migrations[request.id] = Incoming(request, self._workdir, self._criu)
+            self._migrations[request.id] = Incoming.open(
+                request, self._workdir, self._state_dir, self._criu
+            )
 
     @_answers(pb.Done)
     def StartIter(self, request: pb.MigrationRef, _context: object) -> None:  # noqa: D102, N802
@@ -162,6 +176,24 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
     def Beat(self, request: pb.MigrationRef, _context: object) -> pb.BeatReply:  # noqa: D102, N802
         return self.find(request.id).beat()
 
+    @_answers(pb.LookReply)
+    def Look(self, request: pb.LookRequest, _context: object) -> pb.LookReply:  # noqa: D102, N802
+        reply = pb.LookReply()
+        for role, end in ((Role.SOURCE, reply.source), (Role.DESTINATION, reply.destination)):
+            standing = self._settler.look(request.id, role, wait_s=request.wait_s)
+            if standing is not None:
+                end.CopyFrom(pb.End(state=standing.state.value, alive=standing.alive))
+        return reply
+
+    @_answers(pb.SettleReply)
+    def Settle(self, request: pb.SettleRequest, _context: object) -> pb.SettleReply:  # noqa: D102, N802
+        try:
+            role, verdict = Role(request.role), Verdict(request.verdict)
+        except ValueError as error:
+            raise DestinationError(f"malformed request: {error}") from error
+        settled = self._settler.settle(request.id, role, verdict)
+        return pb.SettleReply(pid=settled.pid, warnings=settled.warnings)
+
 
 def _chain(first: _Reply, rest: Iterator[_Reply]) -> Iterator[_Reply]:
     yield first
@@ -174,6 +206,7 @@ class Agent:
     Args:
         sockets: directory for the two sockets; created with mode 0700, removed by `stop`.
         workdir: private directory for images, one below it for each migration.
+        state_dir: of the journals.
         criu: a session factory.
         on_lost: called once a client was given up: what was started for it may end.
     """
@@ -182,12 +215,14 @@ class Agent:
         self,
         sockets: Path,
         workdir: Path,
+        state_dir: Path,
         criu: Criu,
         on_lost: Callable[[], object] = lambda: None,
     ) -> None:
         self._sockets = sockets
         self._on_lost = on_lost
-        self.service = AgentService(workdir, criu)
+        self.service = AgentService(workdir, state_dir, criu)
+        self._lock = -1
         self._workdir = workdir
         self._server = grpc.server(
             futures.ThreadPoolExecutor(_WORKERS, thread_name_prefix="call"),
@@ -207,6 +242,7 @@ class Agent:
             self._workdir.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._sockets.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._sockets.mkdir(mode=0o700)
+            self._lock = lock_directory(self._sockets)
             self._listener.bind(str(self._sockets / MEMORY))
             self._listener.listen()
             self._server.add_insecure_port(f"unix:{self._sockets / CONTROL}")
@@ -226,6 +262,9 @@ class Agent:
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         shutil.rmtree(self._sockets, ignore_errors=True)
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     def _accept(self) -> None:
         while not self._stopping.is_set():
@@ -256,7 +295,7 @@ class Agent:
         while not self._stopping.wait(_WATCH_S):
             for migration in self.service.all():
                 silent = time.monotonic() - migration.seen
-                if silent > migration.lost_s and migration.state not in ("committed", "aborted"):
+                if silent > migration.lost_s and not migration.over:
                     log.warning("%s: no sign of its client for %.0f s", migration.id, silent)
                     migration.abort(client_lost=True)
                     self._on_lost()

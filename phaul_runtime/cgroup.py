@@ -7,11 +7,15 @@ would die with the agent's service or the ssh session that started it.
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
+import time
 from pathlib import Path
 
 _ROOTS = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified"), Path("/sys/fs/cgroup/systemd"))
 GROUP = "phaul-runtime"
 _TRIES = 5
+_POLL_S = 0.02
 
 
 def _root() -> Path | None:
@@ -44,6 +48,30 @@ def adopt(name: str, pid: int) -> Path | None:
             return None
         return group
     return None
+
+
+def members(name: str) -> list[int]:
+    """The pids in `phaul-runtime/NAME`; empty if there is no such group."""
+    root = _root()
+    if root is None:
+        return []
+    try:
+        text = (root / GROUP / name / "cgroup.procs").read_text(encoding="ascii")
+    except OSError:
+        return []
+    return [int(pid) for pid in text.split()]
+
+
+def kill(name: str, *, within_s: float = 10.0) -> None:
+    """End everything in `phaul-runtime/NAME`, and remove the group; idempotent."""
+    deadline = time.monotonic() + within_s
+    while (pids := members(name)) and time.monotonic() < deadline:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(_POLL_S)
+    root = _root()
+    remove(None if root is None else root / GROUP / name)
 
 
 def sweep() -> None:

@@ -33,6 +33,8 @@ CHECKS = {
     "cpu": "the destination's CPU has what the source's has",
     "dirty-tracking": "the source's kernel tracks dirty pages; without it there is no pre-copy",
     "workdir": "the working directories are private and in memory",
+    "state": "the journals' directories are private and outlive a reboot",
+    "leftovers": "nothing of earlier migrations is left on either host",
     "space": "the destination has room for the images and for the process itself",
     "files": "files that the target holds open or mapped are the same at the destination",
 }
@@ -144,6 +146,20 @@ def _one_host(host: str, facts: pb.HostFacts, add: _Add) -> None:
             OK,
             f"{facts.workdir} on {facts.workdir_fs}, {facts.workdir_free // _MIB} MiB free",
         )
+    _state(host, facts, add)
+    for leftover in facts.leftovers:
+        add(host, "leftovers", WARNING, leftover)
+
+
+def _state(host: str, facts: pb.HostFacts, add: _Add) -> None:
+    hint = "choose another state_dir in the configuration"
+    if facts.state_problem:
+        add(host, "state", REFUSED, f"{facts.state_dir}: {facts.state_problem}", hint)
+    elif facts.state_fs in ("tmpfs", "ramfs"):
+        text = f"{facts.state_dir} is on {facts.state_fs}: the journals do not outlive a reboot"
+        add(host, "state", REFUSED, text, hint)
+    else:
+        add(host, "state", OK, f"{facts.state_dir} on {facts.state_fs or 'an unknown file system'}")
 
 
 class _Add(Protocol):

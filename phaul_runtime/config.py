@@ -99,6 +99,10 @@ class Config(_Section):
     workdir: str = Field(
         "/run/phaul", pattern="^/", description="private directory for images; best on tmpfs"
     )
+    state_dir: str = Field(
+        "/var/lib/phaul-runtime", pattern="^/", description="journals of migrations; not on tmpfs"
+    )
+    history: int = Field(200, ge=1, description="how many settled migrations are remembered")
     log_dir: str = Field(
         "/var/log/phaul-runtime", pattern="^/", description="CRIU's logs of failed moves"
     )

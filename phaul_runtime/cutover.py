@@ -1,56 +1,27 @@
-"""The cut-over: the order of steps by which exactly one copy lives.
+"""The cut-over as the source drives it: the order of steps by which exactly one copy lives.
 
-::
-
-    source (CRIU's DUMP)                          destination (CRIU's RESTORE)
-    ─────────────────────                         ────────────────────────────
-    freeze, final dump
-    post-dump: blocked ──── files, images ──────▶ restore
-                                                  post-restore: blocked, nothing runs yet
-               ◀─────────────── prepared ────────
-    answers true: CRIU kills the tree
-    sees its copy dead ─────── commit ──────────▶ answers true: the tree runs
-               ◀─────────────── running ─────────
-
-Whatever fails before the source answers true: it answers false, its tree runs again, the
-destination discards. After that the source never runs again, and the destination runs only on
-*commit*: a lost commit leaves no running copy, and never two.
+The states and why they suffice: `states`. Each is journaled before its step is taken.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from phaul_runtime.api import Outcome
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.errors import MigrationFailed, OutcomeUnknown, PhaulError
-from phaul_runtime.events import Committed, Frozen, Listener, Prepared
+from phaul_runtime.events import Committed, Frozen, Listener, Prepared, SourceDead, Warned
+from phaul_runtime.journal import Journal
+from phaul_runtime.states import State
 
 # CRIU has said that it killed the tree; the kernel may take a moment to reap it.
 DEAD_WITHIN_S = 10.0
 _POLL_S = 0.002
-
-
-class State(Enum):
-    """Where the cut-over stands; see the picture above."""
-
-    ITERATING = "iterating"
-    FROZEN = "frozen"
-    PREPARED = "prepared"
-    COMMITTING = "committing"
-    DONE = "done"
-
-
-_NEXT = {
-    State.ITERATING: State.FROZEN,
-    State.FROZEN: State.PREPARED,
-    State.PREPARED: State.COMMITTING,
-    State.COMMITTING: State.DONE,
-}
+RECOVER = "phaul-runtime recover {} finishes it or undoes it"
 
 
 @dataclass(frozen=True)
@@ -90,23 +61,26 @@ class CutOver:
     destination: Destination
     listener: Listener
     cancellation: Cancellation
-    state: State = State.ITERATING
+    journal: Journal
     freeze: dict[str, float] = field(default_factory=dict)
     bytes_sent: int = 0
     files_sent: int = 0
     downtime_ms: float | None = None
-    pid: int | None = None
     _frozen_at: float = 0.0
 
-    def _enter(self, state: State) -> None:
-        if _NEXT.get(self.state) is not state:
-            raise MigrationFailed(f"cut-over cannot go from {self.state.value} to {state.value}")
-        self.state = state
+    @property
+    def committing(self) -> bool:
+        """The source's copy was given up: it lives only if CRIU did not hear of it."""
+        return self.journal.state is State.COMMITTING
 
-    def freezing(self) -> None:
+    def frozen_for_ms(self) -> float:
+        """How long nothing has run, if nothing does yet."""
+        return (time.monotonic() - self._frozen_at) * 1000
+
+    def freezing(self, identity: Mapping[str, Any]) -> None:
         """The final dump begins; the clock of the downtime starts."""
         self.cancellation.check()
-        self._enter(State.FROZEN)
+        self.journal.enter(State.FROZEN, identity=dict(identity))
         self._frozen_at = time.monotonic()
         self.listener(Frozen())
 
@@ -124,16 +98,17 @@ class CutOver:
         prepared = time.monotonic()
         self.freeze["prepare_ms"] = (prepared - synced) * 1000
         self._prepared_at = prepared
-        self._enter(State.PREPARED)
-        self.pid = held.pid
+        self.journal.enter(State.PREPARED, pid=held.pid)
         self.listener(Prepared(held.pid))
         # The last moment at which a request to cancel counts; after it the source will die.
         self.cancellation.seal()
+        self.journal.enter(State.COMMITTING)
         return held.pid
 
-    def commit(self, source_is_dead: Callable[[], bool], frozen_at: float | None = None) -> None:
+    def commit(self, source_is_dead: Callable[[], bool], frozen_at: float | None = None) -> Outcome:
         """After CRIU has killed the source's copy; see `engine.Handover`."""
-        self._enter(State.COMMITTING)
+        if not self.committing:
+            raise MigrationFailed("commit came before the destination was prepared")
         if frozen_at is not None and frozen_at > self._frozen_at:
             # CRIU looks around for a moment before it freezes: that is no downtime.
             self.freeze["dump_ms"] -= (frozen_at - self._frozen_at) * 1000
@@ -144,11 +119,12 @@ class CutOver:
                 raise OutcomeUnknown(
                     "CRIU says that it killed the source's copy, but its processes still exist; "
                     "the destination was not told to run",
-                    hint="look at both hosts: the destination holds a rebuilt copy that never ran",
+                    hint=RECOVER.format(self.journal.id),
                 )
             time.sleep(_POLL_S)
         killed = time.monotonic()
         self.freeze["kill_ms"] = (killed - self._prepared_at) * 1000
+        self.listener(SourceDead())
         try:
             running = self.destination.commit()
         except PhaulError as error:
@@ -156,14 +132,22 @@ class CutOver:
                 f"the source's copy is dead and the destination did not confirm: {error.message}",
                 host=error.host,
                 log=error.log,
-                hint="look at the destination for the process; if it does not run there, its "
-                "images are kept in the working directory of this migration",
+                hint=RECOVER.format(self.journal.id),
             ) from error
         ran_at = time.monotonic() - running.since_resume_ms / 1000
         self.freeze["commit_ms"] = max(0.0, ran_at - killed) * 1000
         self.downtime_ms = (ran_at - self._frozen_at) * 1000
-        self.pid = running.pid
-        self._enter(State.DONE)
+        try:
+            self.journal.enter(State.DONE, pid=running.pid, downtime_ms=round(self.downtime_ms, 3))
+        except MigrationFailed as error:
+            # It runs, and its own journal says so: only this host's history suffers.
+            self.listener(Warned(error.message))
         self.listener(Committed(running.pid, self.downtime_ms))
+        return Outcome(
+            restored_pid=running.pid,
+            downtime_ms=self.downtime_ms,
+            freeze=self.freeze,
+            extra_bytes=self.bytes_sent,
+        )
 
     _prepared_at: float = 0.0

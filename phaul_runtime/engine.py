@@ -14,7 +14,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from phaul_runtime.api import PhaulLocal
+from phaul_runtime.api import Outcome, PhaulLocal
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.errors import UsageError
 from phaul_runtime.rpc import phaul_pb2 as pb
@@ -63,8 +63,15 @@ class Inspection:
 class Handover(Protocol):
     """The cut-over as an engine's source half drives it; see `cutover.CutOver`."""
 
-    def freezing(self) -> None:
-        """The final dump begins. Raises `Cancelled` if that was asked for."""
+    @property
+    def committing(self) -> bool:
+        """`prepare` has returned: the source's copy lives only if CRIU did not hear of it."""
+
+    def freezing(self, identity: Mapping[str, Any]) -> None:
+        """The final dump begins; `identity` as of `SourceHalf`, now.
+
+        Raises `Cancelled` if that was asked for.
+        """
 
     def prepare(self, images_dir: Path) -> int:
         """With the tree frozen: carry files and images over, have it restored and held.
@@ -72,8 +79,8 @@ class Handover(Protocol):
         Returns the held root's pid. Raising means that the source must run on.
         """
 
-    def commit(self, source_is_dead: Callable[[], bool], frozen_at: float | None = None) -> None:
-        """Once the source's copy is dead: let the destination's run.
+    def commit(self, source_is_dead: Callable[[], bool], frozen_at: float | None = None) -> Outcome:
+        """Once the source's copy is dead: let the destination's run; returns what was measured.
 
         `frozen_at` is the `time.monotonic()` at which CRIU froze the tree, where it is known.
 
@@ -97,8 +104,20 @@ class SourceHalf(ABC):
         """The engine's `PhaulLocal` for the target last inspected."""
 
     @abstractmethod
+    def identity(self) -> Mapping[str, Any]:
+        """What finds the target last inspected again after this process's end; JSON values."""
+
+    @abstractmethod
+    def recall(self, identity: Mapping[str, Any]) -> None:
+        """Be the half that said `identity`, in another process: for the methods below."""
+
+    @abstractmethod
     def gone(self) -> bool:
-        """Whether the target last inspected has ended by itself."""
+        """Whether the root of the target has ended, once CRIU has let go of it; may be repeated."""
+
+    @abstractmethod
+    def end_rest(self) -> None:
+        """The root was killed: end what CRIU did not live to kill. Idempotent."""
 
     @abstractmethod
     def finish(self) -> Sequence[str]:
@@ -118,25 +137,35 @@ class DestinationHalf(ABC):
 
     @abstractmethod
     def prepare(self, manifest: Mapping[str, Any], migration_id: str) -> None:
-        """Set up what the target needs (bundle, container, network); nothing runs."""
+        """Set up what the target needs (bundle, container, network); nothing runs.
+
+        Called again, with the same arguments, where a recovery goes on after an agent's death.
+        """
 
     @abstractmethod
     def restore(self, criu: Criu, images_dir: Path) -> int:
         """Rebuild the target and hold it in post-restore; returns its root's pid.
 
-        Raising means that nothing of it is left. To be called once.
+        Raising means that nothing of it is left. May be repeated after `discard`.
         """
 
     @abstractmethod
     def resume(self) -> float:
         """Let the held copy run; returns the `time.monotonic()` at which it did.
 
-        Raises if it does not run: then nothing of it is left. To be called once.
+        Raises if it does not run. To be called once for each restore.
         """
 
     @abstractmethod
+    def wait_let_go(self) -> None:
+        """Wait until no CRIU of an earlier process works on this migration's restore any more."""
+
+    @abstractmethod
     def discard(self) -> None:
-        """End and remove everything that was not resumed; idempotent."""
+        """End and remove all that was restored and not resumed, by this process or an earlier one.
+
+        Idempotent; after it `restore` may be called again.
+        """
 
 
 class Engine(ABC):

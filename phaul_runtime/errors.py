@@ -9,7 +9,9 @@
     │   ├── NoSuchTarget            3  no such process or container
     │   │   └── TargetGone          3  it ended by itself while it was being moved
     │   ├── DestinationUnreachable  3  no channel to the destination
-    │   └── CheckFailed             3  a preflight check says no
+    │   ├── CheckFailed             3  a preflight check says no
+    │   ├── NoSuchMigration         3  no journal of a migration with that id
+    │   └── StillUnderWay           3  somebody else works on that migration
     ├── MigrationFailed             4  the move failed, the source still runs
     │   ├── CriuError               4  CRIU said no: its own first error lines
     │   ├── ChannelError            4  the control or the memory channel broke
@@ -97,6 +99,14 @@ class DestinationUnreachable(Refused):
 
 class CheckFailed(Refused):
     """A preflight check refuses the move."""
+
+
+class NoSuchMigration(Refused):
+    """No journal of a migration with that id."""
+
+
+class StillUnderWay(Refused):
+    """Somebody else works on that end of the migration."""
 
 
 class MigrationFailed(PhaulError):

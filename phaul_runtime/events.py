@@ -105,6 +105,11 @@ class Prepared(Event):
 
 
 @dataclass(frozen=True)
+class SourceDead(Event):
+    """CRIU has killed the source's copy; commit is on its way."""
+
+
+@dataclass(frozen=True)
 class Committed(Event):
     """The source's copy is dead and the destination's runs."""
 
@@ -118,6 +123,13 @@ class RolledBack(Event):
 
     reason: str
     destination_clean: bool
+
+
+@dataclass(frozen=True)
+class Recovering(Event):
+    """The outcome is unknown; it is found out and settled from both journals."""
+
+    reason: str
 
 
 @dataclass(frozen=True)

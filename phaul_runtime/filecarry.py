@@ -16,6 +16,7 @@ from pathlib import Path
 
 from phaul_runtime.errors import DestinationError
 from phaul_runtime.filesystem import changed_since
+from phaul_runtime.journal import Journal
 from phaul_runtime.rpc import phaul_pb2 as pb
 
 BLOCK = 1 << 20
@@ -89,12 +90,15 @@ class FileSender:
 class FileStage:
     """The destination's side: stages, installs, and undoes.
 
+    What it is about to do is journaled first, so that `recall` can undo or keep it after a crash.
+
     Args:
-        migration_id: makes the names of staged files unmistakable.
+        journal: of the migration, whose id makes the names of staged files unmistakable.
     """
 
-    def __init__(self, migration_id: str) -> None:
-        self._suffix = f".phaul-{migration_id}"
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._suffix = f".phaul-{journal.id}"
         self._staged: dict[Path, pb.FileFact] = {}
         self._made: list[Path] = []
         self._replaced: list[tuple[Path, Path | None]] = []
@@ -145,6 +149,7 @@ class FileStage:
         flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         if target not in self._staged:
             flags |= os.O_EXCL
+            self._journal.add("staged", str(target))
         fd = os.open(staged, flags, 0o600)
         self._current = (target, fd)
         self._staged[target] = fact
@@ -153,6 +158,7 @@ class FileStage:
     def _make_directory(self, path: Path, fact: pb.FileFact | None) -> None:
         for directory in reversed((path, *path.parents)):
             if not directory.exists():
+                self._journal.add("made", str(directory))
                 directory.mkdir(mode=0o755)
                 self._made.append(directory)
         if fact is not None and path in self._made:
@@ -162,6 +168,11 @@ class FileStage:
     def install(self) -> None:
         """Rename everything into place; what was there before is kept beside until `keep`."""
         self.end_stream()
+        if self._staged:
+            self._journal.add(
+                "replaced", *([str(target), target.exists()] for target in self._staged)
+            )
+            self._journal.sync()
         for target, fact in self._staged.items():
             staged = self._beside(target, "new")
             try:
@@ -177,6 +188,16 @@ class FileStage:
             except OSError as error:
                 raise DestinationError(f"cannot install {target}: {error.strerror}") from error
         self._staged.clear()
+
+    def recall(self) -> None:
+        """Know what an earlier process did, from the journal."""
+        facts = self._journal.facts
+        self._made = [Path(path) for path in facts.get("made", [])]
+        self._replaced = [
+            (Path(path), self._beside(Path(path), "old") if existed else None)
+            for path, existed in facts.get("replaced", [])
+        ]
+        self._staged = {Path(path): pb.FileFact() for path in facts.get("staged", [])}
 
     def keep(self) -> None:
         """The move succeeded: forget what was replaced; idempotent."""
@@ -195,8 +216,9 @@ class FileStage:
         for target, saved in reversed(self._replaced):
             if saved is None:
                 target.unlink(missing_ok=True)
-            else:
+            elif saved.exists():
                 saved.replace(target)
+                saved.unlink(missing_ok=True)  # two names of one file: replace leaves both
         self._replaced.clear()
         for directory in reversed(self._made):
             with contextlib.suppress(OSError):  # somebody else put something there

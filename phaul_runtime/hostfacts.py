@@ -10,17 +10,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from phaul_runtime import __version__
+from phaul_runtime import __version__, leftovers
 from phaul_runtime.criu import Criu, criu_opts, require_pycriu
 from phaul_runtime.errors import PhaulError
 from phaul_runtime.rpc import phaul_pb2 as pb
 
 # The version of the control channel's protocol; client and agent must agree.
-PROTOCOL = 1
+PROTOCOL = 2
 CPUINFO = "cpuinfo.img"
 
 
-def gather_facts(workdir: str, criu: Criu) -> pb.HostFacts:
+def gather_facts(workdir: str, state_dir: str, criu: Criu) -> pb.HostFacts:
     """The facts of this host; what cannot be found out is told in the `*_problem` fields."""
     facts = pb.HostFacts(
         hostname=socket.gethostname(),
@@ -31,12 +31,20 @@ def gather_facts(workdir: str, criu: Criu) -> pb.HostFacts:
         root=os.geteuid() == 0,
         memory_available=_meminfo().get("MemAvailable", 0) * 1024,
         workdir=workdir,
-        boot_id=Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip(),
+        boot_id=boot_id(),
+        state_dir=state_dir,
+        leftovers=leftovers.find(Path(workdir), Path(state_dir)),
     )
     _add_cpu(facts)
     _add_workdir(facts)
+    _add_state_dir(facts)
     _add_criu(facts, criu)
     return facts
+
+
+def boot_id() -> str:
+    """What tells one boot of this host from another, and one host from another."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
 def _meminfo() -> dict[str, int]:
@@ -62,18 +70,30 @@ def _add_cpu(facts: pb.HostFacts) -> None:
 
 def _add_workdir(facts: pb.HostFacts) -> None:
     path = Path(facts.workdir)
+    facts.workdir_problem = _private_problem(path)
+    if not facts.workdir_problem:
+        usage = os.statvfs(path)
+        facts.workdir_free = usage.f_bavail * usage.f_frsize
+        facts.workdir_fs = filesystem_of(path)
+
+
+def _add_state_dir(facts: pb.HostFacts) -> None:
+    path = Path(facts.state_dir)
+    facts.state_problem = _private_problem(path)
+    if not facts.state_problem:
+        facts.state_fs = filesystem_of(path)
+
+
+def _private_problem(path: Path) -> str:
+    """Why a directory cannot be made, or be trusted; empty if it is private and can be used."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         info = path.stat()
-        if info.st_uid != os.geteuid() or info.st_mode & 0o022:
-            facts.workdir_problem = "others may write to it, or own it"
-            return
-        usage = os.statvfs(path)
     except OSError as error:
-        facts.workdir_problem = f"{error.strerror}"
-        return
-    facts.workdir_free = usage.f_bavail * usage.f_frsize
-    facts.workdir_fs = filesystem_of(path)
+        return f"{error.strerror}"
+    if info.st_uid != os.geteuid() or info.st_mode & 0o022:
+        return "others may write to it, or own it"
+    return ""
 
 
 def filesystem_of(path: Path) -> str:

@@ -10,9 +10,6 @@ import os
 import shutil
 from pathlib import Path
 
-# What CRIU writes beside the images: not needed to restore.
-NOT_IMAGES = frozenset({"stats-dump", "stats-restore"})
-
 
 class ImageDirs:
     """The numbered directories under `wdir`, mode 0700: they hold the process's memory."""
@@ -63,6 +60,16 @@ def directory_bytes(path: Path) -> int:
         return sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file())
     except OSError:
         return 0
+
+
+def was_resumed(images_dir: Path) -> bool:
+    """Whether a restore of these images came to its end: CRIU writes this once all tasks run."""
+    return (images_dir / "stats-restore").exists()
+
+
+def forget_resumed(images_dir: Path) -> None:
+    """Before a new restore of the same images."""
+    (images_dir / "stats-restore").unlink(missing_ok=True)
 
 
 def remove_tree(path: Path) -> None:

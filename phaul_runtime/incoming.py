@@ -19,26 +19,16 @@ from phaul_runtime.criu import Criu
 from phaul_runtime.engine import DestinationHalf, load_engine
 from phaul_runtime.errors import DestinationError, PhaulError
 from phaul_runtime.filecarry import FileStage
-from phaul_runtime.images import directory_bytes, remove_tree
+from phaul_runtime.images import directory_bytes, forget_resumed, remove_tree, was_resumed
+from phaul_runtime.journal import Journal, checked_id, lock_directory
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.server import PhaulServer
+from phaul_runtime.states import Role, State
 
 log = logging.getLogger(__name__)
 
-_ID = re.compile(r"[0-9a-f]{8,64}")
 _IMAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.img")
 MEMORY_WITHIN_S = 30.0
-
-
-def checked_id(text: str) -> str:
-    """A migration id that is safe as a directory's name.
-
-    Raises:
-        DestinationError: it is not.
-    """
-    if not _ID.fullmatch(text):
-        raise DestinationError(f"malformed migration id {text[:80]!r}")
-    return text
 
 
 def checked_json(data: bytes, what: str) -> dict[str, Any]:
@@ -59,39 +49,100 @@ def checked_json(data: bytes, what: str) -> dict[str, Any]:
 class Incoming:
     """A migration that arrives at this host.
 
+    Made of its journal alone, so that a recovery can take it up where an earlier agent left it.
     Calls may come from several threads; steps exclude each other.
 
     Args:
-        request: what the client opened it with.
-        workdir: private directory under which this migration gets one of its own.
+        journal: of the destination's role, open and locked.
         criu: a session factory.
     """
 
-    def __init__(self, request: pb.OpenRequest, workdir: Path, criu: Criu) -> None:
-        self.id = checked_id(request.id)
-        self.lost_s = request.lost_s
+    def __init__(self, journal: Journal, criu: Criu) -> None:
+        self.id = journal.id
+        self.journal = journal
+        facts = journal.facts
+        self.lost_s = float(facts["lost_s"])
         self.seen = time.monotonic()
-        self._dir = workdir / self.id
+        self.given_up = False
+        self._dir = Path(facts["workdir"]) / self.id
+        self._dir_lock = -1
         self._criu = criu
         self._step = threading.RLock()
         self._memory: socket.socket | None = None
         self._memory_here = threading.Event()
         self._server: PhaulServer | None = None
-        self._log_level = min(4, request.criu_log_level)
-        self._stage = FileStage(self.id)
-        self._manifest = checked_json(request.manifest, "manifest")
-        engine = load_engine(request.engine)
-        options = engine.options_model.model_validate(checked_json(request.options, "options"))
+        self._log_level = int(facts["log_level"])
+        self._stage = FileStage(journal)
+        engine = load_engine(facts["engine"])
+        options = engine.options_model.model_validate(facts["options"])
         self._engine: DestinationHalf = engine.destination(
-            options, criu_log_level=self._log_level, hold_s=request.commit_s
+            options, criu_log_level=self._log_level, hold_s=float(facts["hold_s"])
         )
-        self._pid = 0
-        self.state = "open"
+        self._held = False
+        self._pid = int(facts.get("pid", 0))
+
+    @classmethod
+    def open(cls, request: pb.OpenRequest, workdir: Path, state_dir: Path, criu: Criu) -> Incoming:
+        """Begin a migration: its journal, its directory, its engine half.
+
+        Raises:
+            PhaulError: the request is malformed, or something cannot be created.
+        """
+        checked_id(request.id)
+        engine = load_engine(request.engine)
+        manifest = checked_json(request.manifest, "manifest")
+        options = checked_json(request.options, "options")
+        engine.options_model.model_validate(options)
+        journal = Journal.create(state_dir, request.id, Role.DESTINATION)
+        try:
+            journal.enter(
+                State.ITERATING,
+                engine=request.engine,
+                target=request.target,
+                peer=request.source,
+                manifest=manifest,
+                options=options,
+                workdir=str(workdir),
+                log_level=min(4, request.criu_log_level),
+                lost_s=request.lost_s,
+                hold_s=request.commit_s,
+            )
+            incoming = cls(journal, criu)
+            incoming._begin(manifest)
+        except BaseException:
+            journal.close()
+            raise
+        return incoming
+
+    def _begin(self, manifest: dict[str, Any]) -> None:
         try:
             self._dir.mkdir(mode=0o700)
+            self._dir_lock = lock_directory(self._dir)
+            self._engine.prepare(manifest, self.id)
         except OSError as error:
+            self.abort()
             raise DestinationError(f"cannot create {self._dir}: {error.strerror}") from error
-        self._engine.prepare(self._manifest, self.id)
+        except PhaulError:
+            self.abort()
+            raise
+
+    @classmethod
+    def revive(cls, journal: Journal, criu: Criu) -> Incoming:
+        """Take up what an earlier agent left; then `commit` or `abort` it."""
+        incoming = cls(journal, criu)
+        incoming._stage.recall()
+        incoming._engine.prepare(journal.facts["manifest"], journal.id)
+        return incoming
+
+    @property
+    def state(self) -> State:
+        """Where its journal stands."""
+        return self.journal.state or State.ITERATING
+
+    @property
+    def over(self) -> bool:
+        """There is nothing left for this agent to do about it."""
+        return self.given_up or self.state.settled
 
     def connect_memory(self, channel: socket.socket) -> None:
         """The memory channel has arrived."""
@@ -102,30 +153,33 @@ class Incoming:
         """The client lives."""
         self.seen = time.monotonic()
         last = self._server.last_images_dir if self._server else None
-        return pb.BeatReply(bytes=directory_bytes(Path(last)) if last else 0, state=self.state)
+        return pb.BeatReply(
+            bytes=directory_bytes(Path(last)) if last else 0, state=self.state.value
+        )
 
-    def _expect(self, *states: str) -> None:
+    def _expect(self, *states: State) -> None:
+        if self.given_up:
+            raise DestinationError("the migration was given up: its client was silent")
         if self.state not in states:
-            raise DestinationError(f"the migration is {self.state}")
+            raise DestinationError(f"the migration is {self.state.value}")
 
     def start_iter(self) -> None:
         """A directory and a page server for the next iteration."""
         with self._step:
-            self._expect("open", "iterating")
+            self._expect(State.ITERATING)
             if not self._memory_here.wait(MEMORY_WITHIN_S) or self._memory is None:
                 raise DestinationError("the memory channel did not arrive")
             if self._server is None:
                 config = PhaulConfig(0, self._memory.fileno(), str(self._dir))
                 self._server = PhaulServer(config, self._criu, log_level=self._log_level)
             self._server.start_iter()
-            self.state = "iterating"
 
     def stop_iter(self) -> None:
         """The iteration's page server has ended well; a repetition changes nothing."""
         with self._step:
-            if self.state == "committed":
+            if self.state is State.DONE:
                 return
-            self._expect("iterating")
+            self._expect(State.ITERATING)
             self._require_server().stop_iter()
 
     def _require_server(self) -> PhaulServer:
@@ -136,7 +190,7 @@ class Incoming:
     def put_files(self, parts: Iterable[pb.FilePart]) -> None:
         """Stage files."""
         with self._step:
-            self._expect("open", "iterating")
+            self._expect(State.ITERATING)
             try:
                 for part in parts:
                     self._stage.take(part)
@@ -150,36 +204,79 @@ class Incoming:
             PhaulError: nothing of it is left but the directory, which `abort` removes.
         """
         with self._step:
-            self._expect("iterating")
-            self.state = "preparing"
-            begun = time.monotonic()
+            self._expect(State.ITERATING)
             server = self._require_server()
+            begun = time.monotonic()
             images_dir = Path(server.last_images_dir or "")
+            self.journal.enter(State.FROZEN, images_dir=str(images_dir))
             write_images(images_dir, parts)
             # CRIU acknowledges pages before it has flushed them: only now is the chain whole.
             server.stop_iter()
             self._stage.install()
             written = time.monotonic()
-            self._pid = self._engine.restore(self._criu, images_dir)
-            self.state = "prepared"
+            self._restore(images_dir)
+            self.journal.enter(State.PREPARED, pid=self._pid)
             return pb.PrepareReply(
                 pid=self._pid,
                 images_ms=(written - begun) * 1000,
                 restore_ms=(time.monotonic() - written) * 1000,
             )
 
+    def _restore(self, images_dir: Path) -> None:
+        forget_resumed(images_dir)
+        self._pid = self._engine.restore(self._criu, images_dir)
+        self._held = True
+
     def commit(self) -> pb.CommitReply:
-        """Let it run; a repetition only answers again."""
+        """Let it run; a repetition only answers again.
+
+        A copy that is no longer held (its CRIU or its agent died) is rebuilt from the images.
+        """
         with self._step:
-            if self.state != "committed":
-                self._expect("prepared")
-                self._resumed_at = self._engine.resume()
-                self.state = "committed"
-                threading.Thread(target=self._settle, name="settle").start()
-            since = (time.monotonic() - self._resumed_at) * 1000
+            if self.state is not State.DONE:
+                self._expect(State.PREPARED, State.COMMITTING)
+                self._run()
+                self._settle_soon()
+            since = (time.monotonic() - self._resumed_at) * 1000 if self._resumed_at else 0.0
             return pb.CommitReply(pid=self._pid, since_resume_ms=since)
 
     _resumed_at = 0.0
+
+    def _run(self) -> None:
+        images_dir = Path(self.journal.facts["images_dir"])
+        if self.state is State.COMMITTING and not self._held:
+            # Told to run before, by whom did not live to say what came of it.
+            self._engine.wait_let_go()
+            if was_resumed(images_dir):
+                self.journal.enter(State.DONE)
+                return
+        if self.state is State.PREPARED:
+            self.journal.enter(State.COMMITTING)
+        if self._held:
+            self._held = False
+            try:
+                self._resumed_at = self._engine.resume()
+            except PhaulError as error:
+                if was_resumed(images_dir):
+                    raise
+                log.warning("%s: the held copy was lost: %s; rebuilding it", self.id, error)
+        if not self._resumed_at:
+            self._engine.discard()
+            self._restore(images_dir)
+            self._held = False
+            self._resumed_at = self._engine.resume()
+        self.journal.enter(State.DONE, pid=self._pid)
+
+    def _settle_soon(self) -> None:
+        self._settler = threading.Thread(target=self._settle, name="settle")
+        self._settler.start()
+
+    _settler: threading.Thread | None = None
+
+    def wait_settled(self) -> None:
+        """Wait until a committed migration has put away its images."""
+        if self._settler is not None:
+            self._settler.join()
 
     def _settle(self) -> None:
         """After the commit, when time no longer matters."""
@@ -188,39 +285,49 @@ class Incoming:
             self._close(keep_images=False)
 
     def abort(self, *, client_lost: bool = False) -> None:
-        """Discard everything, unless it was committed; idempotent.
+        """Discard everything, unless it was told to run; idempotent.
 
-        A held copy whose client is lost never runs, but it may be the only one: the source may
-        have been killed already. Its images are kept.
+        A held copy whose client is lost never runs by itself, but it may be the only one: the
+        source may have been killed already. Its images are kept for a recovery.
         """
         if self._memory is not None:
             # Ends a page server that waits for memory, and so whoever waits for it.
             with contextlib.suppress(OSError):
                 self._memory.shutdown(socket.SHUT_RDWR)
         with self._step:
-            if self.state in ("committed", "aborted"):
+            if self.over:
                 return
-            keep = client_lost and self.state == "prepared"
-            self.state = "aborted"
+            keep = self.state is State.COMMITTING or (client_lost and self.state is State.PREPARED)
+            if not keep and self.state is not State.ABORTING:
+                self._journal_quietly(State.ABORTING)
+            self._held = False
             with contextlib.suppress(PhaulError):
                 self._engine.discard()
             if not keep:
                 self._stage.undo()
             self._close(keep_images=keep)
             if keep:
-                log.error(
-                    "%s: the client was lost while the copy was held; images kept in %s",
-                    self.id,
-                    self._dir,
-                )
+                log.error("%s: its client is lost; images kept in %s", self.id, self._dir)
+
+    def _journal_quietly(self, state: State) -> None:
+        """On the way back a full disk is no reason to stop: the source's journal decides."""
+        with contextlib.suppress(PhaulError):
+            self.journal.enter(state)
 
     def _close(self, *, keep_images: bool) -> None:
         if self._server is not None:
             self._server.abort()
         if self._memory is not None:
             self._memory.close()
+        if self._dir_lock >= 0:
+            os.close(self._dir_lock)
+            self._dir_lock = -1
         if not keep_images:
             remove_tree(self._dir)
+            if self.state is State.ABORTING:
+                self._journal_quietly(State.ABORTED)
+        self.given_up = True
+        self.journal.close()
 
 
 def write_images(images_dir: Path, parts: Iterable[pb.PreparePart]) -> None:

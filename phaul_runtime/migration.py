@@ -5,7 +5,9 @@ This is what `phaul-runtime migrate` runs; a program that wants the whole of it 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import secrets
 import socket
 import time
@@ -24,7 +26,7 @@ from phaul_runtime.checks import (
 )
 from phaul_runtime.client import PhaulClient
 from phaul_runtime.criu import Criu
-from phaul_runtime.cutover import CutOver
+from phaul_runtime.cutover import RECOVER, CutOver
 from phaul_runtime.engine import OK, REFUSED, Engine, Finding, Inspection, SourceHalf, load_engine
 from phaul_runtime.errors import (
     CriuError,
@@ -38,26 +40,31 @@ from phaul_runtime.errors import (
 from phaul_runtime.events import (
     Event,
     FilesCopied,
-    IterationStarted,
+    IterationDone,
     Listener,
     MigrationStarted,
     Progress,
+    Recovering,
     RolledBack,
     Warned,
     nobody,
 )
 from phaul_runtime.hostfacts import gather_facts
 from phaul_runtime.images import remove_tree
+from phaul_runtime.journal import Journal, forget_old, lock_directory
 from phaul_runtime.policy import AncestorPolicy, BudgetPolicy, Policy
+from phaul_runtime.recovery import Recovery
 from phaul_runtime.remote import RemoteAgent
-from phaul_runtime.report import MigrationReport
+from phaul_runtime.report import Iteration, MigrationReport
 from phaul_runtime.rpc import phaul_pb2 as pb
+from phaul_runtime.states import Role, State, Verdict
 from phaul_runtime.transport import Channel, Destination, load_transport
 
 if TYPE_CHECKING:
     from phaul_runtime.config import Config
 
 HERE = "here"
+_RETRY_S = 1.0
 
 
 def policy_from(config: Config) -> Policy:
@@ -86,8 +93,10 @@ class Migration:
 
     def __post_init__(self) -> None:
         self.criu = Criu(self.config.criu.binary, deadline_s=self.config.criu.timeout_s)
-        self._iteration = 0
+        self._iterations: list[Iteration] = []
         self._begun = time.monotonic()
+        self._journal: Journal | None = None
+        self._cut_over: CutOver | None = None
 
     # -- what the command line calls -------------------------------------------------------
 
@@ -99,11 +108,20 @@ class Migration:
                 of the failure is made by `failed`.
         """
         engine, destination = self._understand()
-        with _Session(self, destination) as session:
-            inspection, differing = self._preflight(session, engine)
-            if dry_run:
-                return self._finish_report(MigrationReport("checked"), destination)
-            report = self._move(session, engine, inspection, differing)
+        try:
+            with _Session(self, destination) as session:
+                inspection, differing = self._preflight(session, engine)
+                if dry_run:
+                    return self._finish_report(MigrationReport("checked"), destination)
+                try:
+                    report = self._move(session, engine, inspection, differing)
+                except Exception as error:
+                    raise self._meaning(error) from error
+        except OutcomeUnknown as error:
+            report = self._recover(error)
+        finally:
+            if self._journal is not None:
+                self._journal.close()
         return self._finish_report(report, destination)
 
     def check(self) -> list[HostFinding]:
@@ -148,7 +166,7 @@ class Migration:
     _options: Any = None
 
     def _host_findings(self, session: _Session) -> list[HostFinding]:
-        self._here = gather_facts(self.config.workdir, self.criu)
+        self._here = gather_facts(self.config.workdir, self.config.state_dir, self.criu)
         there = session.agent.hello()
         self._same_host = self._here.boot_id == there.boot_id
         return compare_hosts(self._here, there, (HERE, session.agent.name))
@@ -208,29 +226,37 @@ class Migration:
     ) -> MigrationReport:
         agent = session.agent
         config = self.config
+        options = self._options.model_dump(mode="json")
         workdir = session.make_workdir()
+        journal = self._journal = Journal.create(Path(config.state_dir), self.id, Role.SOURCE)
+        forget_old(Path(config.state_dir), config.history)
+        journal.enter(
+            State.ITERATING,
+            engine=engine.name,
+            target=self.target,
+            to=config.transport.to,
+            options=options,
+            identity=dict(self._source.identity()),
+            lost_s=config.timeouts.lost_s,
+        )
         agent.open(
             self.id,
             engine=engine.name,
+            target=self.target,
             manifest=inspection.manifest,
-            options=self._options.model_dump(mode="json"),
+            options=options,
             lost_s=config.timeouts.lost_s,
             log_level=config.criu.log_level,
         )
-        session.opened = True
-        agent.beat_every(config.timeouts.heartbeat_s, self._on_bytes)
         memory = session.open_memory()
-        carried = 0
-        if self._same_host:
-            pass  # one file system: nothing to carry
-        elif config.filesystem.files == "copy":
-            sender = agent.carry_files(inspection.files, differing)
-            carried = sender.bytes
-            if sender.files:
-                self.listener(FilesCopied(sender.files, sender.bytes, final=False))
-        else:
-            agent.watch_files(inspection.files)
-        cut_over = CutOver(agent, self.listener, self.cancellation)
+        agent.beat_every(
+            config.timeouts.heartbeat_s,
+            config.timeouts.lost_s,
+            lambda count: self.listener(Progress(len(self._iterations) + 1, count)),
+            session.cut_memory,
+        )
+        carried = self._carry_files(agent, inspection, differing)
+        cut_over = self._cut_over = CutOver(agent, self.listener, self.cancellation, journal)
         client = PhaulClient(
             self._source.local(cut_over, self.cancellation),
             agent,
@@ -242,17 +268,7 @@ class Migration:
             cancellation=self.cancellation,
             log_level=config.criu.log_level,
         )
-        try:
-            report = client.migrate()
-        except MigrationFailed as error:
-            error.host = error.host or HERE
-            if self._source.gone():
-                raise TargetGone(
-                    f"{engine.name} {self.target} ended by itself while it was being moved; "
-                    "nothing runs at the destination"
-                ) from error
-            raise
-        session.moved = True
+        report = client.migrate()
         report.files_copied = cut_over.files_sent
         report.bytes_transferred += carried
         report.warnings += self._source.finish()
@@ -260,20 +276,114 @@ class Migration:
             self.listener(Warned(warning))
         return report
 
+    def _carry_files(self, agent: RemoteAgent, inspection: Inspection, differing: list[str]) -> int:
+        """While the target runs: stage the files that differ; returns the bytes sent."""
+        if self._same_host:
+            return 0  # one file system
+        if self.config.filesystem.files != "copy":
+            agent.watch_files(inspection.files)
+            return 0
+        sender = agent.carry_files(inspection.files, differing)
+        if sender.files:
+            self.listener(FilesCopied(sender.files, sender.bytes, final=False))
+        return sender.bytes
+
+    def _meaning(self, error: Exception) -> Exception:
+        """What a failure means, whatever it is: that depends on which copy is alive."""
+        state = self._journal.state if self._journal else None
+        if isinstance(error, OutcomeUnknown):
+            return error
+        gone = self._source.gone()
+        if state is State.COMMITTING and gone:
+            return OutcomeUnknown(
+                f"the source's copy is dead, and then: {error}", hint=RECOVER.format(self.id)
+            )
+        if not isinstance(error, MigrationFailed):
+            return error
+        error.host = error.host or HERE
+        if gone:
+            return TargetGone(
+                f"{self.config.engine} {self.target} ended by itself while it was being moved; "
+                "nothing runs at the destination"
+            )
+        return error
+
+    def _recover(self, unknown: OutcomeUnknown) -> MigrationReport:
+        """The source's copy is dead: find out about the other, from a new channel.
+
+        Raises:
+            OutcomeUnknown: not even that helps within `timeouts.commit_s`.
+            MigrationFailed: the source's copy turns out to run.
+        """
+        self.listener(Recovering(unknown.message))
+        deadline = time.monotonic() + self.config.timeouts.commit_s
+        while True:
+            try:
+                recovered = Recovery(self.config).recover(self.id, self._journal)
+                break
+            except PhaulError as error:
+                if time.monotonic() > deadline:
+                    raise unknown from error
+                time.sleep(_RETRY_S)
+        if recovered.verdict is Verdict.DISCARD:
+            raise MigrationFailed(
+                f"{unknown.message}; the source's copy runs on: {recovered.reason}",
+                host=unknown.host,
+                log=unknown.log,
+            ) from unknown
+        report = MigrationReport(
+            "moved",
+            iterations=self._iterations,
+            restored_pid=recovered.pid,
+            warnings=[
+                f"finished by a recovery, after: {unknown.message}",
+                *recovered.warnings,
+            ],
+        )
+        if self._cut_over is not None:
+            report.downtime_ms = self._cut_over.frozen_for_ms()
+            report.freeze = self._cut_over.freeze
+            report.files_copied = self._cut_over.files_sent
+        for warning in report.warnings:
+            self.listener(Warned(warning))
+        return report
+
     def _track(self, event: Event) -> None:
-        if isinstance(event, IterationStarted):
-            self._iteration = event.number
+        if isinstance(event, IterationDone):
+            self._iterations.append(
+                Iteration(
+                    event.pages_written,
+                    event.pages_skipped,
+                    event.bytes,
+                    event.duration_ms,
+                    expected_freeze_ms=event.expected_freeze_ms,
+                )
+            )
         self.listener(event)
 
-    def _on_bytes(self, count: int) -> None:
-        self.listener(Progress(self._iteration, count))
+    @property
+    def begun(self) -> bool:
+        """Something may have to be undone."""
+        state = self._journal.state if self._journal else None
+        return state is not None and not state.settled
 
     def roll_back(self, session: _Session, reason: BaseException) -> None:
         """Undo everything on both sides; the source runs already or still."""
+        self._journal_quietly(State.ABORTING)
         self._source.rollback()
         clean = session.agent.abort()
+        self._journal_quietly(State.ABORTED)
         text = reason.message if isinstance(reason, PhaulError) else repr(reason)
         self.listener(RolledBack(text, clean))
+
+    def _journal_quietly(self, state: State) -> None:
+        """The source runs: a full disk is no reason to stop on the way back."""
+        if self._journal is None:
+            return
+        try:
+            self._journal.enter(state)
+        except MigrationFailed as error:
+            self.listener(Warned(error.message))
 
     def _finish_report(
         self, report: MigrationReport, destination: Destination | None
@@ -284,6 +394,8 @@ class Migration:
         report.source = socket.gethostname()
         report.destination = destination.url if destination else (self.config.transport.to or "")
         report.total_ms = (time.monotonic() - self._begun) * 1000
+        if self._journal is not None:
+            self._journal.keep_report(report.to_json())
         return report
 
     def _keep_logs(self, error: PhaulError) -> str:
@@ -318,15 +430,14 @@ class _Session:
         self._channel: Channel | None = None
         self._memory: socket.socket | None = None
         self._workdir: Path | None = None
+        self._workdir_lock = -1
         self.agent: RemoteAgent
-        self.opened = False
-        self.moved = False
 
     def __enter__(self) -> _Session:
         cancellation = self._migration.cancellation
         timeouts = self._config.timeouts
         self._channel = load_transport(self._destination).open(
-            self._destination, self._config, cancellation
+            self._destination, self._config, cancellation, self._migration.id
         )
         self.agent = RemoteAgent(
             self._channel,
@@ -343,6 +454,7 @@ class _Session:
             self._workdir.mkdir(mode=0o700, parents=True)
         except OSError as error:
             raise Refused(f"cannot create {self._workdir}: {error.strerror}") from error
+        self._workdir_lock = lock_directory(self._workdir)
         return self._workdir
 
     def open_memory(self) -> socket.socket:
@@ -351,15 +463,23 @@ class _Session:
         self._memory = self._channel.open_memory(self._migration.id)
         return self._memory
 
+    def cut_memory(self) -> None:
+        """The agent is lost: CRIU gives up on this, and lets the tree run."""
+        if self._memory is not None:
+            with contextlib.suppress(OSError):
+                self._memory.shutdown(socket.SHUT_RDWR)
+
     def __exit__(self, kind: Any, value: BaseException | None, trace: Any) -> None:
-        undo = self.opened and not self.moved and not isinstance(value, OutcomeUnknown)
-        if value is not None and undo:
+        unknown = isinstance(value, OutcomeUnknown)
+        if value is not None and not unknown and self._migration.begun:
             self._migration.roll_back(self, value)
         if self._memory is not None:
             self._memory.close()
         self.agent.close()
         if self._channel is not None:
             self._channel.close()
-        # After an unknown outcome the source's images may be what a recovery needs.
-        if self._workdir is not None and not isinstance(value, OutcomeUnknown):
+        # After an unknown outcome it is the recovery that puts away.
+        if self._workdir is not None and not unknown:
             remove_tree(self._workdir)
+        if self._workdir_lock >= 0:
+            os.close(self._workdir_lock)

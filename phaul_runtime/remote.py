@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,12 +23,14 @@ from phaul_runtime.hostfacts import PROTOCOL
 from phaul_runtime.images import image_files
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.rpc import phaul_pb2_grpc
+from phaul_runtime.states import Role, Settled, Standing, State, Verdict
 from phaul_runtime.transport import Channel
-from phaul_runtime.wire import MAX_MESSAGE, from_wire
+from phaul_runtime.wire import MAX_MESSAGE, VERSION_KEY, from_wire
 
 _Reply = TypeVar("_Reply", bound=Any)
 _PART = 1 << 20
 _RETRY_S = 0.5
+_VERSION = ((VERSION_KEY, str(PROTOCOL)),)
 
 
 class RemoteAgent(PhaulRemote):
@@ -86,7 +89,10 @@ class RemoteAgent(PhaulRemote):
         *,
         cancellable: bool = True,
     ) -> Any:
-        future = method(request, timeout=timeout_s)
+        try:
+            future = method(request, timeout=timeout_s, metadata=_VERSION)
+        except ValueError as error:
+            raise ChannelError("the control channel is closed", host=self.name) from error
         try:
             if cancellable:
                 with self._cancellation.interrupt_with(lambda: _ignore(future.cancel())):
@@ -94,7 +100,9 @@ class RemoteAgent(PhaulRemote):
             else:
                 reply = future.result()
         except grpc.FutureCancelledError as error:
-            raise Cancelled("cancelled; the source's copy runs on") from error
+            if cancellable and self._cancellation.requested:
+                raise Cancelled("cancelled; the source's copy runs on") from error
+            raise ChannelError("the agent gives no sign of life", host=self.name) from error
         except Cancelled:
             future.cancel()
             raise
@@ -121,7 +129,7 @@ class RemoteAgent(PhaulRemote):
         Raises:
             Refused: the two versions do not speak with each other.
         """
-        request = pb.HelloRequest(protocol=PROTOCOL, version=__version__)
+        request = pb.HelloRequest(version=__version__)
         facts: pb.HostFacts = self._call(self._stub.Hello.future, request, self._call_s).facts
         return facts
 
@@ -135,6 +143,7 @@ class RemoteAgent(PhaulRemote):
         migration_id: str,
         *,
         engine: str,
+        target: str,
         manifest: Mapping[str, Any],
         options: Mapping[str, Any],
         lost_s: float,
@@ -144,6 +153,8 @@ class RemoteAgent(PhaulRemote):
         request = pb.OpenRequest(
             id=migration_id,
             engine=engine,
+            target=target,
+            source=socket.gethostname(),
             manifest=json.dumps(dict(manifest)).encode(),
             options=json.dumps(dict(options)).encode(),
             lost_s=lost_s,
@@ -156,19 +167,61 @@ class RemoteAgent(PhaulRemote):
     def _ref(self) -> pb.MigrationRef:
         return pb.MigrationRef(id=self._id)
 
-    def beat_every(self, period_s: float, on_bytes: Callable[[int], None]) -> None:
-        """Send signs of life from a thread until `close`; tells how much has arrived."""
+    def beat_every(
+        self,
+        period_s: float,
+        lost_s: float,
+        on_bytes: Callable[[int], None],
+        on_lost: Callable[[], None],
+    ) -> None:
+        """Send signs of life from a thread until `close`.
+
+        Args:
+            period_s: between two of them.
+            lost_s: an agent that has not answered for so long is lost: every call fails then.
+            on_bytes: told how much has arrived.
+            on_lost: told once.
+        """
 
         def beat() -> None:
+            heard = time.monotonic()
             while not self._beating.wait(period_s):
                 try:
-                    reply = self._stub.Beat(self._ref(), timeout=self._call_s)
+                    reply = self._stub.Beat(self._ref(), timeout=lost_s, metadata=_VERSION)
                 except (grpc.RpcError, ValueError):
-                    continue  # whoever needs the channel will say that it is broken
+                    if time.monotonic() - heard > lost_s and not self._beating.is_set():
+                        self._grpc.close()
+                        on_lost()
+                        return
+                    continue
+                heard = time.monotonic()
                 if not reply.HasField("error"):
                     on_bytes(reply.bytes)
 
         threading.Thread(target=beat, name="heartbeat", daemon=True).start()
+
+    # -- recovery --------------------------------------------------------------------------
+
+    def look(self, migration_id: str, wait_s: float) -> dict[Role, Standing]:
+        """How the ends of a migration stand there.
+
+        Raises:
+            StillUnderWay: somebody still works on one after `wait_s` seconds.
+        """
+        request = pb.LookRequest(id=migration_id, wait_s=wait_s)
+        reply: pb.LookReply = self._call(self._stub.Look.future, request, wait_s + self._call_s)
+        ends = {Role.SOURCE: reply.source, Role.DESTINATION: reply.destination}
+        return {
+            role: Standing(State(end.state), end.alive) for role, end in ends.items() if end.state
+        }
+
+    def settle(self, migration_id: str, role: Role, verdict: Verdict) -> Settled:
+        """Settle an end there."""
+        request = pb.SettleRequest(id=migration_id, role=role.value, verdict=verdict.value)
+        reply: pb.SettleReply = self._call(
+            self._stub.Settle.future, request, self._prepare_s, cancellable=False
+        )
+        return Settled(reply.pid, tuple(reply.warnings))
 
     # -- PhaulRemote -----------------------------------------------------------------------
 

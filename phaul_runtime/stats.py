@@ -22,13 +22,13 @@ class DumpStats:
     `memwrite_s` their writing (for a pre-dump after the tree runs again).
     """
 
-    pages_scanned: int
-    pages_written: int
-    pages_skipped: int
-    freezing_s: float
-    frozen_s: float
-    memdump_s: float
-    memwrite_s: float
+    pages_scanned: int = 0
+    pages_written: int = 0
+    pages_skipped: int = 0
+    freezing_s: float = 0.0
+    frozen_s: float = 0.0
+    memdump_s: float = 0.0
+    memwrite_s: float = 0.0
 
 
 def read_dump_stats(images_dir: str | Path) -> DumpStats:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from phaul_runtime.errors import CriuError, DestinationError, PhaulError, Refused
+from phaul_runtime.errors import (
+    CriuError,
+    DestinationError,
+    OutcomeUnknown,
+    PhaulError,
+    Refused,
+    StillUnderWay,
+)
 from phaul_runtime.rpc import phaul_pb2 as pb
 
 # The agent's two sockets, in its socket directory.
@@ -12,6 +19,17 @@ MEMORY = "memory.sock"
 ID_BYTES = 64
 # Of the control channel; streams send parts of 1 MiB.
 MAX_MESSAGE = 8 << 20
+
+# Errors that keep their meaning on the other side; any other is the destination's failure.
+_KINDS: dict[str, type[PhaulError]] = {
+    "Refused": Refused,
+    "CheckFailed": Refused,
+    "NoSuchTarget": Refused,
+    "StillUnderWay": StillUnderWay,
+    "OutcomeUnknown": OutcomeUnknown,
+}
+# In the metadata of every call: PROTOCOL of hostfacts.
+VERSION_KEY = "phaul-protocol"
 
 # gRPC's own limit for a message is 4 MiB; a log's end is enough.
 _LOG_TEXT = 256 << 10
@@ -36,6 +54,5 @@ def from_wire(message: pb.Error, host: str) -> PhaulError:
         return CriuError(
             message.message, hint=message.hint, host=host, log=log, log_text=message.log_text
         )
-    if message.kind in ("Refused", "CheckFailed", "NoSuchTarget"):
-        return Refused(message.message, hint=message.hint, host=host, log=log)
-    return DestinationError(message.message, hint=message.hint, host=host, log=log)
+    kind = _KINDS.get(message.kind, DestinationError)
+    return kind(message.message, hint=message.hint, host=host, log=log)

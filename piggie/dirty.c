@@ -20,6 +20,7 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
+#include <sys/utsname.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -140,9 +141,11 @@ static void step(struct dirtier *d, const struct options *o, double elapsed_s)
 {
 	static double writes, verifies;
 
-	/* After a standstill (a freeze, a busy machine) do not catch up. */
+	/* After a standstill (a freeze, a busy machine) do not catch up; nor when the clock jumps. */
 	if (elapsed_s > 0.1)
 		elapsed_s = 0.1;
+	if (elapsed_s < 0)
+		elapsed_s = 0;
 	for (writes += o->writes_per_s * elapsed_s; writes >= 1 && d->hot; writes--) {
 		fill(d, d->write_at);
 		d->write_at = (d->write_at + 1) % d->hot;
@@ -302,9 +305,14 @@ static int run(const struct options *o, int ready)
 		for (int i = 0; i < children; i++)
 			take_tokens(&d, pipes[i][0], &expected[i], &wrong[i]);
 		if (udp >= 0) {
-			char text[64];
-			int size = snprintf(text, sizeof(text), "%llu %.6f\n",
-					    (unsigned long long)d.tick, d.last_loop);
+			struct utsname host;
+			char text[128];
+			int size;
+
+			/* Asked anew each time: it is the host on which this copy runs. */
+			uname(&host);
+			size = snprintf(text, sizeof(text), "%llu %.6f %.64s\n",
+					(unsigned long long)d.tick, d.last_loop, host.nodename);
 
 			/* Nobody listening is no trouble of ours. */
 			(void)!sendto(udp, text, size, 0, (struct sockaddr *)&to, sizeof(to));
@@ -358,7 +366,7 @@ static void usage(FILE *out)
 		"  --writes N    pages rewritten a second (100)\n"
 		"  --verifies N  pages verified a second (20000)\n"
 		"  --children N  as many children with as much memory, and pipes (0)\n"
-		"  --udp A:P     send \"TICK TIME\" there every 10 ms\n"
+		"  --udp A:P     send \"TICK TIME HOST\" there every 10 ms\n"
 		"  --detach      a session of its own; print the pid once the memory is filled\n"
 		"SIGUSR1 spoils a page on purpose; SIGTERM ends, with 1 if anything was wrong.\n");
 }

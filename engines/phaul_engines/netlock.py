@@ -21,11 +21,12 @@ _WITHIN_S = 10.0
 Connection = tuple[str, int, str, int]
 
 
-def release(connections: Sequence[Connection]) -> list[str]:
+def release(connections: Sequence[Connection], *, all_of_them: bool = False) -> list[str]:
     """Remove the rules of connections within this host; returns warnings about the others.
 
     Args:
         connections: of the tree that has moved: local address and port, remote address and port.
+        all_of_them: the tree runs on here: nothing may drop its packets.
     """
     if not connections:
         return []
@@ -39,7 +40,7 @@ def release(connections: Sequence[Connection]) -> list[str]:
             if not either & ports:
                 continue
             command = [program, "-D", *rule[1:]]
-            if either & inside:
+            if all_of_them or either & inside:
                 _quietly(command)
             else:
                 kept.append(shlex.join(command))

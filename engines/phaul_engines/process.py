@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from phaul_engines import netlock
 from phaul_engines.netlock import Connection
 from phaul_engines.process_options import ProcessOptions
 from phaul_engines.proctree import (
+    Member,
     OpenFile,
     Process,
     Tree,
@@ -19,18 +21,19 @@ from phaul_engines.proctree import (
     pipes_to_others,
     read_process,
     read_tree,
+    tracer_of,
 )
 from phaul_runtime import cgroup
 from phaul_runtime.api import Outcome, PhaulConfig, PhaulLocal
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.criu import Criu, CriuNotify, criu_opts, rpc
-from phaul_runtime.cutover import CutOver
 from phaul_runtime.engine import (
     OK,
     REFUSED,
     DestinationHalf,
     Engine,
     Finding,
+    Handover,
     Inspection,
     SourceHalf,
 )
@@ -44,13 +47,16 @@ from phaul_runtime.errors import (
 )
 from phaul_runtime.filesystem import gather
 from phaul_runtime.held import HeldRestore
+from phaul_runtime.hostfacts import boot_id
 from phaul_runtime.images import relative_parent
 from phaul_runtime.rpc import phaul_pb2 as pb
-from phaul_runtime.stats import read_dump_stats
+from phaul_runtime.stats import DumpStats, read_dump_stats
 
 DUMP_LOG = "dump.log"
 RESTORE_LOG = "restore.log"
 RESTORE_WITHIN_S = 300.0
+LET_GO_WITHIN_S = 20.0
+_POLL_S = 0.02
 # Namespaces of a container, whose engine knows them. (Time: CRIU restores into one of its own.)
 _FOREIGN = ("mnt", "net", "user")
 _MIB = 1 << 20
@@ -91,6 +97,7 @@ class ProcessSource(SourceHalf):
         self._options = options
         self._log_level = log_level
         self._tree: Tree | None = None
+        self._members: list[Member] = []
         self._connections: list[Connection] = []
 
     def inspect(self) -> Inspection:
@@ -105,7 +112,7 @@ class ProcessSource(SourceHalf):
             raise NoSuchTarget(f"pid {self._pid} is a kernel thread ({root.name})")
         if root.state in "ZX":
             raise NoSuchTarget(f"process {self._pid} ({root.name}) has ended: it is a zombie")
-        tree = self._tree = read_tree(self._pid)
+        tree = self.look()
         return Inspection(
             pid=self._pid,
             memory=sum(member.memory for member in tree.members),
@@ -118,6 +125,13 @@ class ProcessSource(SourceHalf):
             findings=_findings(tree, self._options),
         )
 
+    def look(self) -> Tree:
+        """Read the tree as it is now."""
+        tree = self._tree = read_tree(self._pid)
+        self._members = [Member(m.pid, m.start_time) for m in tree.members]
+        self._connections = established_connections(tree)
+        return tree
+
     def _shell_job(self, tree: Tree) -> bool:
         """Whether the tree's session is led by somebody outside it."""
         if isinstance(self._options.shell_job, bool):
@@ -126,21 +140,50 @@ class ProcessSource(SourceHalf):
 
     def local(self, handover: Any, cancellation: Cancellation) -> PhaulLocal:
         """See `SourceHalf`."""
-        if self._tree is None:
-            self.inspect()
-        assert self._tree is not None
-        self._connections = established_connections(self._tree)
         opts = criu_opts(
             pid=self._pid,
             log_level=self._log_level,
             log_file=DUMP_LOG,
-            **_common_opts(self._options, self._shell_job(self._tree)),
+            **_common_opts(self._options, self._shell_job(self._tree or self.look())),
         )
-        return ProcessLocal(self._tree, opts, handover)
+        return ProcessLocal(self, opts, handover)
+
+    def identity(self) -> Mapping[str, Any]:
+        """See `SourceHalf`."""
+        return {
+            "boot_id": boot_id(),
+            "members": [[m.pid, m.start_time] for m in self._members],
+            "connections": [list(c) for c in self._connections],
+        }
+
+    def recall(self, identity: Mapping[str, Any]) -> None:
+        """See `SourceHalf`."""
+        same_boot = identity.get("boot_id") == boot_id()
+        self._members = [
+            Member(pid, start) for pid, start in identity.get("members", []) if same_boot
+        ]
+        self._connections = [
+            (str(a), int(b), str(c), int(d)) for a, b, c, d in identity.get("connections", [])
+        ]
 
     def gone(self) -> bool:
         """See `SourceHalf`."""
-        return self._tree is not None and not self._tree.root.alive()
+        if not self._members:
+            return True
+        root = self._members[0]
+        deadline = time.monotonic() + LET_GO_WITHIN_S
+        while root.alive() and tracer_of(root.pid) and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+        return not root.alive()
+
+    def dead(self) -> bool:
+        """Whether nothing of the tree is left."""
+        return not any(member.alive() for member in self._members)
+
+    def end_rest(self) -> None:
+        """See `SourceHalf`."""
+        for member in self._members:
+            member.kill()
 
     def finish(self) -> Sequence[str]:
         """See `SourceHalf`."""
@@ -148,14 +191,15 @@ class ProcessSource(SourceHalf):
         return netlock.release(self._connections)
 
     def rollback(self) -> None:
-        """See `SourceHalf`: CRIU has let the tree run again by itself."""
+        """See `SourceHalf`: CRIU lets the tree run again; dead, it leaves its network lock."""
+        netlock.release(self._connections, all_of_them=True)
 
 
 class ProcessLocal(PhaulLocal, CriuNotify):
     """Final dump over the memory channel; the cut-over happens in CRIU's notifications."""
 
-    def __init__(self, tree: Tree, opts: Any, handover: CutOver) -> None:
-        self._tree = tree
+    def __init__(self, source: ProcessSource, opts: Any, handover: Handover) -> None:
+        self._source = source
         self._opts = opts
         self._handover = handover
         self._images_dir = Path()
@@ -176,35 +220,34 @@ class ProcessLocal(PhaulLocal, CriuNotify):
             opts.ps.fd = config.memfd
             criu.dump(opts, self)
         except PhaulError as error:
-            if isinstance(error.__cause__, PhaulError):
+            if self._handover.committing and self._source.gone():
+                # CRIU killed the tree, and did not live to say so: there is no way back.
+                self._source.end_rest()
+            elif isinstance(error.__cause__, PhaulError):
                 # Our own veto in a notification: its reason is the reason.
                 raise error.__cause__ from None
-            raise
+            else:
+                raise
         finally:
             os.close(directory)
         answered = time.monotonic()
-        stats = read_dump_stats(self._images_dir)
-        cut_over = self._handover
+        try:
+            stats = read_dump_stats(self._images_dir)
+        except PhaulError:
+            stats = DumpStats()
         # CRIU's clock of the freeze runs until it has killed the tree and answers.
-        frozen_at = answered - stats.frozen_s - stats.freezing_s
-        cut_over.commit(self._source_is_dead, frozen_at)
-        return Outcome(
-            restored_pid=cut_over.pid,
-            downtime_ms=cut_over.downtime_ms,
-            freeze=cut_over.freeze,
-            pages_written=stats.pages_written,
-            pages_skipped=stats.pages_skipped,
-            extra_bytes=cut_over.bytes_sent,
+        frozen_at = answered - stats.frozen_s - stats.freezing_s if stats.frozen_s else None
+        outcome = self._handover.commit(self._source.dead, frozen_at)
+        return replace(
+            outcome, pages_written=stats.pages_written, pages_skipped=stats.pages_skipped
         )
-
-    def _source_is_dead(self) -> bool:
-        return not any(member.alive() for member in self._tree.members)
 
     def pre_dump(self) -> None:
         """CRIU begins; the next thing it does is to freeze."""
-        if not self._tree.root.alive():
-            raise TargetGone(f"process {self._tree.root.pid} has ended by itself")
-        self._handover.freezing()
+        if self._source.gone():
+            raise TargetGone("the process has ended by itself")
+        self._source.look()
+        self._handover.freezing(self._source.identity())
 
     def post_dump(self) -> None:
         """The tree is frozen, its memory is over: restore there, or let it run on here."""
@@ -221,7 +264,6 @@ class ProcessDestination(DestinationHalf):
         self._shell_job = False
         self._id = ""
         self._held: HeldRestore | None = None
-        self._group: Path | None = None
 
     def check(self, manifest: Mapping[str, Any]) -> Sequence[Finding]:
         """See `DestinationHalf`."""
@@ -274,7 +316,7 @@ class ProcessDestination(DestinationHalf):
             session.prepare()
             if session.swrk_pid is not None:
                 # What CRIU rebuilds is born in its own cgroup, not in the agent's.
-                self._group = cgroup.adopt(self._id, session.swrk_pid)
+                cgroup.adopt(self._id, session.swrk_pid)
             opts = criu_opts(
                 images_dir_fd=directory,
                 log_level=self._log_level,
@@ -285,7 +327,7 @@ class ProcessDestination(DestinationHalf):
             return self._held.start(RESTORE_WITHIN_S)
         except BaseException:
             session.cleanup()
-            cgroup.remove(self._group)
+            cgroup.kill(self._id)
             raise
         finally:
             os.close(directory)
@@ -296,12 +338,21 @@ class ProcessDestination(DestinationHalf):
             raise MigrationFailed("nothing was restored")
         return self._held.resume(self._hold_s)
 
+    def wait_let_go(self) -> None:
+        """See `DestinationHalf`."""
+        deadline = time.monotonic() + LET_GO_WITHIN_S
+        while any(_name_of(pid) == "criu" for pid in cgroup.members(self._id)):
+            if time.monotonic() > deadline:
+                return
+            time.sleep(_POLL_S)
+
     def discard(self) -> None:
         """See `DestinationHalf`."""
         if self._held is not None:
             self._held.discard()
             self._held = None
-        cgroup.remove(self._group)
+        # CRIU killed in mid-restore leaves half-built tasks that nobody would ever let go.
+        cgroup.kill(self._id)
 
 
 def _common_opts(options: ProcessOptions, shell_job: bool) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import signal
 import stat
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 _O_ACCMODE = 0o3
 # Majors of tty(4): consoles, /dev/tty, and the pseudo-terminals.
 _TTY_MAJORS = frozenset({4, 5, *range(136, 144)})
+_SIGKILL = 1 << (signal.SIGKILL - 1)
 _UNDUMPABLE = (
     "anon_inode:[io_uring]",
     "anon_inode:[perf_event]",
@@ -49,11 +51,41 @@ class Process:
 
     def alive(self) -> bool:
         """It still exists (the same, not another with its pid) and is no zombie."""
+        return Member(self.pid, self.start_time).alive()
+
+
+@dataclass(frozen=True)
+class Member:
+    """Enough of a process to tell it from a later one with its pid."""
+
+    pid: int
+    start_time: int
+
+    def alive(self) -> bool:
+        """It can still run: it exists, is no zombie, and no SIGKILL waits for it."""
         try:
             state, start_time, *_ = _stat(self.pid)
         except NoSuchTarget:
             return False
-        return start_time == self.start_time and state not in "ZX"
+        if start_time != self.start_time or state in "ZX":
+            return False
+        # Killed in an uninterruptible wait: it dies when that ends, and executes nothing before.
+        return state != "D" or not _status_number(self.pid, "SigPnd", 16) & _SIGKILL
+
+    def kill(self) -> None:
+        """End it, if it still exists."""
+        try:
+            handle = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return
+        try:
+            # The handle is of whoever has the pid now: look who that is only afterwards.
+            if self.alive():
+                signal.pidfd_send_signal(handle, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        finally:
+            os.close(handle)
 
 
 @dataclass
@@ -98,6 +130,20 @@ def _stat(pid: int) -> tuple[str, int, str, list[str]]:
     name = text[text.index("(") + 1 : text.rindex(")")]
     rest = text[text.rindex(")") + 2 :].split()
     return rest[0], int(rest[19]), name, rest
+
+
+def tracer_of(pid: int) -> int:
+    """The pid that traces it; 0 if nobody does, or it is gone."""
+    return _status_number(pid, "TracerPid", 10)
+
+
+def _status_number(pid: int, name: str, base: int) -> int:
+    try:
+        text = (PROC / str(pid) / "status").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return 0
+    lines = [line for line in text.splitlines() if line.startswith(f"{name}:")]
+    return int(lines[0].split()[1], base) if lines else 0
 
 
 def read_process(pid: int) -> Process:

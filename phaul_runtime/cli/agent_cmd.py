@@ -36,6 +36,14 @@ _READ = 4096
     help="Private directory for images; best on tmpfs.",
 )
 @click.option(
+    "--state-dir",
+    default="/var/lib/phaul-runtime",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Directory of the journals; not on tmpfs.",
+)
+@click.option(
     "--criu",
     "criu_binary",
     default="criu",
@@ -43,7 +51,7 @@ _READ = 4096
     metavar="PROGRAM",
     help="CRIU's binary.",
 )
-def agent_command(sockets: Path, workdir: Path, criu_binary: str) -> None:
+def agent_command(sockets: Path, workdir: Path, state_dir: Path, criu_binary: str) -> None:
     """Serve one connection as the destination; ends with its standard input.
 
     Transports start it; there is no need to run it by hand. It also ends when its client gives no
@@ -59,7 +67,13 @@ def agent_command(sockets: Path, workdir: Path, criu_binary: str) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, stop)
-    agent = Agent(sockets, workdir, Criu(criu_binary), on_lost=lambda: os.write(wake_write, b"x"))
+    agent = Agent(
+        sockets,
+        workdir,
+        state_dir,
+        Criu(criu_binary),
+        on_lost=lambda: os.write(wake_write, b"x"),
+    )
     agent.start()
     try:
         click.echo(f"phaul-runtime agent ready {PROTOCOL} {__version__}")

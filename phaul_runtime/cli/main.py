@@ -14,6 +14,9 @@ from phaul_runtime.errors import ExitCode, PhaulError
 _COMMANDS = {
     "migrate": ("phaul_runtime.cli.migrate_cmd", "migrate_command"),
     "check": ("phaul_runtime.cli.check_cmd", "check_command"),
+    "recover": ("phaul_runtime.cli.recover_cmd", "recover_command"),
+    "history": ("phaul_runtime.cli.history_cmd", "history_command"),
+    "show": ("phaul_runtime.cli.history_cmd", "show_command"),
     "agent": ("phaul_runtime.cli.agent_cmd", "agent_command"),
     "config": ("phaul_runtime.cli.config_cmd", "config_group"),
 }

@@ -177,6 +177,8 @@ def describe(event: ev.Event) -> str:
             return "frozen: final dump"
         case ev.Prepared():
             return f"prepared: rebuilt there as pid {event.pid}, held"
+        case ev.Recovering():
+            return f"outcome unknown, recovering: {event.reason}"
         case ev.Committed():
             return f"moved: runs there as pid {event.pid}, downtime {event.downtime_ms:.0f} ms"
         case ev.RolledBack():

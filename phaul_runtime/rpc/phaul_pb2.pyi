@@ -33,12 +33,10 @@ class MigrationRef(_message.Message):
     def __init__(self, id: _Optional[str] = ...) -> None: ...
 
 class HelloRequest(_message.Message):
-    __slots__ = ("protocol", "version")
-    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("version",)
     VERSION_FIELD_NUMBER: _ClassVar[int]
-    protocol: int
     version: str
-    def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
+    def __init__(self, version: _Optional[str] = ...) -> None: ...
 
 class HelloReply(_message.Message):
     __slots__ = ("error", "protocol", "facts")
@@ -51,7 +49,7 @@ class HelloReply(_message.Message):
     def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., protocol: _Optional[int] = ..., facts: _Optional[_Union[HostFacts, _Mapping]] = ...) -> None: ...
 
 class HostFacts(_message.Message):
-    __slots__ = ("hostname", "phaul_version", "kernel", "arch", "page_size", "root", "criu_version", "page_server_format", "criu_problem", "dirty_tracking", "lazy_pages", "cpu_model", "cpu_flags", "cpuinfo", "memory_available", "workdir", "workdir_fs", "workdir_free", "workdir_problem", "boot_id")
+    __slots__ = ("hostname", "phaul_version", "kernel", "arch", "page_size", "root", "criu_version", "page_server_format", "criu_problem", "dirty_tracking", "lazy_pages", "cpu_model", "cpu_flags", "cpuinfo", "memory_available", "workdir", "workdir_fs", "workdir_free", "workdir_problem", "boot_id", "state_dir", "state_fs", "state_problem", "leftovers")
     HOSTNAME_FIELD_NUMBER: _ClassVar[int]
     PHAUL_VERSION_FIELD_NUMBER: _ClassVar[int]
     KERNEL_FIELD_NUMBER: _ClassVar[int]
@@ -72,6 +70,10 @@ class HostFacts(_message.Message):
     WORKDIR_FREE_FIELD_NUMBER: _ClassVar[int]
     WORKDIR_PROBLEM_FIELD_NUMBER: _ClassVar[int]
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
+    STATE_DIR_FIELD_NUMBER: _ClassVar[int]
+    STATE_FS_FIELD_NUMBER: _ClassVar[int]
+    STATE_PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    LEFTOVERS_FIELD_NUMBER: _ClassVar[int]
     hostname: str
     phaul_version: str
     kernel: str
@@ -92,7 +94,11 @@ class HostFacts(_message.Message):
     workdir_free: int
     workdir_problem: str
     boot_id: str
-    def __init__(self, hostname: _Optional[str] = ..., phaul_version: _Optional[str] = ..., kernel: _Optional[str] = ..., arch: _Optional[str] = ..., page_size: _Optional[int] = ..., root: bool = ..., criu_version: _Optional[str] = ..., page_server_format: _Optional[int] = ..., criu_problem: _Optional[str] = ..., dirty_tracking: bool = ..., lazy_pages: bool = ..., cpu_model: _Optional[str] = ..., cpu_flags: _Optional[_Iterable[str]] = ..., cpuinfo: _Optional[bytes] = ..., memory_available: _Optional[int] = ..., workdir: _Optional[str] = ..., workdir_fs: _Optional[str] = ..., workdir_free: _Optional[int] = ..., workdir_problem: _Optional[str] = ..., boot_id: _Optional[str] = ...) -> None: ...
+    state_dir: str
+    state_fs: str
+    state_problem: str
+    leftovers: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, hostname: _Optional[str] = ..., phaul_version: _Optional[str] = ..., kernel: _Optional[str] = ..., arch: _Optional[str] = ..., page_size: _Optional[int] = ..., root: bool = ..., criu_version: _Optional[str] = ..., page_server_format: _Optional[int] = ..., criu_problem: _Optional[str] = ..., dirty_tracking: bool = ..., lazy_pages: bool = ..., cpu_model: _Optional[str] = ..., cpu_flags: _Optional[_Iterable[str]] = ..., cpuinfo: _Optional[bytes] = ..., memory_available: _Optional[int] = ..., workdir: _Optional[str] = ..., workdir_fs: _Optional[str] = ..., workdir_free: _Optional[int] = ..., workdir_problem: _Optional[str] = ..., boot_id: _Optional[str] = ..., state_dir: _Optional[str] = ..., state_fs: _Optional[str] = ..., state_problem: _Optional[str] = ..., leftovers: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class FileFact(_message.Message):
     __slots__ = ("path", "size", "mode", "uid", "gid", "build_id", "digest", "directory", "written", "executable", "mtime_ns", "shared_map")
@@ -171,7 +177,7 @@ class FileVerdict(_message.Message):
     def __init__(self, path: _Optional[str] = ..., reason: _Optional[str] = ..., copyable: bool = ...) -> None: ...
 
 class OpenRequest(_message.Message):
-    __slots__ = ("id", "engine", "manifest", "options", "lost_s", "commit_s", "criu_log_level")
+    __slots__ = ("id", "engine", "manifest", "options", "lost_s", "commit_s", "criu_log_level", "target", "source")
     ID_FIELD_NUMBER: _ClassVar[int]
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
@@ -179,6 +185,8 @@ class OpenRequest(_message.Message):
     LOST_S_FIELD_NUMBER: _ClassVar[int]
     COMMIT_S_FIELD_NUMBER: _ClassVar[int]
     CRIU_LOG_LEVEL_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
     id: str
     engine: str
     manifest: bytes
@@ -186,7 +194,9 @@ class OpenRequest(_message.Message):
     lost_s: float
     commit_s: float
     criu_log_level: int
-    def __init__(self, id: _Optional[str] = ..., engine: _Optional[str] = ..., manifest: _Optional[bytes] = ..., options: _Optional[bytes] = ..., lost_s: _Optional[float] = ..., commit_s: _Optional[float] = ..., criu_log_level: _Optional[int] = ...) -> None: ...
+    target: str
+    source: str
+    def __init__(self, id: _Optional[str] = ..., engine: _Optional[str] = ..., manifest: _Optional[bytes] = ..., options: _Optional[bytes] = ..., lost_s: _Optional[float] = ..., commit_s: _Optional[float] = ..., criu_log_level: _Optional[int] = ..., target: _Optional[str] = ..., source: _Optional[str] = ...) -> None: ...
 
 class FilePart(_message.Message):
     __slots__ = ("id", "head", "offset", "data")
@@ -241,3 +251,49 @@ class BeatReply(_message.Message):
     bytes: int
     state: str
     def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., bytes: _Optional[int] = ..., state: _Optional[str] = ...) -> None: ...
+
+class LookRequest(_message.Message):
+    __slots__ = ("id", "wait_s")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    wait_s: float
+    def __init__(self, id: _Optional[str] = ..., wait_s: _Optional[float] = ...) -> None: ...
+
+class LookReply(_message.Message):
+    __slots__ = ("error", "source", "destination")
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    DESTINATION_FIELD_NUMBER: _ClassVar[int]
+    error: Error
+    source: End
+    destination: End
+    def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., source: _Optional[_Union[End, _Mapping]] = ..., destination: _Optional[_Union[End, _Mapping]] = ...) -> None: ...
+
+class End(_message.Message):
+    __slots__ = ("state", "alive")
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    ALIVE_FIELD_NUMBER: _ClassVar[int]
+    state: str
+    alive: bool
+    def __init__(self, state: _Optional[str] = ..., alive: bool = ...) -> None: ...
+
+class SettleRequest(_message.Message):
+    __slots__ = ("id", "role", "verdict")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    VERDICT_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    role: str
+    verdict: str
+    def __init__(self, id: _Optional[str] = ..., role: _Optional[str] = ..., verdict: _Optional[str] = ...) -> None: ...
+
+class SettleReply(_message.Message):
+    __slots__ = ("error", "pid", "warnings")
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
+    error: Error
+    pid: int
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., pid: _Optional[int] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...

@@ -84,6 +84,16 @@ class AgentStub(object):
                 request_serializer=phaul__runtime_dot_rpc_dot_phaul__pb2.MigrationRef.SerializeToString,
                 response_deserializer=phaul__runtime_dot_rpc_dot_phaul__pb2.BeatReply.FromString,
                 _registered_method=True)
+        self.Look = channel.unary_unary(
+                '/phaul.v1.Agent/Look',
+                request_serializer=phaul__runtime_dot_rpc_dot_phaul__pb2.LookRequest.SerializeToString,
+                response_deserializer=phaul__runtime_dot_rpc_dot_phaul__pb2.LookReply.FromString,
+                _registered_method=True)
+        self.Settle = channel.unary_unary(
+                '/phaul.v1.Agent/Settle',
+                request_serializer=phaul__runtime_dot_rpc_dot_phaul__pb2.SettleRequest.SerializeToString,
+                response_deserializer=phaul__runtime_dot_rpc_dot_phaul__pb2.SettleReply.FromString,
+                _registered_method=True)
 
 
 class AgentServicer(object):
@@ -159,6 +169,20 @@ class AgentServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Look(self, request, context):
+        """What this host knows of either end of a migration, once nobody works on it any more.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Settle(self, request, context):
+        """Brings one end of a migration to done or aborted. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -211,6 +235,16 @@ def add_AgentServicer_to_server(servicer, server):
                     servicer.Beat,
                     request_deserializer=phaul__runtime_dot_rpc_dot_phaul__pb2.MigrationRef.FromString,
                     response_serializer=phaul__runtime_dot_rpc_dot_phaul__pb2.BeatReply.SerializeToString,
+            ),
+            'Look': grpc.unary_unary_rpc_method_handler(
+                    servicer.Look,
+                    request_deserializer=phaul__runtime_dot_rpc_dot_phaul__pb2.LookRequest.FromString,
+                    response_serializer=phaul__runtime_dot_rpc_dot_phaul__pb2.LookReply.SerializeToString,
+            ),
+            'Settle': grpc.unary_unary_rpc_method_handler(
+                    servicer.Settle,
+                    request_deserializer=phaul__runtime_dot_rpc_dot_phaul__pb2.SettleRequest.FromString,
+                    response_serializer=phaul__runtime_dot_rpc_dot_phaul__pb2.SettleReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -483,6 +517,60 @@ class Agent(object):
             '/phaul.v1.Agent/Beat',
             phaul__runtime_dot_rpc_dot_phaul__pb2.MigrationRef.SerializeToString,
             phaul__runtime_dot_rpc_dot_phaul__pb2.BeatReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Look(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/phaul.v1.Agent/Look',
+            phaul__runtime_dot_rpc_dot_phaul__pb2.LookRequest.SerializeToString,
+            phaul__runtime_dot_rpc_dot_phaul__pb2.LookReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Settle(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/phaul.v1.Agent/Settle',
+            phaul__runtime_dot_rpc_dot_phaul__pb2.SettleRequest.SerializeToString,
+            phaul__runtime_dot_rpc_dot_phaul__pb2.SettleReply.FromString,
             options,
             channel_credentials,
             insecure,

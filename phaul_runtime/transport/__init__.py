@@ -91,8 +91,10 @@ class Transport(ABC):
     """A way to reach agents."""
 
     @abstractmethod
-    def open(self, destination: Destination, config: Config, cancellation: Cancellation) -> Channel:
-        """Open a channel.
+    def open(
+        self, destination: Destination, config: Config, cancellation: Cancellation, token: str
+    ) -> Channel:
+        """Open a channel; `token` names its directories, unused on both hosts.
 
         Raises:
             DestinationUnreachable: no agent answers there; the message says why.

@@ -19,6 +19,7 @@ from phaul_runtime import proc
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.errors import ChannelError, DestinationUnreachable
 from phaul_runtime.images import remove_tree
+from phaul_runtime.journal import lock_directory
 from phaul_runtime.transport import Channel
 from phaul_runtime.wire import CONTROL, ID_BYTES, MEMORY
 
@@ -47,6 +48,7 @@ class AgentProcess(Channel):
         self._argv = list(argv)
         self._sockets = sockets
         self._owned = owned
+        self._lock = -1
         self._process: proc.Process | None = None
         self._stderr = bytearray()
         self._reader: threading.Thread | None = None
@@ -57,6 +59,8 @@ class AgentProcess(Channel):
         Raises:
             DestinationUnreachable: it did not come; the message has what was printed instead.
         """
+        if self._owned:
+            self._lock = lock_directory(self._sockets)
         read_fd, write_fd = os.pipe()
         stderr_read, stderr_write = os.pipe()
         stdin_read, stdin_write = os.pipe()
@@ -169,5 +173,8 @@ class AgentProcess(Channel):
             proc.end(process)
         if self._owned:
             remove_tree(self._sockets)
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     _stdin = -1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import sys
 from typing import TYPE_CHECKING
 
@@ -18,11 +17,13 @@ if TYPE_CHECKING:
 class LocalTransport(Transport):
     """The destination is this host."""
 
-    def open(self, destination: Destination, config: Config, cancellation: Cancellation) -> Channel:
+    def open(
+        self, destination: Destination, config: Config, cancellation: Cancellation, token: str
+    ) -> Channel:
         """See `Transport`."""
         if destination.host or destination.user or destination.port:
             raise UsageError(f"{destination.url!r}: local: takes no host", hint="write local:")
-        sockets = socket_directory(config.workdir, secrets.token_hex(8))
+        sockets = socket_directory(config.workdir, token)
         argv = [
             sys.executable,
             "-m",
@@ -32,6 +33,8 @@ class LocalTransport(Transport):
             str(sockets),
             "--workdir",
             config.workdir,
+            "--state-dir",
+            config.state_dir,
             "--criu",
             config.criu.binary,
         ]

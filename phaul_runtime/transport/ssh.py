@@ -5,7 +5,6 @@ ssh starts the agent and forwards its two unix sockets to this host, into a dire
 
 from __future__ import annotations
 
-import secrets
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,11 +33,12 @@ _OPTIONS = (
 class SshTransport(Transport):
     """The destination is reached by ssh."""
 
-    def open(self, destination: Destination, config: Config, cancellation: Cancellation) -> Channel:
+    def open(
+        self, destination: Destination, config: Config, cancellation: Cancellation, token: str
+    ) -> Channel:
         """See `Transport`."""
         if not destination.host:
             raise UsageError(f"{destination.url!r} names no host", hint="write ssh://root@host")
-        token = secrets.token_hex(8)
         there = socket_directory(config.workdir, token)
         # Another name on this side: the destination may be this very host.
         here = there.with_name(f"ssh-{token}")
@@ -78,6 +78,8 @@ class SshTransport(Transport):
             str(there),
             "--workdir",
             config.workdir,
+            "--state-dir",
+            config.state_dir,
             "--criu",
             config.criu.binary,
         ]

@@ -17,7 +17,8 @@ from phaul_runtime.criu import Criu
 from phaul_runtime.hostfacts import PROTOCOL
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.rpc import phaul_pb2_grpc
-from phaul_runtime.wire import CONTROL, ID_BYTES, MEMORY
+from phaul_runtime.states import State
+from phaul_runtime.wire import CONTROL, ID_BYTES, MEMORY, VERSION_KEY
 
 ID = "1f" * 8
 
@@ -26,11 +27,16 @@ class Client:
     def __init__(self, tmp_path: Path) -> None:
         self.sockets = tmp_path / "sockets"
         self.workdir = tmp_path / "work"
-        self.agent = Agent(self.sockets, self.workdir, Criu("no-such-criu"))
+        self.state_dir = tmp_path / "state"
+        self.agent = Agent(self.sockets, self.workdir, self.state_dir, Criu("no-such-criu"))
         self.agent.start()
         options = [("grpc.default_authority", "x")]
         self.channel = grpc.insecure_channel(f"unix:{self.sockets / CONTROL}", options=options)
-        self.stub = phaul_pb2_grpc.AgentStub(self.channel)
+        self.raw = phaul_pb2_grpc.AgentStub(self.channel)
+
+    def call(self, name: str, request: Any, protocol: int = PROTOCOL) -> Any:
+        metadata = ((VERSION_KEY, str(protocol)),)
+        return getattr(self.raw, name)(request, timeout=30, metadata=metadata)
 
     def open(self, **fields: object) -> pb.Done:
         values: dict[str, Any] = {
@@ -40,7 +46,7 @@ class Client:
             "commit_s": 5.0,
             **fields,
         }
-        reply: pb.Done = self.stub.Open(pb.OpenRequest(**values), timeout=30)
+        reply: pb.Done = self.call("Open", pb.OpenRequest(**values))
         return reply
 
 
@@ -60,13 +66,20 @@ def test_its_sockets_are_private(client: Client) -> None:
 
 
 def test_another_protocol_is_refused(client: Client) -> None:
-    reply = client.stub.Hello(pb.HelloRequest(protocol=PROTOCOL + 1, version="9"), timeout=30)
-    assert reply.error.kind == "Refused"
-    assert "speaks protocol" in reply.error.message
+    requests = {"Hello": pb.HelloRequest(), "Open": pb.OpenRequest(id=ID, engine="process")}
+    for name, request in requests.items():
+        replies = [
+            client.call(name, request, PROTOCOL + 1),
+            getattr(client.raw, name)(request, timeout=30),
+        ]
+        for reply in replies:
+            assert reply.error.kind == "Refused"
+            assert "speaks protocol" in reply.error.message
+    assert not client.open().HasField("error")
 
 
 def test_a_missing_criu_is_a_fact_not_a_failure(client: Client) -> None:
-    reply = client.stub.Hello(pb.HelloRequest(protocol=PROTOCOL), timeout=30)
+    reply = client.call("Hello", pb.HelloRequest())
     assert not reply.HasField("error")
     assert "cannot start no-such-criu" in reply.facts.criu_problem
 
@@ -83,16 +96,17 @@ def test_malformed_openings_are_refused(client: Client, fields: dict[str, object
 
 def test_steps_out_of_order_are_refused(client: Client) -> None:
     ref = pb.MigrationRef(id=ID)
-    assert "no migration" in client.stub.Commit(ref, timeout=30).error.message
+    assert "no migration" in client.call("Commit", ref).error.message
     client.open()
-    for call in (client.stub.StopIter, client.stub.Commit):
-        assert call(ref, timeout=30).error.message == "the migration is open"
+    assert client.call("Commit", ref).error.message == "the migration is iterating"
+    assert client.call("StopIter", ref).error.message == "no iteration was started"
     parts = iter([pb.PreparePart(id=ID, name="a.img")])
-    assert client.stub.Prepare(parts, timeout=30).error.message == "the migration is open"
-    assert client.stub.Prepare(iter([]), timeout=30).HasField("error")
+    assert client.call("Prepare", parts).error.message == "no iteration was started"
+    assert client.call("Prepare", iter([])).HasField("error")
     for _ in range(2):
-        assert not client.stub.Abort(ref, timeout=30).HasField("error")
-    assert client.stub.Beat(ref, timeout=30).state == "aborted"
+        assert not client.call("Abort", ref).HasField("error")
+    assert client.call("Beat", ref).state == "aborted"
+    assert client.call("Commit", ref).HasField("error")
 
 
 def test_memory_for_nobody_is_closed(client: Client) -> None:
@@ -108,7 +122,7 @@ def test_a_silent_client_is_given_up(client: Client) -> None:
     client.open(lost_s=0.5)
     migration = client.agent.service.find(ID)
     deadline = time.monotonic() + 30
-    while migration.state != "aborted":
+    while migration.state is not State.ABORTED:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert not list(client.workdir.iterdir())
@@ -119,5 +133,25 @@ def test_oversized_and_garbled_messages_do_not_end_it(client: Client) -> None:
     for body in (b"\xff" * 100, b"\n" * (9 << 20)):
         with pytest.raises(grpc.RpcError):
             call(body, timeout=30)
-    reply = client.stub.Hello(pb.HelloRequest(protocol=PROTOCOL), timeout=30)
+    reply = client.call("Hello", pb.HelloRequest())
     assert reply.protocol == PROTOCOL
+
+
+def test_what_it_knows_nothing_of_is_settled_already(client: Client) -> None:
+    reply = client.call("Look", pb.LookRequest(id=ID))
+    assert not reply.HasField("source")
+    assert not reply.HasField("destination")
+    request = pb.SettleRequest(id=ID, role="destination", verdict="discard")
+    assert not client.call("Settle", request).HasField("error")
+    for wrong in ({"role": "judge"}, {"verdict": "maybe"}, {"id": "../x"}):
+        values = {"id": ID, "role": "source", "verdict": "run", **wrong}
+        assert client.call("Settle", pb.SettleRequest(**values)).HasField("error")
+
+
+def test_a_migration_under_way_is_not_settled(client: Client) -> None:
+    client.open()
+    for name, request in (
+        ("Look", pb.LookRequest(id=ID, wait_s=0.1)),
+        ("Settle", pb.SettleRequest(id=ID, role="destination", verdict="discard")),
+    ):
+        assert client.call(name, request).error.kind == "StillUnderWay"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from phaul_runtime.cancel import Cancellation
 from phaul_runtime.config import Config
 from phaul_runtime.criu import CriuVersion, criu_opts, error_lines
 from phaul_runtime.criu_hints import advice
-from phaul_runtime.cutover import CutOver, Held, Running, State
+from phaul_runtime.cutover import CutOver, Held, Running
 from phaul_runtime.errors import (
     Cancelled,
     ChannelError,
@@ -29,8 +31,10 @@ from phaul_runtime.errors import (
 )
 from phaul_runtime.events import Event
 from phaul_runtime.images import ImageDirs, relative_parent
-from phaul_runtime.incoming import checked_id, checked_json, write_images
+from phaul_runtime.incoming import checked_json, write_images
+from phaul_runtime.journal import Journal, checked_id
 from phaul_runtime.rpc import phaul_pb2 as pb
+from phaul_runtime.states import Role, State
 from phaul_runtime.stats import read_dump_stats
 from phaul_runtime.transport import Destination
 from phaul_runtime.transport.ssh import SshTransport
@@ -64,16 +68,32 @@ class Recorder:
         return Running(7, 0.0)
 
 
-def cut_over(recorder: Recorder) -> tuple[CutOver, list[Event], Cancellation]:
+@pytest.fixture
+def journals(tmp_path: Path) -> Callable[[], Journal]:
+    """New journals at iterating."""
+    ids = itertools.count(0x10000000)
+
+    def new() -> Journal:
+        journal = Journal.create(tmp_path / "state", f"{next(ids):x}", Role.SOURCE)
+        journal.enter(State.ITERATING)
+        return journal
+
+    return new
+
+
+def cut_over(recorder: Recorder, journal: Journal) -> tuple[CutOver, list[Event], Cancellation]:
     told: list[Event] = []
     cancellation = Cancellation()
-    return CutOver(recorder, told.append, cancellation), told, cancellation
+    return CutOver(recorder, told.append, cancellation, journal), told, cancellation
 
 
-def test_the_order_of_the_cut_over() -> None:
+Journals = Callable[[], Journal]
+
+
+def test_the_order_of_the_cut_over(journals: Journals) -> None:
     recorder = Recorder()
-    cut, told, _ = cut_over(recorder)
-    cut.freezing()
+    cut, told, _ = cut_over(recorder, journals())
+    cut.freezing({})
     cut.prepare(Path("/x"))
     answers = [False, False, True]
 
@@ -81,58 +101,60 @@ def test_the_order_of_the_cut_over() -> None:
         assert "commit" not in recorder.calls
         return answers.pop(0)
 
-    cut.commit(dead)
+    outcome = cut.commit(dead)
     assert recorder.calls == ["sync_files", "prepare", "commit"]
     assert not answers
-    assert (cut.state, cut.pid, cut.bytes_sent) == (State.DONE, 7, 30)
-    assert [event.name for event in told] == ["frozen", "prepared", "committed"]
-    assert cut.downtime_ms is not None
+    assert (cut.journal.state, outcome.restored_pid, outcome.extra_bytes) == (State.DONE, 7, 30)
+    assert [event.name for event in told] == ["frozen", "prepared", "source_dead", "committed"]
+    assert outcome.downtime_ms is not None
 
 
-def test_a_failed_prepare_leaves_the_decision_to_the_source() -> None:
-    cut, _, cancellation = cut_over(Recorder("prepare"))
-    cut.freezing()
+def test_a_failed_prepare_leaves_the_decision_to_the_source(journals: Journals) -> None:
+    cut, _, cancellation = cut_over(Recorder("prepare"), journals())
+    cut.freezing({})
     with pytest.raises(ChannelError):
         cut.prepare(Path("/x"))
-    assert cut.state is State.FROZEN
+    assert cut.journal.state is State.FROZEN
     assert cancellation.request()
 
 
-def test_a_failed_commit_is_an_unknown_outcome() -> None:
-    cut, _, _ = cut_over(Recorder("commit"))
-    cut.freezing()
+def test_a_failed_commit_is_an_unknown_outcome(journals: Journals) -> None:
+    cut, _, _ = cut_over(Recorder("commit"), journals())
+    cut.freezing({})
     cut.prepare(Path("/x"))
     with pytest.raises(OutcomeUnknown, match="the cable was cut"):
         cut.commit(lambda: True)
 
 
-def test_a_source_that_does_not_die_is_never_committed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_that_does_not_die_is_never_committed(
+    journals: Journals, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("phaul_runtime.cutover.DEAD_WITHIN_S", 0.05)
     recorder = Recorder()
-    cut, _, _ = cut_over(recorder)
-    cut.freezing()
+    cut, _, _ = cut_over(recorder, journals())
+    cut.freezing({})
     cut.prepare(Path("/x"))
     with pytest.raises(OutcomeUnknown, match="still exist"):
         cut.commit(lambda: False)
     assert "commit" not in recorder.calls
 
 
-def test_no_step_can_be_left_out() -> None:
-    cut, _, _ = cut_over(Recorder())
+def test_no_step_can_be_left_out(journals: Journals) -> None:
+    cut, _, _ = cut_over(Recorder(), journals())
     with pytest.raises(MigrationFailed):
         cut.commit(lambda: True)
     with pytest.raises(MigrationFailed):
         cut.prepare(Path("/x"))
 
 
-def test_cancelling_counts_until_the_destination_is_prepared() -> None:
-    cut, _, cancellation = cut_over(Recorder())
-    cut.freezing()
+def test_cancelling_counts_until_the_destination_is_prepared(journals: Journals) -> None:
+    cut, _, cancellation = cut_over(Recorder(), journals())
+    cut.freezing({})
     cut.prepare(Path("/x"))
     assert not cancellation.request()
     cut.commit(lambda: True)
-    cut, _, cancellation = cut_over(Recorder())
-    cut.freezing()
+    cut, _, cancellation = cut_over(Recorder(), journals())
+    cut.freezing({})
     assert cancellation.request()
     with pytest.raises(Cancelled):
         cut.prepare(Path("/x"))
@@ -242,7 +264,7 @@ def test_ssh_gets_one_quoted_command() -> None:
 
 @pytest.mark.parametrize("text", ["", "..", "a/b", "A" * 16, "1" * 65, "1f\n" * 8])
 def test_ids_that_are_no_names(text: str) -> None:
-    with pytest.raises(DestinationError):
+    with pytest.raises(UsageError):
         checked_id(text)
 
 

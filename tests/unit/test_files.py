@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,11 @@ from hypothesis import strategies as st
 from phaul_runtime.errors import DestinationError
 from phaul_runtime.filecarry import BLOCK, FileSender, FileStage
 from phaul_runtime.filesystem import build_id, changed_since, compare, gather
+from phaul_runtime.journal import Journal
 from phaul_runtime.rpc import phaul_pb2 as pb
+from phaul_runtime.states import Role, State
+
+NewJournal = Callable[[], Journal]
 
 
 def fact_of(path: Path, **how: bool) -> pb.FileFact:
@@ -84,19 +90,33 @@ def test_changed_since(tmp_path: Path) -> None:
     assert changed_since(fact)
 
 
+@pytest.fixture(scope="session")
+def new_journal(tmp_path_factory: pytest.TempPathFactory) -> NewJournal:
+    """A journal at iterating, of a new migration each time."""
+    state_dir = tmp_path_factory.mktemp("state")
+    ids = itertools.count(0x10000000)
+
+    def new() -> Journal:
+        journal = Journal.create(state_dir, f"{next(ids):x}", Role.DESTINATION)
+        journal.enter(State.ITERATING)
+        return journal
+
+    return new
+
+
 def feed(stage: FileStage, parts: list[pb.FilePart]) -> None:
     for part in parts:
         stage.take(part)
     stage.end_stream()
 
 
-def test_carried_whole_then_only_what_changed(tmp_path: Path) -> None:
+def test_carried_whole_then_only_what_changed(tmp_path: Path, new_journal: NewJournal) -> None:
     path = tmp_path / "deep" / "log"
     path.parent.mkdir()
     path.write_bytes(b"a" * (2 * BLOCK) + b"end")
     path.chmod(0o640)
     sender = FileSender("1f", [fact_of(path, written=True)], [str(path)])
-    stage = FileStage("1f")
+    stage = FileStage(new_journal())
     feed(stage, list(sender.first()))
     assert sender.bytes == 2 * BLOCK + 3
     with path.open("r+b") as file:  # one byte changes, and it grows
@@ -117,7 +137,10 @@ def test_carried_whole_then_only_what_changed(tmp_path: Path) -> None:
     assert sorted(p.name for p in path.parent.iterdir()) == ["log"]
 
 
-def test_undo_restores_what_was_there_and_removes_what_was_made(tmp_path: Path) -> None:
+@pytest.mark.parametrize("crashed", [False, True])
+def test_undo_restores_what_was_there_and_removes_what_was_made(
+    tmp_path: Path, new_journal: NewJournal, crashed: bool
+) -> None:
     old, new = tmp_path / "old", tmp_path / "dir" / "sub" / "new"
     old.write_text("carried")
     new.parent.mkdir(parents=True)
@@ -130,36 +153,59 @@ def test_undo_restores_what_was_there_and_removes_what_was_made(tmp_path: Path) 
     new.parent.rmdir()
     new.parent.parent.rmdir()
     for installed in (False, True):
-        stage = FileStage("1f")
+        journal = new_journal()
+        stage = FileStage(journal)
         feed(stage, parts)
         if installed:
             stage.install()
             assert (old.read_text(), new.read_text()) == ("carried", "carried too")
+        if crashed:
+            stage = FileStage(journal)
+            stage.recall()
         stage.undo()
         stage.undo()
         assert [p.name for p in tmp_path.iterdir()] == ["old"]
         assert old.read_text() == "precious"
 
 
+def test_a_crash_between_the_two_names_of_a_file_is_undone(
+    tmp_path: Path, new_journal: NewJournal
+) -> None:
+    path = tmp_path / "conf"
+    path.write_text("carried")
+    parts = list(FileSender("1f", [fact_of(path)], [str(path)]).first())
+    path.write_text("precious")
+    journal = new_journal()
+    feed(FileStage(journal), parts)
+    journal.add("replaced", [str(path), True])
+    os.link(path, path.with_name(f".conf.phaul-{journal.id}.old"))
+    stage = FileStage(journal)
+    stage.recall()
+    stage.undo()
+    assert [p.name for p in tmp_path.iterdir()] == ["conf"]
+    assert path.read_text() == "precious"
+
+
 @pytest.mark.parametrize("path", ["relative", "/tmp/../etc/passwd", "/", ""])
-def test_unusable_paths_are_refused(path: str) -> None:
+def test_unusable_paths_are_refused(path: str, new_journal: NewJournal) -> None:
     with pytest.raises(DestinationError):
-        FileStage("1f").take(pb.FilePart(head=pb.FileFact(path=path)))
+        FileStage(new_journal()).take(pb.FilePart(head=pb.FileFact(path=path)))
 
 
-def test_contents_without_a_name_are_refused() -> None:
+def test_contents_without_a_name_are_refused(new_journal: NewJournal) -> None:
     with pytest.raises(DestinationError):
-        FileStage("1f").take(pb.FilePart(data=b"x"))
+        FileStage(new_journal()).take(pb.FilePart(data=b"x"))
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.binary(max_size=40), min_size=1, max_size=4))
 def test_any_history_of_a_file_arrives(tmp_path_factory: pytest.TempPathFactory,
+                                       new_journal: NewJournal,
                                        versions: list[bytes]) -> None:  # fmt: skip
     path = tmp_path_factory.mktemp("history") / "file"
     path.write_bytes(versions[0])
     sender = FileSender("1f", [fact_of(path, shared_map=True, written=True)], [str(path)])
-    stage = FileStage("1f")
+    stage = FileStage(new_journal())
     feed(stage, list(sender.first()))
     for version in versions[1:]:
         path.write_bytes(version)

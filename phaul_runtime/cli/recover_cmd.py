@@ -1,0 +1,98 @@
+"""`phaul-runtime recover`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from phaul_runtime.config import load_config
+from phaul_runtime.errors import ExitCode, OutcomeUnknown, PhaulError
+from phaul_runtime.recovery import Recovered, Recovery
+from phaul_runtime.states import Verdict
+
+
+@click.command("recover")
+@click.argument("migration_id", required=False, metavar="[ID]")
+@click.option(
+    "--to",
+    metavar="URL",
+    help="The other host, where it is not the destination that the journal names.",
+)
+@click.option(
+    "--config",
+    "config_path",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Configuration, laid over /etc/phaul-runtime/config.yaml.",
+)
+@click.option(
+    "--source-is-dead",
+    is_flag=True,
+    help="At the destination: run its copy, since the source's host will never come back.",
+)
+@click.option("--output", type=click.Choice(["text", "json"]), default="text", show_default=True)
+def recover_command(
+    migration_id: str | None,
+    to: str | None,
+    config_path: Path | None,
+    source_is_dead: bool,
+    output: str,
+) -> int:
+    """Finish or undo migration ID, or all that are not settled on this host.
+
+    Reads the journals of both hosts: either the source's copy runs and the destination is
+    cleaned, or the destination's runs. May be repeated, and run on either host.
+
+    \b
+    Exit codes: 0 settled (or nothing to do); 3 refused, as while a migration is
+    still under way; 5 not to be settled now: the message says what is missing.
+    """
+    if source_is_dead and migration_id is None:
+        raise click.UsageError("--source-is-dead is about one migration: name its ID")
+    config = load_config(config_path, {"transport.to": to} if to else None)
+    recovery = Recovery(config, source_is_dead=source_is_dead)
+    if migration_id is not None:
+        _show(recovery.recover(migration_id), output)
+        return 0
+    worst = 0
+    waiting = recovery.waiting()
+    for each in waiting:
+        try:
+            _show(recovery.recover(each), output)
+        except PhaulError as error:
+            click.echo(f"phaul-runtime: {each}: {error}", err=True)
+            unknown = isinstance(error, OutcomeUnknown)
+            worst = max(worst, int(ExitCode.UNKNOWN if unknown else error.exit_code))
+    swept = recovery.sweep()
+    if output == "text":
+        for path in swept:
+            click.echo(f"removed {path}")
+        if not waiting and not swept:
+            click.echo("nothing to recover")
+    return worst
+
+
+def _show(recovered: Recovered, output: str) -> None:
+    if output == "json":
+        click.echo(
+            json.dumps(
+                {
+                    "id": recovered.id,
+                    "verdict": recovered.verdict.value,
+                    "reason": recovered.reason,
+                    "restored_pid": recovered.pid or None,
+                    "warnings": list(recovered.warnings),
+                }
+            )
+        )
+        return
+    if recovered.verdict is Verdict.RUN:
+        what = "the destination's copy is the one"
+        what += f", pid {recovered.pid}" if recovered.pid else ""
+    else:
+        what = "the source's copy is the one; the destination's is discarded"
+    click.echo(f"{recovered.id}: {what} ({recovered.reason})")
+    for warning in recovered.warnings:
+        click.echo(f"  warning: {warning}")

@@ -1,0 +1,230 @@
+"""`phaul-runtime recover`: finish or undo a migration from the journals of both hosts.
+
+May be run on either host, twice, or on both at once: each end is settled under its journal's lock,
+and `states.decide` says the same of the same two standings whoever asks.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from phaul_runtime import leftovers
+from phaul_runtime.cancel import Cancellation
+from phaul_runtime.criu import Criu
+from phaul_runtime.errors import (
+    ChannelError,
+    DestinationUnreachable,
+    NoSuchMigration,
+    OutcomeUnknown,
+    Refused,
+)
+from phaul_runtime.journal import Journal, read_records, replay, unsettled
+from phaul_runtime.remote import RemoteAgent
+from phaul_runtime.settle import Settler
+from phaul_runtime.states import Decision, Role, Settled, Standing, State, Verdict, decide
+from phaul_runtime.transport import Destination, load_transport
+
+if TYPE_CHECKING:
+    from phaul_runtime.config import Config
+
+# An agent whose client is lost gives up by itself after lost_s; then its journal is free.
+_MARGIN_S = 15.0
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What became of a migration.
+
+    Attributes:
+        id: its id.
+        verdict: `run`: the destination's copy is the one; `discard`: the source's.
+        reason: why.
+        pid: root of the destination's copy, where it runs.
+        warnings: what the user should know.
+    """
+
+    id: str
+    verdict: Verdict
+    reason: str
+    pid: int = 0
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass
+class Recovery:
+    """Recovers migrations that this host took part in.
+
+    Args:
+        config: as loaded; `transport.to`, if given, is the other host.
+        source_is_dead: the operator says that the source's host will never come back.
+        cancellation: honoured while a channel is opened.
+    """
+
+    config: Config
+    source_is_dead: bool = False
+    cancellation: Cancellation = field(default_factory=Cancellation)
+
+    def __post_init__(self) -> None:
+        self._state_dir = Path(self.config.state_dir)
+        self._workdir = Path(self.config.workdir)
+        criu = Criu(self.config.criu.binary, deadline_s=self.config.criu.timeout_s)
+        self._here = Settler(self._state_dir, self._workdir, criu)
+
+    def waiting(self) -> list[str]:
+        """The ids that are not settled here, each once."""
+        return list(dict.fromkeys(found[0] for found in unsettled(self._state_dir)))
+
+    def sweep(self) -> list[Path]:
+        """Remove the private directories that belong to nobody; returns them."""
+        return leftovers.sweep(self._workdir, self._state_dir)
+
+    def recover(self, migration_id: str, held: Journal | None = None) -> Recovered:
+        """Settle both ends of a migration; idempotent.
+
+        Args:
+            migration_id: as `migrate` and `history` print it.
+            held: the source's journal, if the caller has it open.
+
+        Raises:
+            NoSuchMigration: this host took no part in it.
+            StillUnderWay: somebody works on it.
+            OutcomeUnknown: it cannot be settled now; the message says what is missing.
+        """
+        mine = {role: read_records(self._state_dir, migration_id, role) for role in Role}
+        if not any(mine.values()):
+            raise NoSuchMigration(
+                f"no migration {migration_id} in {self._state_dir}",
+                hint="phaul-runtime history lists them",
+            )
+        if mine[Role.SOURCE]:
+            return self._from_source(migration_id, held, bool(mine[Role.DESTINATION]))
+        return self._from_destination(migration_id)
+
+    # -- from either side ------------------------------------------------------------------
+
+    def _from_source(self, migration_id: str, held: Journal | None, both: bool) -> Recovered:
+        journal = held or Journal.open(self._state_dir, migration_id, Role.SOURCE)
+        try:
+            source = self._here.standing(journal)
+            wait_s = float(journal.facts.get("lost_s", 0)) + _MARGIN_S
+            if both:
+                there = self._here.look(migration_id, Role.DESTINATION, wait_s=wait_s)
+                decision = self._decided(migration_id, source, there)
+                settled = self._here.settle(migration_id, Role.DESTINATION, decision.verdict)
+                return self._finish(journal, decision, settled)
+            if journal.state is State.DONE:
+                return Recovered(
+                    migration_id, Verdict.RUN, "it was done", int(journal.facts.get("pid", 0))
+                )
+            return self._with_destination(journal, source, wait_s)
+        finally:
+            if held is None:
+                journal.close()
+
+    def _with_destination(
+        self, journal: Journal, source: Standing | None, wait_s: float
+    ) -> Recovered:
+        url = self.config.transport.to or journal.facts.get("to", "")
+        try:
+            with self._agent(url) as agent:
+                there = agent.look(journal.id, wait_s).get(Role.DESTINATION)
+                decision = self._decided(journal.id, source, there)
+                settled = agent.settle(journal.id, Role.DESTINATION, decision.verdict)
+                return self._finish(journal, decision, settled)
+        except (DestinationUnreachable, ChannelError) as error:
+            decision = decide(source, None)
+            if decision.verdict is not Verdict.DISCARD:
+                raise OutcomeUnknown(
+                    f"the source's copy is dead and the destination does not answer: "
+                    f"{error.message}",
+                    host=error.host,
+                    log=error.log,
+                    hint=f"phaul-runtime recover {journal.id} once it does; its images are kept",
+                ) from error
+            self._here.settle_journal(journal, decision.verdict)
+            warning = (
+                f"the destination was not reached ({error.message}); it discards by itself, "
+                "or run recover there"
+            )
+            return Recovered(journal.id, decision.verdict, decision.reason, warnings=(warning,))
+
+    def _finish(self, journal: Journal, decision: Decision, settled: Settled) -> Recovered:
+        mine = self._here.settle_journal(journal, decision.verdict)
+        return Recovered(
+            journal.id,
+            decision.verdict,
+            decision.reason,
+            settled.pid,
+            (*settled.warnings, *mine.warnings),
+        )
+
+    def _from_destination(self, migration_id: str) -> Recovered:
+        _, facts = replay(read_records(self._state_dir, migration_id, Role.DESTINATION))
+        wait_s = float(facts.get("lost_s", 0)) + _MARGIN_S
+        there = self._here.look(migration_id, Role.DESTINATION, wait_s=wait_s)
+        decision = decide(None, there)
+        warnings: tuple[str, ...] = ()
+        if there is not None and there.state is State.PREPARED:
+            decision, warnings = self._ask_source(migration_id, there, facts)
+        settled = self._here.settle(migration_id, Role.DESTINATION, decision.verdict)
+        return Recovered(migration_id, decision.verdict, decision.reason, settled.pid, warnings)
+
+    def _ask_source(
+        self, migration_id: str, there: Standing, facts: dict[str, object]
+    ) -> tuple[Decision, tuple[str, ...]]:
+        if self.source_is_dead:
+            return Decision(Verdict.RUN, "the operator says that the source is dead"), ()
+        if not self.config.transport.to:
+            peer = facts.get("peer") or "SOURCE"
+            raise OutcomeUnknown(
+                "only the source's host knows whether its copy was killed",
+                hint=f"run recover there, or here with --to ssh://root@{peer}; if that host will "
+                "never come back: --source-is-dead",
+            )
+        with self._agent(self.config.transport.to) as agent:
+            source = agent.look(migration_id, 1.0).get(Role.SOURCE)
+            if source is None:
+                raise Refused(f"{agent.name} knows of no migration {migration_id} of its own")
+            decision = self._decided(migration_id, source, there)
+            return decision, agent.settle(migration_id, Role.SOURCE, decision.verdict).warnings
+
+    # -- small parts -----------------------------------------------------------------------
+
+    @staticmethod
+    def _decided(
+        migration_id: str, source: Standing | None, destination: Standing | None
+    ) -> Decision:
+        decision = decide(source, destination)
+        if decision.verdict is Verdict.UNKNOWN:
+            raise OutcomeUnknown(
+                f"migration {migration_id} cannot be settled: {decision.reason}",
+                hint=f"phaul-runtime show {migration_id} on both hosts tells what was done",
+            )
+        return decision
+
+    @contextmanager
+    def _agent(self, url: str) -> Iterator[RemoteAgent]:
+        destination = Destination.parse(url)
+        timeouts = self.config.timeouts
+        channel = load_transport(destination).open(
+            destination, self.config, self.cancellation, secrets.token_hex(8)
+        )
+        try:
+            agent = RemoteAgent(
+                channel,
+                call_s=timeouts.call_s,
+                prepare_s=timeouts.prepare_s,
+                commit_s=timeouts.commit_s,
+                cancellation=self.cancellation,
+            )
+            try:
+                yield agent
+            finally:
+                agent.close()
+        finally:
+            channel.close()
