@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
@@ -70,6 +71,10 @@ class PhaulClient:
     def migrate(self) -> MigrationReport:
         """Run the pre-copy rounds and the switch-over.
 
+        After a failure it may be called again: it then begins with all of memory, since a failed
+        final dump has reset the kernel's dirty tracking, and what only that dump knew of would be
+        lost with no error.
+
         Returns:
             what was measured; `result` is "moved".
 
@@ -79,6 +84,10 @@ class PhaulClient:
             Cancelled: on request, before the cut-over.
         """
         begun = time.monotonic()
+        if self._dirs.count:
+            self._dirs.end_chain()
+            with contextlib.suppress(PhaulError):
+                self.remote.stop_iter()  # the page server of the attempt that failed
         iterations, converged, pre_copy = self._iterate()
         self.cancellation.check()
         last = self._dirs.last

@@ -17,6 +17,7 @@ class ImageDirs:
     def __init__(self, wdir: str | Path) -> None:
         self.wdir = Path(wdir)
         self.count = 0
+        self.orphans: frozenset[int] = frozenset()
 
     def open_next(self) -> int:
         """Begin a directory; returns a descriptor of it, which the caller closes."""
@@ -37,7 +38,13 @@ class ImageDirs:
     @property
     def parent(self) -> str | None:
         """`parent_img` for the newest directory: its predecessor, relative to it."""
-        return f"../{self.count - 1}" if self.count > 1 else None
+        if self.count in self.orphans or self.count < 2:
+            return None
+        return f"../{self.count - 1}"
+
+    def end_chain(self) -> None:
+        """The next directory has no parent: what changed since the newest is not known."""
+        self.orphans |= {self.count + 1}
 
 
 def relative_parent(images_dir: Path, parent: str | None) -> str | None:

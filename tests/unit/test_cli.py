@@ -81,7 +81,9 @@ EVENTS: list[ev.Event] = [
     ev.PreCopySkipped("no tracking"),
     ev.Frozen(),
     ev.Prepared(7),
+    ev.SourceDead(),
     ev.Committed(7, 12.3),
+    ev.Recovering("why"),
     ev.RolledBack("why", True),
     ev.Warned("careful"),
 ]
@@ -93,7 +95,7 @@ def test_every_event_has_its_json_line_and_its_text(capsys: pytest.CaptureFixtur
         JsonView()(event)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["event"] for line in lines] == [event.name for event in EVENTS]
-    silent = (ev.IterationStarted, ev.Progress)
+    silent = (ev.IterationStarted, ev.Progress, ev.SourceDead)
     assert all(bool(describe(event)) != isinstance(event, silent) for event in EVENTS)
 
 

@@ -1,0 +1,68 @@
+"""The cells of the table: a fault at a moment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# In the order of a migration. The first three and the last four stop the command there; the
+# others are seen happening, and are not stopped.
+MOMENTS = (
+    "opened",  # before the first pre-dump
+    "predump",  # in it
+    "between",  # between two rounds
+    "dump",  # in the final dump
+    "copy",  # in the copy of the images
+    "restore",  # in the restore
+    "prepared",
+    "committing",  # the source's copy is dead, commit not yet sent
+    "committed",
+)
+EVERYWHERE = MOMENTS
+FAULTS: dict[str, tuple[str, ...]] = {
+    "kill-cli": EVERYWHERE,
+    "kill-agent": EVERYWHERE,
+    "kill-ssh": EVERYWHERE,
+    # Where there is a CRIU to be killed.
+    "kill-criu-a": ("predump", "dump", "copy", "restore", "prepared"),
+    "kill-criu-b": ("predump", "between", "dump", "copy", "restore", "prepared", "committing"),
+    "cut-5s": EVERYWHERE,
+    "cut-for-good": EVERYWHERE,
+    "full-tmpfs-b": EVERYWHERE,
+    "full-disk-b": ("opened", "between", "copy", "prepared", "committing"),
+    "restore-refused": ("between",),
+    "clock-forward": ("predump", "prepared", "committing"),
+    "clock-back": ("between", "restore", "committing"),
+}
+QUICK = {
+    ("kill-cli", "dump"),
+    ("kill-cli", "prepared"),
+    ("kill-cli", "committing"),
+    ("kill-agent", "restore"),
+    ("kill-agent", "committing"),
+    ("kill-ssh", "prepared"),
+    ("kill-criu-a", "predump"),
+    ("kill-criu-b", "prepared"),
+    ("cut-5s", "committing"),
+    ("cut-for-good", "prepared"),
+    ("cut-for-good", "committing"),
+    ("full-tmpfs-b", "predump"),
+    ("restore-refused", "between"),
+    ("clock-back", "restore"),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One fault at one moment."""
+
+    fault: str
+    moment: str
+
+    def __str__(self) -> str:
+        return f"{self.fault}@{self.moment}"
+
+
+def cells(*, quick: bool) -> list[Cell]:
+    """All cells, or those that CI runs."""
+    every = [Cell(fault, moment) for fault, moments in FAULTS.items() for moment in moments]
+    return [c for c in every if not quick or (c.fault, c.moment) in QUICK]

@@ -1,0 +1,178 @@
+"""Two hosts with a stagehand each, a victim that tells an observer where it runs, and verdicts."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import socket
+import subprocess
+import threading
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tests.e2e.conftest import Dirtier, Hosts, wait_until
+
+PYTHON = "/opt/phaul-runtime/bin/python3"
+STAGEHAND = Path(__file__).parent / "stagehand.py"
+CONFIG = "/var/tmp/faults.yaml"
+LOST_S = 12
+# Short waits: a cell with a cut cable lasts as long as its longest.
+SETTINGS = f"""
+filesystem: {{files: copy}}
+policy: {{max_iterations: 3, max_downtime_ms: 1}}
+timeouts: {{heartbeat_s: 1, lost_s: {LOST_S}, call_s: 30, prepare_s: 90, commit_s: 20}}
+"""
+
+
+class Stagehand:
+    """The stagehand of one host."""
+
+    def __init__(self, hosts: Hosts, host: str) -> None:
+        hosts.lab.push(host, STAGEHAND, "/var/tmp/stagehand.py")
+        hosts.sh(host, 'printf "%s" "$1" > $2', SETTINGS, CONFIG)
+        argv = hosts.lab.exec_argv(host, [PYTHON, "/var/tmp/stagehand.py"])
+        self._process = subprocess.Popen(
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._lock = threading.Lock()
+        assert self._read() == {"ready": True}
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+        return answer
+
+    def do(self, order: str, /, **fields: Any) -> dict[str, Any]:
+        """Give an order and wait for its answer."""
+        assert self._process.stdin is not None
+        with self._lock:
+            self._process.stdin.write(json.dumps({"do": order, **fields}) + "\n")
+            self._process.stdin.flush()
+            return self._read()
+
+    def close(self) -> None:
+        """It ends with its stdin."""
+        if self._process.stdin:
+            self._process.stdin.close()
+        self._process.wait(30)
+
+
+class Observer:
+    """Hears every tick of the victim, from outside of both hosts (they reach it as 10.0.2.2)."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+        self._socket.bind(("127.0.0.1", 0))
+        self._socket.settimeout(0.2)
+        self.port = self._socket.getsockname()[1]
+        self.heard: list[tuple[float, int, str]] = []
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+
+    def _listen(self) -> None:
+        while not self._done.is_set():
+            try:
+                tick, _time, host = self._socket.recv(200).decode().split()
+            except TimeoutError:
+                continue
+            self.heard.append((time.monotonic(), int(tick), host))
+
+    def close(self) -> None:
+        """Listen no more."""
+        self._done.set()
+        self._thread.join()
+        self._socket.close()
+
+    def complaints(self) -> list[str]:
+        """What two copies would sound like: a tick told twice, or two hosts in turns."""
+        found = []
+        for (_, before, _), (_, after, host) in itertools.pairwise(self.heard):
+            if after <= before:
+                found.append(f"tick {after} from {host} after tick {before}")
+        switches = [
+            f"{a} > {b}" for (_, _, a), (_, _, b) in itertools.pairwise(self.heard) if a != b
+        ]
+        if len(switches) > 1:
+            found.append(f"the victim spoke from both hosts in turns: {switches}")
+        return found[:3]
+
+
+@dataclass
+class Stage:
+    """The laboratory set for faults."""
+
+    hosts: Hosts
+    a: Stagehand
+    b: Stagehand
+    rows: list[tuple[str, str, str, str]] = field(default_factory=list)
+    number: int = 0
+
+    def victim(self, observer: Observer) -> Dirtier:
+        """A new victim on host a that the observer hears."""
+        self.number += 1
+        victim = self.hosts.dirtier(
+            "a", f"fault{self.number}", "--mib", "20", "--hot-mib", "2", "--writes", "200",
+            "--udp", f"10.0.2.2:{observer.port}",
+        )  # fmt: skip
+        wait_until("the observer hears the victim", lambda: len(observer.heard) > 5)
+        return victim
+
+    def where(self, victim: Dirtier) -> list[str]:
+        """The hosts on which it exists."""
+        script = "case $(cat /proc/$1/comm 2>/dev/null) in piggie*) echo here;; esac"
+        return [h for h in ("a", "b") if self.hosts.sh(h, script, str(victim.pid)) == "here"]
+
+    def recover(self, host: str = "a") -> dict[str, Any]:
+        """`phaul-runtime recover` to its end."""
+        hand = self.a if host == "a" else self.b
+        hand.do("run", argv=["recover", "--config", CONFIG])
+        return hand.do("await", seconds=150)
+
+    def clear(self, victim: Dirtier) -> None:
+        """After a cell, however it ended: nothing that the next one could stumble over."""
+        self.a.do("kill", what="cli")
+        self.hosts.lab.mend()
+        for hand in (self.a, self.b):
+            hand.do("unfill", directory="/run/phaul")
+            hand.do("unfill", directory="/var/lib")
+        script = "case $(cat /proc/$1/comm) in piggie*) kill -9 $1;; esac"
+        for host in ("a", "b"):
+            self.hosts.sh(host, script, str(victim.pid), check=False)
+            self.hosts.sh(host, "sleep 0.2; rmdir /sys/fs/cgroup/phaul-runtime/*/", check=False)
+            if self.hosts.leftovers(host):
+                self.hosts.sh(host, "sleep 15; rm -rf /run/phaul/*", check=False)
+            for path in self.unsettled(host):
+                self.hosts.sh(host, 'rm "$1"', path)
+
+    def judge(self, victim: Dirtier, observer: Observer) -> str:
+        """Hold the end against what must be true; returns the host on which the copy runs."""
+        copies = self.where(victim)
+        assert len(copies) == 1, f"copies on {copies}"
+        heard = len(observer.heard)
+        wait_until("the copy goes on", lambda: len(observer.heard) > heard + 10)
+        status = victim.verified_on(copies[0])
+        assert status["wrong"] == 0, status
+        assert observer.heard[-1][2] == copies[0]
+        assert observer.complaints() == []
+        for host in ("a", "b"):
+            wait_until(f"{host} is clean", partial(self.clean, host))
+            assert self.unsettled(host) == []
+        return copies[0]
+
+    def clean(self, host: str) -> bool:
+        """Whether nothing of a move is left there."""
+        return self.hosts.leftovers(host) == ""
+
+    def unsettled(self, host: str) -> list[str]:
+        """What `history` lists and is neither done nor aborted."""
+        out = self.hosts.sh(
+            host,
+            'grep -L \'"state":"\\(done\\|aborted\\)"\' /var/lib/phaul-runtime/*/*.journal',
+            check=False,
+        )
+        return out.split()

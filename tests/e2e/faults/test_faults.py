@@ -1,0 +1,157 @@
+"""Whatever fails at whatever moment: one copy runs, no page is wrong, nothing is left behind.
+
+`FAULTS=full` runs every cell of cells.py (`make faults`), otherwise those that CI has time for.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.e2e.conftest import Dirtier, wait_until
+from tests.e2e.faults.cells import Cell, cells
+from tests.e2e.faults.stage import CONFIG, Observer, Stage
+
+FULL = os.environ.get("FAULTS") == "full"
+SEED = int(os.environ.get("SEED", "1"))
+COUNT = int(os.environ.get("COUNT", "0"))
+ENDS_WITHIN_S = 180
+# What is seen from outside to be happening, by the host on which it is seen.
+SEEN: dict[str, tuple[str, dict[str, Any]]] = {
+    "predump": ("b", {"glob": "/run/phaul/*/1/pages-*.img", "bytes": 2 << 20}),
+    "dump": ("a", {"glob": "/run/phaul/out-*/final/*.img"}),
+    "restore": ("b", {"glob": "/run/phaul/*/*/restore.log", "bytes": 1}),
+}
+
+
+@pytest.fixture
+def observer() -> Iterator[Observer]:
+    found = Observer()
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def victim(stage: Stage, observer: Observer) -> Iterator[Dirtier]:
+    found = stage.victim(observer)
+    yield found
+    stage.clear(found)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("cell", cells(quick=not FULL), ids=str)
+def test_one_copy_whatever_fails(
+    stage: Stage, observer: Observer, victim: Dirtier, cell: Cell
+) -> None:
+    stop_at = "" if cell.moment in SEEN else cell.moment
+    argv = ["migrate", str(victim.pid), "--to", "ssh://root@b", "--output", "json"]
+    stage.a.do("run", argv=[*argv, "--config", CONFIG], stop_at=stop_at)
+    if stop_at:
+        stopped = stage.a.do("await", seconds=ENDS_WITHIN_S)
+        assert stopped == {"stopped": True}, stopped
+    else:
+        host, what = SEEN[cell.moment]
+        seen = (stage.a if host == "a" else stage.b).do("when", **what)
+        assert seen["found"], "the moment was not seen"
+    undo = strike(stage, cell, victim)
+    if stop_at and cell.fault != "kill-cli":
+        stage.a.do("go")
+    ended = stage.a.do("await", seconds=ENDS_WITHIN_S)
+    undo()
+    assert "code" in ended, ended
+    outcome = f"exit {ended['code']}" if ended["code"] >= 0 else "killed"
+    if ended["code"] < 0 or ended["code"] == 5:
+        recovered = stage.recover()
+        assert recovered["code"] == 0, recovered
+        outcome += ", recovered"
+    else:
+        assert ended["code"] in (0, 4), ended
+    runs = stage.judge(victim, observer)
+    assert (runs == "b") == (ended["code"] == 0) or ended["code"] in (5, -9)
+    stage.rows.append((cell.fault, cell.moment, f"{runs} runs", outcome))
+
+
+def strike(stage: Stage, cell: Cell, victim: Dirtier) -> Any:
+    """Let the fault happen; returns what mends it once the command has ended."""
+    lab = stage.hosts.lab
+
+    def nothing() -> None:
+        pass
+
+    match cell.fault:
+        case "kill-cli" | "kill-ssh":
+            assert stage.a.do("kill", what=cell.fault.removeprefix("kill-"))["killed"]
+        case "kill-agent":
+            assert stage.b.do("kill", what="agent")["killed"]
+        case "kill-criu-a":
+            assert stage.a.do("kill", what="criu")["killed"]
+        case "kill-criu-b":
+            # Between two rounds there is none; then it is killed as soon as there is one.
+            wait_until("a criu is killed", lambda: bool(stage.b.do("kill", what="criu")["killed"])
+                       or cell.moment == "between")  # fmt: skip
+        case "cut-5s":
+            lab.cut()
+            threading.Timer(5, lab.mend).start()
+        case "cut-for-good":
+            lab.cut()
+            return lab.mend
+        case "full-tmpfs-b" | "full-disk-b":
+            directory = "/run/phaul" if "tmpfs" in cell.fault else "/var/lib"
+            stage.b.do("fill", directory=directory)
+            return lambda: stage.b.do("unfill", directory=directory)
+        case "restore-refused":
+            # Somebody takes the pid at the destination after the check.
+            take = "echo $(($1 - 1)) > /proc/sys/kernel/ns_last_pid; sleep 300 & echo $!"
+            for _ in range(50):
+                pid = stage.hosts.sh("b", take, str(victim.pid))
+                if int(pid) == victim.pid:
+                    break
+                stage.hosts.sh("b", "kill $1", pid)
+            assert int(pid) == victim.pid
+            return lambda: stage.hosts.sh("b", "kill $1", pid)
+        case "clock-forward" | "clock-back":
+            seconds = 3600 if cell.fault == "clock-forward" else -3600
+            for hand in (stage.a, stage.b):
+                hand.do("clock", seconds=seconds)
+            return lambda: [hand.do("clock", seconds=-seconds) for hand in (stage.a, stage.b)]
+    return nothing
+
+
+@pytest.mark.skipif(not COUNT, reason="make faults-random")
+@pytest.mark.parametrize("number", range(COUNT))
+@pytest.mark.timeout(600)
+def test_random_kills(stage: Stage, observer: Observer, victim: Dirtier, number: int) -> None:
+    chance = random.Random(f"{SEED}-{number}")
+    what, hand = chance.choice(
+        [
+            ("cli", stage.a),
+            ("ssh", stage.a),
+            ("criu", stage.a),
+            ("agent", stage.b),
+            ("criu", stage.b),
+        ]
+    )
+    argv = ["migrate", str(victim.pid), "--to", "ssh://root@b", "--output", "json"]
+    stage.a.do("run", argv=[*argv, "--config", CONFIG])
+    # From the moment at which the agent opens the migration to a little after the commit.
+    stage.a.do("when", glob="/run/phaul/out-*")
+    time.sleep(chance.uniform(0, 7))
+    killed = hand.do("kill", what=what)["killed"]
+    ended = stage.a.do("await", seconds=ENDS_WITHIN_S)
+    assert "code" in ended, ended
+    outcome = f"exit {ended['code']}" if ended["code"] >= 0 else "killed"
+    if ended["code"] < 0 or ended["code"] == 5:
+        recovered = stage.recover()
+        assert recovered["code"] == 0, recovered
+        outcome += ", recovered"
+    runs = stage.judge(victim, observer)
+    side = "a" if hand is stage.a else "b"
+    stage.rows.append(
+        (f"{number}: kill {what} on {side}", f"{len(killed)}", f"{runs} runs", outcome)
+    )

@@ -1,0 +1,76 @@
+"""A final dump fails in its last moment, the tree runs on for a while, and the move is tried again.
+
+    retry.py PID DIRECTORY [same-parent]      prints the new outside pid
+
+A failed final dump has reset the kernel's dirty tracking: what was dirtied before it is in no
+image. `same-parent` does what must not be done, and loses those pages.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from phaul_runtime import Criu, PhaulClient, PhaulConfig, PhaulServer
+from phaul_runtime.errors import DestinationError, PhaulError
+from phaul_runtime.policy import AncestorPolicy
+
+if TYPE_CHECKING:
+    from tests.e2e.programs import library_use
+else:
+    import library_use  # it lies beside this program
+
+
+class Reluctant(library_use.Local):
+    """Its first restore is refused."""
+
+    attempts = 0
+
+    def post_dump(self) -> None:
+        """See CriuNotify."""
+        if self.attempts == 1:
+            raise DestinationError("no room")
+        super().post_dump()
+
+    def dump_copy_restore(
+        self, criu: Criu, config: PhaulConfig, last_client_images_dir: str | None
+    ) -> None:
+        """See PhaulLocal."""
+        self.attempts += 1
+        if self.attempts == 2:
+            Path(config.wdir, "last").rename(Path(config.wdir, "failed"))
+        else:
+            time.sleep(1)  # what is dirtied here, only the failed dump knows of
+        super().dump_copy_restore(criu, config, last_client_images_dir)
+
+
+def main(pid: int, directory: Path, *, same_parent: bool) -> int:
+    """Move `pid` at the second attempt; returns its new outside pid."""
+    ours, theirs = socket.socketpair()
+    for name in ("client", "server"):
+        (directory / name).mkdir(parents=True)
+    server = PhaulServer(PhaulConfig(pid, theirs.fileno(), str(directory / "server")))
+    local = Reluctant(server)
+    client = PhaulClient(
+        local,
+        library_use.Remote(server),
+        PhaulConfig(pid, ours.fileno(), str(directory / "client")),
+        policy=AncestorPolicy(),
+    )
+    try:
+        client.migrate()
+    except PhaulError as error:
+        sys.stderr.write(f"first: {error}\n")
+    if same_parent:
+        client._dirs.orphans = frozenset()
+    report = client.migrate()
+    sys.stderr.write(f"second: {[round.pages_skipped for round in report.iterations]}\n")
+    return local.pid
+
+
+if __name__ == "__main__":
+    new = main(int(sys.argv[1]), Path(sys.argv[2]), same_parent="same-parent" in sys.argv[3:])
+    sys.stdout.write(f"{new}\n")
