@@ -2,6 +2,7 @@
 #
 #   make demo    move a process that dirties its memory from host a to host b
 #   make test    lint, types, and all tests, unit to e2e
+#   make faults  every fault at every moment; make faults-random SEED=1 COUNT=100
 #
 # The laboratory (two emulated hosts, tests/lab) needs root, about 6 GiB of disk under
 # ~/.cache/phaul-runtime-lab and a few minutes for the first image.
@@ -57,6 +58,17 @@ unit: venv
 e2e: lab
 	PYTHONPATH=$(PYCRIU) $(VENV)/bin/pytest tests/e2e
 
+# The whole table of faults and moments (about 40 minutes), and kills at random moments.
+SEED := 1
+COUNT := 100
+FAULTS = PYTHONPATH=$(PYCRIU) $(VENV)/bin/pytest tests/e2e/faults
+
+faults: lab
+	FAULTS=full $(FAULTS) -k one_copy
+
+faults-random: lab
+	SEED=$(SEED) COUNT=$(COUNT) $(FAULTS) -k random
+
 # -- the rest ----------------------------------------------------------------------------
 
 proto: venv
@@ -69,4 +81,4 @@ down:
 clean: down
 	rm -rf $(VENV) build dist *.egg-info
 
-.PHONY: all system venv lab demo test lint unit e2e proto down clean
+.PHONY: all system venv lab demo test lint unit e2e faults faults-random proto down clean

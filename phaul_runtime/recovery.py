@@ -116,7 +116,7 @@ class Recovery:
                 there = self._here.look(migration_id, Role.DESTINATION, wait_s=wait_s)
                 decision = self._decided(migration_id, source, there)
                 settled = self._here.settle(migration_id, Role.DESTINATION, decision.verdict)
-                return self._finish(journal, decision, settled)
+                return self._finish(journal, source, decision, settled)
             if journal.state is State.DONE:
                 return Recovered(
                     migration_id, Verdict.RUN, "it was done", int(journal.facts.get("pid", 0))
@@ -135,7 +135,7 @@ class Recovery:
                 there = agent.look(journal.id, wait_s).get(Role.DESTINATION)
                 decision = self._decided(journal.id, source, there)
                 settled = agent.settle(journal.id, Role.DESTINATION, decision.verdict)
-                return self._finish(journal, decision, settled)
+                return self._finish(journal, source, decision, settled)
         except (DestinationUnreachable, ChannelError) as error:
             decision = decide(source, None)
             if decision.verdict is not Verdict.DISCARD:
@@ -146,22 +146,21 @@ class Recovery:
                     log=error.log,
                     hint=f"phaul-runtime recover {journal.id} once it does; its images are kept",
                 ) from error
-            self._here.settle_journal(journal, decision.verdict)
             warning = (
                 f"the destination was not reached ({error.message}); it discards by itself, "
                 "or run recover there"
             )
-            return Recovered(journal.id, decision.verdict, decision.reason, warnings=(warning,))
+            return self._finish(journal, source, decision, Settled(warnings=(warning,)))
 
-    def _finish(self, journal: Journal, decision: Decision, settled: Settled) -> Recovered:
+    def _finish(
+        self, journal: Journal, source: Standing | None, decision: Decision, settled: Settled
+    ) -> Recovered:
+        """The destination is settled: now the source."""
         mine = self._here.settle_journal(journal, decision.verdict)
-        return Recovered(
-            journal.id,
-            decision.verdict,
-            decision.reason,
-            settled.pid,
-            (*settled.warnings, *mine.warnings),
-        )
+        warnings = (*settled.warnings, *mine.warnings)
+        if decision.verdict is Verdict.DISCARD and not (source and source.alive):
+            warnings += ("the source's copy is gone too: it ended by itself, or with its host",)
+        return Recovered(journal.id, decision.verdict, decision.reason, settled.pid, warnings)
 
     def _from_destination(self, migration_id: str) -> Recovered:
         _, facts = replay(read_records(self._state_dir, migration_id, Role.DESTINATION))

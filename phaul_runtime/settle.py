@@ -81,7 +81,9 @@ class Settler:
         """The same for a journal that the caller holds."""
         if verdict is Verdict.UNKNOWN:
             raise OutcomeUnknown(f"migration {journal.id} cannot be settled yet")
-        if journal.role is Role.SOURCE:
+        if journal.state is None:
+            settled = Settled()  # its host crashed before anything was done
+        elif journal.role is Role.SOURCE:
             settled = self._settle_source(journal, verdict)
         else:
             settled = self._settle_destination(journal, verdict)

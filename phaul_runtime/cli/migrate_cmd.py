@@ -35,7 +35,8 @@ def migrate_command(
 
     \b
     Exit codes: 0 moved; 1 internal error; 2 usage or configuration; 3 refused by
-    a check; 4 failed, the source still runs; 5 outcome unknown; 6 cancelled.
+    a check; 4 failed, the source still runs; 5 outcome unknown: run recover;
+    6 cancelled.
     """
     name = chosen_target(given)
     if not name:

@@ -56,7 +56,7 @@ def test_a_retry_after_a_failed_final_dump_loses_nothing(hosts: Hosts, parent: s
         hosts.lab.push("a", program, f"/tmp/{program.name}")
     status = "/var/tmp/retry.status"
     start = (
-        "setsid unshare --pid --fork piggie-dirty --status $1 --mib 16 --hot-mib 8 --writes 1000"
+        "unshare --pid --fork setsid piggie-dirty --status $1 --mib 16 --hot-mib 8 --writes 1000"
         " --verifies 4000 </dev/null >/dev/null 2>&1 & sleep 3; pgrep -P $!"
     )
     old = int(hosts.sh("a", start, status))

@@ -4,7 +4,8 @@ One JSON object a line on stdin, one answer a line on stdout. The command line r
 child with everything imported, which saves the emulated host seconds each time; where a test asks
 for it, the child stops at a moment of its migration until it is told to go on.
 
-    {"do": "run", "argv": [...], "stop_at": "prepared"}    {"pid": 7}
+    {"do": "run", "argv": [...], "stop_at": "prepared",
+     "sabotage": "acknowledge-early"}                      {"pid": 7}
     {"do": "await", "seconds": 60}                         {"stopped": true} | {"code": 0, ...}
     {"do": "go"}
     {"do": "when", "glob": "...", "bytes": 1, "then": {...}}
@@ -26,10 +27,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from phaul_runtime import events, images, remote
+from phaul_runtime import cutover, events, images, remote
 from phaul_runtime.cli import main as cli
 from phaul_runtime.cli import migrate_cmd
 from phaul_runtime.cli.views import JsonView, View
+from phaul_runtime.errors import ChannelError
+from phaul_runtime.states import State
 
 POLL_S = 0.002
 FILLER = ".filler"
@@ -42,10 +45,36 @@ EVENTS: dict[str, Callable[[events.Event], bool]] = {
 }
 
 
+def acknowledge_early() -> None:
+    """Break the order: the source is given up before the destination has prepared anything."""
+
+    def prepare(self: cutover.CutOver, _images_dir: Path) -> int:
+        self.journal.enter(State.PREPARED)
+        self.journal.enter(State.COMMITTING)
+        return 0
+
+    setattr(cutover.CutOver, "prepare", prepare)  # noqa: B010
+
+
+def commit_early() -> None:
+    """Break the order: the destination runs while the source can still go back."""
+    in_order = remote.RemoteAgent.prepare
+
+    def prepare(self: remote.RemoteAgent, images_dir: Path) -> Any:
+        in_order(self, images_dir)
+        self.commit()
+        raise ChannelError("and then the answer was lost")
+
+    setattr(remote.RemoteAgent, "prepare", prepare)  # noqa: B010
+
+
+SABOTAGE = {"acknowledge-early": acknowledge_early, "commit-early": commit_early}
+
+
 class Child:
     """One run of the command line."""
 
-    def __init__(self, argv: list[str], stop_at: str) -> None:
+    def __init__(self, argv: list[str], stop_at: str, sabotage: str) -> None:
         told, self._tell = os.pipe()
         self._hear, say = os.pipe()
         self.out = f"/tmp/stagehand-{time.monotonic_ns()}"
@@ -54,6 +83,7 @@ class Child:
             os.close(self._tell)
             os.close(self._hear)
             try:
+                SABOTAGE.get(sabotage, bool)()
                 self._perform(argv, stop_at, told, say)
             finally:
                 os._exit(99)
@@ -250,7 +280,7 @@ def main() -> None:
     for line in sys.stdin:
         order = json.loads(line)
         if order["do"] == "run":
-            child = Child(order["argv"], order.get("stop_at", ""))
+            child = Child(order["argv"], order.get("stop_at", ""), order.get("sabotage", ""))
             answer: dict[str, Any] = {"pid": child.pid}
         else:
             answer = act(order, child)

@@ -123,6 +123,25 @@ def strike(stage: Stage, cell: Cell, victim: Dirtier) -> Any:
     return nothing
 
 
+@pytest.mark.parametrize(
+    ("sabotage", "code", "says"),
+    [("acknowledge-early", 5, r"copies on \[\]"), ("commit-early", 4, r"copies on \['a', 'b'\]")],
+)
+@pytest.mark.timeout(600)
+def test_a_broken_order_is_seen(
+    stage: Stage, observer: Observer, victim: Dirtier, sabotage: str, code: int, says: str
+) -> None:
+    argv = ["migrate", str(victim.pid), "--to", "ssh://root@b", "--config", CONFIG]
+    stage.a.do("run", argv=argv, sabotage=sabotage)
+    ended = stage.a.do("await", seconds=ENDS_WITHIN_S)
+    assert ended["code"] == code, ended
+    with pytest.raises(AssertionError, match=says):
+        stage.judge(victim, observer)
+    if code == 4:
+        # Both speak: the observer hears it too.
+        wait_until("the observer hears both", lambda: bool(observer.complaints()))
+
+
 @pytest.mark.skipif(not COUNT, reason="make faults-random")
 @pytest.mark.parametrize("number", range(COUNT))
 @pytest.mark.timeout(600)
