@@ -69,7 +69,7 @@ class Journal:
             MigrationFailed: there is one already, or the disk refuses.
         """
         directory = state_dir / checked_id(migration_id)
-        path = _path(directory, role)
+        path = journal_path(state_dir, migration_id, role)
         try:
             state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             directory.mkdir(mode=0o700, exist_ok=True)
@@ -99,7 +99,7 @@ class Journal:
             NoSuchMigration: there is none.
             StillUnderWay: somebody still works on it.
         """
-        path = _path(state_dir / checked_id(migration_id), role)
+        path = journal_path(state_dir, migration_id, role)
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError as error:
@@ -176,8 +176,9 @@ def _line(record: dict[str, Any]) -> bytes:
     return json.dumps(record, separators=(",", ":")).encode() + b"\n"
 
 
-def _path(directory: Path, role: Role) -> Path:
-    return directory / f"{role.value}.journal"
+def journal_path(state_dir: Path, migration_id: str, role: Role) -> Path:
+    """The file of one end's journal."""
+    return state_dir / checked_id(migration_id) / f"{role.value}.journal"
 
 
 def _try_lock(fd: int) -> bool:
@@ -232,7 +233,7 @@ def replay(
 def read_records(state_dir: Path, migration_id: str, role: Role) -> list[dict[str, Any]]:
     """The records of one end, without a lock; empty if there are none."""
     try:
-        return list(_records(_path(state_dir / checked_id(migration_id), role)))
+        return list(_records(journal_path(state_dir, migration_id, role)))
     except OSError:
         return []
 
@@ -280,7 +281,7 @@ def unsettled(state_dir: Path) -> list[tuple[str, Role, State]]:
     found = []
     for migration_id in migration_ids(state_dir):
         for role in Role:
-            path = _path(state_dir / migration_id, role)
+            path = journal_path(state_dir, migration_id, role)
             state, _ = replay(read_records(state_dir, migration_id, role))
             if state is not None and not state.settled and not is_locked(path):
                 found.append((migration_id, role, state))
