@@ -116,7 +116,10 @@ class Migration:
                 try:
                     report = self._move(session, engine, inspection, differing)
                 except Exception as error:
-                    raise self._meaning(error) from error
+                    meaning = self._meaning(error)
+                    if meaning is error:
+                        raise
+                    raise meaning from error
         except OutcomeUnknown as error:
             report = self._recover(error)
         finally:

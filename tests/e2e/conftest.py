@@ -20,12 +20,12 @@ from phaul_lab import Lab
 WITHIN_S = 120.0
 
 
-def wait_until(what: str, condition: Callable[[], bool]) -> None:
+def wait_until(what: str, condition: Callable[[], bool], within_s: float = WITHIN_S) -> None:
     """Poll until `condition`; a missed deadline is a failure that names `what`."""
-    deadline = time.monotonic() + WITHIN_S
+    deadline = time.monotonic() + within_s
     while not condition():
         if time.monotonic() > deadline:
-            pytest.fail(f"not within {WITHIN_S:g} s: {what}")
+            pytest.fail(f"not within {within_s:g} s: {what}")
         time.sleep(0.3)
 
 

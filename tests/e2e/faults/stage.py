@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.e2e.conftest import Dirtier, Hosts, wait_until
 
 PYTHON = "/opt/phaul-runtime/bin/python3"
@@ -160,7 +162,10 @@ class Stage:
         assert observer.heard[-1][2] == copies[0]
         assert observer.complaints() == []
         for host in ("a", "b"):
-            wait_until(f"{host} is clean", partial(self.clean, host))
+            try:
+                wait_until("clean", partial(self.clean, host), 2 * LOST_S)
+            except pytest.fail.Exception:
+                pytest.fail(f"left on {host}: {self.hosts.leftovers(host)}")
             assert self.unsettled(host) == []
         return copies[0]
 
