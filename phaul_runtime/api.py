@@ -11,6 +11,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from phaul_runtime.errors import UsageError
+
 if TYPE_CHECKING:
     from phaul_runtime.criu import Criu
 
@@ -92,3 +94,13 @@ class PhaulRemote(ABC):
 
         Raises if it did not: then the iteration's images are worthless, and so is the chain.
         """
+
+    def end_chain(self) -> None:
+        """Before a second attempt: call the server's `end_chain`, over a memory channel that works.
+
+        A remote that does not implement it is good for one attempt, as the ancestor's.
+        """
+        raise UsageError(
+            "this migration failed before, and its remote cannot begin anew",
+            hint="make a new client, server and memory channel, or implement end_chain",
+        )

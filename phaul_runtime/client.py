@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import time
@@ -71,23 +70,23 @@ class PhaulClient:
     def migrate(self) -> MigrationReport:
         """Run the pre-copy rounds and the switch-over.
 
-        After a failure it may be called again: it then begins with all of memory, since a failed
-        final dump has reset the kernel's dirty tracking, and what only that dump knew of would be
-        lost with no error.
+        After a failure it may be called again, if `remote.end_chain` is implemented: it then
+        begins with all of memory. A failed final dump has reset the kernel's dirty tracking, and
+        what only that dump knew of would be lost with no error.
 
         Returns:
             what was measured; `result` is "moved".
 
         Raises:
+            UsageError: it is called again and `remote` cannot begin anew.
             MigrationFailed: and its kin: the source's copy runs on.
             OutcomeUnknown: the source's copy is dead, the destination's not known to run.
             Cancelled: on request, before the cut-over.
         """
         begun = time.monotonic()
         if self._dirs.count:
+            self.remote.end_chain()
             self._dirs.end_chain()
-            with contextlib.suppress(PhaulError):
-                self.remote.stop_iter()  # the page server of the attempt that failed
         iterations, converged, pre_copy = self._iterate()
         self.cancellation.check()
         last = self._dirs.last

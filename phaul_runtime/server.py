@@ -116,6 +116,12 @@ class PhaulServer:
                 log=error_lines(text),
             )
 
+    def end_chain(self) -> None:
+        """After a failed migration: the next iteration holds all of memory and has no parent."""
+        self.abort()
+        self._failed = False
+        self._dirs.end_chain()
+
     def abort(self) -> None:
         """End whatever runs; idempotent. The directories stay."""
         if self._page_server is not None:

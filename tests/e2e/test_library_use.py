@@ -65,7 +65,7 @@ def test_a_retry_after_a_failed_final_dump_loses_nothing(hosts: Hosts, parent: s
     done = hosts.lab.exec("a", argv, check=False)
     assert done.returncode == 0, done.stderr
     assert "first: " in done.stderr
-    assert "no room" in done.stderr
+    assert "was vetoed" in done.stderr
     new = int(done.stdout)
     hosts.started.append(("a", new))
     wrong = victim.verified_on("a")["wrong"]

@@ -47,16 +47,28 @@ class Reluctant(library_use.Local):
         super().dump_copy_restore(criu, config, last_client_images_dir)
 
 
+class Remote(library_use.Remote):
+    """Can begin anew."""
+
+    same_parent = False
+
+    def end_chain(self) -> None:
+        """See PhaulRemote."""
+        self.server.end_chain()
+        if self.same_parent:
+            self.server._dirs.orphans = frozenset()
+
+
 def main(pid: int, directory: Path, *, same_parent: bool) -> int:
     """Move `pid` at the second attempt; returns its new outside pid."""
     ours, theirs = socket.socketpair()
     for name in ("client", "server"):
         (directory / name).mkdir(parents=True)
     server = PhaulServer(PhaulConfig(pid, theirs.fileno(), str(directory / "server")))
-    local = Reluctant(server)
+    local, remote = Reluctant(server), Remote(server)
     client = PhaulClient(
         local,
-        library_use.Remote(server),
+        remote,
         PhaulConfig(pid, ours.fileno(), str(directory / "client")),
         policy=AncestorPolicy(),
     )
@@ -65,7 +77,8 @@ def main(pid: int, directory: Path, *, same_parent: bool) -> int:
     except PhaulError as error:
         sys.stderr.write(f"first: {error}\n")
     if same_parent:
-        client._dirs.orphans = frozenset()
+        remote.same_parent = True
+        client._dirs.end_chain = lambda: None  # type: ignore[method-assign]
     report = client.migrate()
     sys.stderr.write(f"second: {[round.pages_skipped for round in report.iterations]}\n")
     return local.pid
