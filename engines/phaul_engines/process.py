@@ -191,10 +191,8 @@ class ProcessSource(SourceHalf):
         return netlock.release(self._connections)
 
     def rollback(self) -> None:
-        """See `SourceHalf`: CRIU lets the tree run; killed, it leaves connections locked."""
-        if self._connections:
-            netlock.leave_repair(member.pid for member in self._members if member.alive())
-            netlock.release(self._connections, all_of_them=True)
+        """See `SourceHalf`: CRIU lets the tree run; killed, it leaves its network lock."""
+        netlock.release(self._connections, all_of_them=True)
 
 
 class ProcessLocal(PhaulLocal, CriuNotify):

@@ -8,6 +8,7 @@ image. `same-parent` does what must not be done, and loses those pages.
 
 from __future__ import annotations
 
+import shutil
 import socket
 import sys
 import time
@@ -54,9 +55,12 @@ class Remote(library_use.Remote):
 
     def end_chain(self) -> None:
         """See PhaulRemote."""
-        self.server.end_chain()
         if self.same_parent:
-            self.server._dirs.orphans = frozenset()
+            self.server.abort()
+            shutil.rmtree(self.server.last_images_dir or "")
+            self.server._dirs.count -= 1
+        else:
+            self.server.end_chain()
 
 
 def main(pid: int, directory: Path, *, same_parent: bool) -> int:
@@ -77,6 +81,7 @@ def main(pid: int, directory: Path, *, same_parent: bool) -> int:
     except PhaulError as error:
         sys.stderr.write(f"first: {error}\n")
     if same_parent:
+        # As if the failed dump had never been.
         remote.same_parent = True
         client._dirs.end_chain = lambda: None  # type: ignore[method-assign]
     report = client.migrate()
