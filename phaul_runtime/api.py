@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from phaul_runtime.errors import UsageError
+from phaul_runtime.errors import PhaulError, UsageError
 
 if TYPE_CHECKING:
     from phaul_runtime.criu import Criu
@@ -94,6 +94,12 @@ class PhaulRemote(ABC):
 
         Raises if it did not: then the iteration's images are worthless, and so is the chain.
         """
+
+    def failure(self) -> PhaulError | None:
+        """Why the server's chain is worthless, if it is and that can be told; asked when a request
+        to the client's CRIU has failed.
+        """
+        return None
 
     def end_chain(self) -> None:
         """Before a second attempt: call the server's `end_chain`, over a memory channel that works.

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from phaul_runtime.api import Outcome, PhaulConfig, PhaulLocal, PhaulRemote
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.criu import Criu, criu_opts
-from phaul_runtime.errors import Cancelled, NotConverging, PhaulError
+from phaul_runtime.errors import Cancelled, CriuError, NotConverging, PhaulError
 from phaul_runtime.events import (
     IterationDone,
     IterationStarted,
@@ -120,9 +120,19 @@ class PhaulClient:
         try:
             return self.local.dump_copy_restore(self.criu, self.config, last_images)
         except PhaulError as error:
-            if self.cancellation.requested and not isinstance(error, Cancelled):
-                raise Cancelled("cancelled; the source's copy runs on") from error
+            self._raise_cause(error)
             raise
+
+    def _raise_cause(self, error: PhaulError) -> None:
+        """This side's CRIU sees only its channel closed: raise why, if that is known."""
+        if isinstance(error, Cancelled):
+            return
+        if self.cancellation.requested:
+            raise Cancelled("cancelled; the source's copy runs on") from error
+        if isinstance(error, CriuError) and not error.host:
+            there = self.remote.failure()
+            if there is not None:
+                raise there from error
 
     def _iterate(self) -> tuple[list[Iteration], bool, str]:
         """Pre-dump until the policy has enough; returns rounds, convergence, and what was done."""
@@ -198,8 +208,7 @@ class PhaulClient:
                 opts.ps.fd = self.config.memfd
                 self.criu.pre_dump(opts)
             except PhaulError as error:
-                if self.cancellation.requested:
-                    raise Cancelled("cancelled; the source's copy runs on") from error
+                self._raise_cause(error)
                 raise
             finally:
                 os.close(directory)

@@ -24,6 +24,7 @@ from phaul_runtime.journal import Journal, checked_id, lock_directory
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.server import PhaulServer
 from phaul_runtime.states import Role, State
+from phaul_runtime.wire import to_wire
 
 log = logging.getLogger(__name__)
 
@@ -153,8 +154,11 @@ class Incoming:
         """The client lives."""
         self.seen = time.monotonic()
         last = self._server.last_images_dir if self._server else None
+        failure = self._server.failure if self._server else None
         return pb.BeatReply(
-            bytes=directory_bytes(Path(last)) if last else 0, state=self.state.value
+            bytes=directory_bytes(Path(last)) if last else 0,
+            state=self.state.value,
+            failure=to_wire(failure) if failure else None,
         )
 
     def _expect(self, *states: State) -> None:

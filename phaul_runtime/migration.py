@@ -97,6 +97,7 @@ class Migration:
         self._begun = time.monotonic()
         self._journal: Journal | None = None
         self._cut_over: CutOver | None = None
+        self._left_there = False
 
     # -- what the command line calls -------------------------------------------------------
 
@@ -122,6 +123,13 @@ class Migration:
                     raise meaning from error
         except OutcomeUnknown as error:
             report = self._recover(error)
+        except Exception:
+            if self._left_there:
+                self._put_away_there()
+            raise
+        else:
+            if self._left_there:
+                self._put_away_there()
         finally:
             if self._journal is not None:
                 self._journal.close()
@@ -275,6 +283,7 @@ class Migration:
         report.files_copied = cut_over.files_sent
         report.bytes_transferred += carried
         report.warnings += self._source.finish()
+        self._left_there = agent.lost
         for warning in report.warnings:
             self.listener(Warned(warning))
         return report
@@ -375,9 +384,22 @@ class Migration:
         self._journal_quietly(State.ABORTING)
         self._source.rollback()
         clean = session.agent.abort()
+        self._left_there = not clean
         self._journal_quietly(State.ABORTED)
         text = reason.message if isinstance(reason, PhaulError) else repr(reason)
         self.listener(RolledBack(text, clean))
+
+    def _put_away_there(self) -> None:
+        """The agent was lost before it could put away its part: ask another one, once."""
+        try:
+            warnings = Recovery(self.config).recover(self.id, self._journal).warnings
+        except PhaulError as error:
+            warnings = (
+                f"the destination may hold what is left of this migration: {error.message}; "
+                f"phaul-runtime recover {self.id} puts it away",
+            )
+        for warning in warnings:
+            self.listener(Warned(warning))
 
     def _journal_quietly(self, state: State) -> None:
         """The source runs: a full disk is no reason to stop on the way back."""

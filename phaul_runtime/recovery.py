@@ -88,7 +88,8 @@ class Recovery:
 
         Args:
             migration_id: as `migrate` and `history` print it.
-            held: the source's journal, if the caller has it open.
+            held: the source's journal, if the caller has it open; then the other end is put away
+                even if the migration was done.
 
         Raises:
             NoSuchMigration: this host took no part in it.
@@ -117,7 +118,7 @@ class Recovery:
                 decision = self._decided(migration_id, source, there)
                 settled = self._here.settle(migration_id, Role.DESTINATION, decision.verdict)
                 return self._finish(journal, source, decision, settled)
-            if journal.state is State.DONE:
+            if journal.state is State.DONE and held is None:
                 return Recovered(
                     migration_id, Verdict.RUN, "it was done", int(journal.facts.get("pid", 0))
                 )

@@ -30,6 +30,8 @@ from phaul_runtime.wire import MAX_MESSAGE, VERSION_KEY, from_wire
 _Reply = TypeVar("_Reply", bound=Any)
 _PART = 1 << 20
 _RETRY_S = 0.5
+# For the reason of a failure that is certain already.
+_ASK_S = 5.0
 _VERSION = ((VERSION_KEY, str(PROTOCOL)),)
 
 
@@ -73,6 +75,8 @@ class RemoteAgent(PhaulRemote):
         self._sender: FileSender | None = None
         self._copy_files = False
         self._beating = threading.Event()
+        self.lost = False
+        """The last call got no answer."""
 
     def close(self) -> None:
         """End the heartbeat and the control channel; idempotent."""
@@ -89,6 +93,7 @@ class RemoteAgent(PhaulRemote):
         *,
         cancellable: bool = True,
     ) -> Any:
+        self.lost = True
         try:
             future = method(request, timeout=timeout_s, metadata=_VERSION)
         except ValueError as error:
@@ -108,6 +113,7 @@ class RemoteAgent(PhaulRemote):
             raise
         except grpc.RpcError as error:
             raise self._channel_error(error) from error
+        self.lost = False
         if reply.HasField("error"):
             raise from_wire(reply.error, self.name)
         return reply
@@ -232,6 +238,14 @@ class RemoteAgent(PhaulRemote):
     def stop_iter(self) -> None:
         """See `PhaulRemote`."""
         self._call(self._stub.StopIter.future, self._ref(), self._prepare_s)
+
+    def failure(self) -> PhaulError | None:
+        """See `PhaulRemote`."""
+        try:
+            reply = self._stub.Beat(self._ref(), timeout=_ASK_S, metadata=_VERSION)
+        except (grpc.RpcError, ValueError):
+            return None
+        return from_wire(reply.failure, self.name) if reply.HasField("failure") else None
 
     # -- files and the cut-over (`cutover.Destination`) ------------------------------------
 

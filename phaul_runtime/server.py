@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import signal
+import socket
+import threading
+from collections.abc import Callable
 from typing import Any
 
 from phaul_runtime.api import PhaulConfig
 from phaul_runtime.criu import Criu, CriuNotify, criu_opts, error_lines, read_log
-from phaul_runtime.errors import DestinationError
+from phaul_runtime.errors import DestinationError, PhaulError
 from phaul_runtime.images import ImageDirs
 
 LOG_FILE = "page-server.log"
@@ -48,9 +53,8 @@ class PhaulServer:
         self.criu: Criu = _ServerCriu(self, criu or Criu())
         self._log_level = log_level
         self._dirs = ImageDirs(config.wdir)
-        self._session: Criu | None = None
-        self._failed = False
-        self._page_server: tuple[int, int] | None = None  # pid, pidfd
+        self._page_server: _PageServer | None = None
+        self._failure: PhaulError | None = None
 
     @property
     def last_images_dir(self) -> str | None:
@@ -58,15 +62,27 @@ class PhaulServer:
         last = self._dirs.last
         return None if last is None else str(last)
 
+    @property
+    def failure(self) -> PhaulError | None:
+        """Why the chain is worthless, once it is; the client's CRIU knows no more than that its
+        channel was closed.
+        """
+        return self._failure
+
     def start_iter(self) -> None:
         """Begin a directory and start a page server into it; it awaits memory on return.
 
+        A page server that fails closes `config.memfd` for both sides: nobody would read what the
+        client's CRIU still sends, and it waits for an answer without an end.
+
         Raises:
-            DestinationError: the iteration before was not stopped.
+            DestinationError: the iteration before was not stopped, or it failed.
             CriuError: the page server did not start.
         """
-        if self._session is not None:
+        if self._page_server is not None:
             raise DestinationError("start_iter: the iteration before was not stopped")
+        if self._failure is not None:
+            raise self._failure
         directory = self._dirs.open_next()
         # A swrk of its own for each: WAIT_PID ends it, and that is the only way to learn that
         # the page server has flushed everything.
@@ -81,14 +97,29 @@ class PhaulServer:
                 parent_img=self._dirs.parent,
             )
             opts.ps.fd = self.config.memfd
-            pid, _port = session.start_page_server_chld(opts)
-            self._page_server = (pid, os.pidfd_open(pid))
+            self._page_server = _PageServer(session, opts, self._ended)
         except BaseException:
             session.cleanup()
             raise
         finally:
             os.close(directory)
-        self._session = session
+
+    def _ended(self, status: int | PhaulError) -> None:
+        """The page server has ended; from its own thread, unless `abort` ended it."""
+        if status == 0:
+            return
+        if isinstance(status, PhaulError):
+            self._failure = status
+        else:
+            self._failure = DestinationError(
+                f"the page server of iteration {self._dirs.count} failed "
+                f"({_describe(status)}{self._space()})",
+                log=error_lines(self._log_text()),
+            )
+        channel = socket.socket(fileno=os.dup(self.config.memfd))
+        with contextlib.suppress(OSError):
+            channel.shutdown(socket.SHUT_RDWR)
+        channel.close()
 
     def stop_iter(self) -> None:
         """Wait until the page server has written everything and ended well; may be repeated.
@@ -96,52 +127,103 @@ class PhaulServer:
         Raises:
             DestinationError: none was ever started, or it failed: the chain is worthless then.
         """
-        session, self._session = self._session, None
-        if session is None or self._page_server is None:
-            if self._dirs.last is None or self._failed:
-                raise DestinationError("stop_iter: no iteration was started, or it failed")
-            return
-        pid, pidfd = self._page_server
-        try:
-            status = session.wait_pid(pid)
-        finally:
-            session.cleanup()
+        page_server = self._page_server
+        if page_server is not None:
+            if not page_server.wait(self.criu.deadline_s):
+                raise DestinationError(
+                    f"the page server of iteration {self._dirs.count} has not ended within "
+                    f"{self.criu.deadline_s:g} s"
+                )
             self._page_server = None
-            os.close(pidfd)
-        if status != 0:
-            self._failed = True
-            text = self._log_text()
-            raise DestinationError(
-                f"the page server of iteration {self._dirs.count} failed (wait status {status})",
-                log=error_lines(text),
-            )
+        if self._failure is not None:
+            raise self._failure
+        if self._dirs.last is None:
+            raise DestinationError("stop_iter: no iteration was started")
 
     def end_chain(self) -> None:
         """After a failed migration: the next iteration holds all of memory and has no parent."""
         self.abort()
-        self._failed = False
+        self._failure = None
         self._dirs.end_chain()
 
     def abort(self) -> None:
         """End whatever runs; idempotent. The directories stay."""
-        if self._page_server is not None:
-            _pid, pidfd = self._page_server
-            self._page_server = None
-            try:
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            except ProcessLookupError:
-                pass  # it has ended by itself
-            finally:
-                os.close(pidfd)
-        if self._session is not None:
-            session, self._session = self._session, None
-            session.cleanup()
+        page_server, self._page_server = self._page_server, None
+        if page_server is not None:
+            page_server.kill()
+            if self._failure is None:
+                self._failure = DestinationError("the last iteration was aborted")
+
+    def _space(self) -> str:
+        """A full file system keeps CRIU from telling that it is one."""
+        try:
+            left = os.statvfs(self.config.wdir).f_bavail
+        except OSError:
+            return ""
+        return "" if left else f", no space left in {self.config.wdir}"
 
     def _log_text(self) -> str:
         if self._dirs.last is None:
             return ""
-        directory = os.open(self._dirs.last, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            directory = os.open(self._dirs.last, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            return ""
         try:
             return read_log(criu_opts(images_dir_fd=directory, log_file=LOG_FILE))
         finally:
             os.close(directory)
+
+
+def _describe(status: int) -> str:
+    code = os.waitstatus_to_exitcode(status)
+    return f"exit {code}" if code >= 0 else signal.Signals(-code).name
+
+
+class _PageServer:
+    """One page server, and the thread that learns at once how it ended.
+
+    Args:
+        session: a swrk of its own, from now on this object's.
+        opts: of the request.
+        on_end: told the wait status, or why there is none; not after `kill`.
+    """
+
+    def __init__(
+        self, session: Criu, opts: Any, on_end: Callable[[int | PhaulError], object]
+    ) -> None:
+        self._session = session
+        self._on_end = on_end
+        self._killed = False
+        self._pid, _port = session.start_page_server_chld(opts)
+        self._pidfd = os.pidfd_open(self._pid)
+        self._thread = threading.Thread(target=self._watch, name="page-server", daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        select.select([self._pidfd], [], [])
+        status: int | PhaulError
+        try:
+            status = self._session.wait_pid(self._pid)
+        except PhaulError as error:
+            status = error
+        self._session.cleanup()
+        if not self._killed:
+            self._on_end(status)
+
+    def wait(self, seconds: float) -> bool:
+        """Until it has ended and `on_end` was told; False if that lasts longer."""
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            return False
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+        return True
+
+    def kill(self) -> None:
+        """End it, whatever it does."""
+        self._killed = True
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        self.wait(self._session.deadline_s)

@@ -243,14 +243,16 @@ class CommitReply(_message.Message):
     def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., pid: _Optional[int] = ..., since_resume_ms: _Optional[float] = ...) -> None: ...
 
 class BeatReply(_message.Message):
-    __slots__ = ("error", "bytes", "state")
+    __slots__ = ("error", "bytes", "state", "failure")
     ERROR_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
     error: Error
     bytes: int
     state: str
-    def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., bytes: _Optional[int] = ..., state: _Optional[str] = ...) -> None: ...
+    failure: Error
+    def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., bytes: _Optional[int] = ..., state: _Optional[str] = ..., failure: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
 
 class LookRequest(_message.Message):
     __slots__ = ("id", "wait_s")

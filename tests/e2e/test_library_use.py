@@ -54,12 +54,13 @@ def test_a_retry_after_a_failed_final_dump_loses_nothing(hosts: Hosts, parent: s
     hosts.sh("a", "rm -rf $1; mkdir -m 700 $1", directory)
     for program in (PROGRAM, PROGRAM.with_name("retry.py")):
         hosts.lab.push("a", program, f"/tmp/{program.name}")
-    status = "/var/tmp/retry.status"
+    status = f"/var/tmp/retry-{parent}.status"
     start = (
-        "unshare --pid --fork setsid piggie-dirty --status $1 --mib 16 --hot-mib 8 --writes 1000"
+        "unshare --pid --fork setsid piggie-dirty --status $1 --mib 64 --hot-mib 64 --writes 500"
         " --verifies 4000 </dev/null >/dev/null 2>&1 & sleep 3; pgrep -P $!"
     )
     old = int(hosts.sh("a", start, status))
+    hosts.started.append(("a", old))
     victim = Dirtier(hosts, old, status)
     argv = [PYTHON, "/tmp/retry.py", str(old), directory, parent]
     done = hosts.lab.exec("a", argv, check=False)

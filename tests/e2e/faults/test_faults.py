@@ -107,7 +107,8 @@ def strike(stage: Stage, cell: Cell, victim: Dirtier) -> Any:
             return lambda: stage.b.do("unfill", directory=directory)
         case "restore-refused":
             # Somebody takes the pid at the destination after the check.
-            take = "echo $(($1 - 1)) > /proc/sys/kernel/ns_last_pid; sleep 300 & echo $!"
+            take = "echo $(($1 - 1)) > /proc/sys/kernel/ns_last_pid;"
+            take += " sleep 300 </dev/null >/dev/null 2>&1 & echo $!"
             for _ in range(50):
                 pid = stage.hosts.sh("b", take, str(victim.pid))
                 if int(pid) == victim.pid:

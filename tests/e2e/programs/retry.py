@@ -55,12 +55,11 @@ class Remote(library_use.Remote):
 
     def end_chain(self) -> None:
         """See PhaulRemote."""
+        self.server.end_chain()
         if self.same_parent:
-            self.server.abort()
             shutil.rmtree(self.server.last_images_dir or "")
             self.server._dirs.count -= 1
-        else:
-            self.server.end_chain()
+            self.server._dirs.orphans = frozenset()
 
 
 def main(pid: int, directory: Path, *, same_parent: bool) -> int:
