@@ -23,7 +23,7 @@ _READ = 4096
 @click.option(
     "--sockets",
     required=True,
-    type=click.Path(path_type=Path),
+    type=click.Path(readable=False, path_type=Path),
     metavar="DIR",
     help="Directory to be created for the control and the memory socket.",
 )
@@ -31,7 +31,7 @@ _READ = 4096
     "--workdir",
     default="/run/phaul",
     show_default=True,
-    type=click.Path(path_type=Path),
+    type=click.Path(readable=False, path_type=Path),
     metavar="DIR",
     help="Private directory for images; best on tmpfs.",
 )
@@ -39,7 +39,7 @@ _READ = 4096
     "--state-dir",
     default="/var/lib/phaul-runtime",
     show_default=True,
-    type=click.Path(path_type=Path),
+    type=click.Path(readable=False, path_type=Path),
     metavar="DIR",
     help="Directory of the journals; not on tmpfs.",
 )

@@ -18,7 +18,7 @@ def config_group() -> None:
 
 
 @config_group.command("check")
-@click.argument("file", required=False, type=click.Path(path_type=Path))
+@click.argument("file", required=False, type=click.Path(readable=False, path_type=Path))
 def check_file(file: Path | None) -> None:
     """Validate FILE (or the system's configuration), engines' options included."""
     config = load_config(file)

@@ -17,7 +17,7 @@ from phaul_runtime.states import Role
 _config = click.option(
     "--config",
     "config_path",
-    type=click.Path(path_type=Path),
+    type=click.Path(readable=False, path_type=Path),
     metavar="FILE",
     help="Configuration, laid over /etc/phaul-runtime/config.yaml.",
 )

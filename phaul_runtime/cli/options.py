@@ -34,7 +34,7 @@ def move_options(command: _Command) -> _Command:
         click.option(
             "--config",
             "config_path",
-            type=click.Path(path_type=Path),
+            type=click.Path(readable=False, path_type=Path),
             metavar="FILE",
             help="Configuration, laid over /etc/phaul-runtime/config.yaml.",
         ),
