@@ -107,6 +107,7 @@ def strike(stage: Stage, cell: Cell, victim: Dirtier) -> Any:
             return lambda: stage.b.do("unfill", directory=directory)
         case "restore-refused":
             # Somebody takes the pid at the destination after the check.
+            last = stage.hosts.sh("b", "cat /proc/sys/kernel/ns_last_pid")
             take = "echo $(($1 - 1)) > /proc/sys/kernel/ns_last_pid;"
             take += " sleep 300 </dev/null >/dev/null 2>&1 & echo $!"
             for _ in range(50):
@@ -115,6 +116,8 @@ def strike(stage: Stage, cell: Cell, victim: Dirtier) -> Any:
                     break
                 stage.hosts.sh("b", "kill $1", pid)
             assert int(pid) == victim.pid
+            # What b starts from now on must not get the pids of the victims to come.
+            stage.hosts.sh("b", "echo $1 > /proc/sys/kernel/ns_last_pid", last)
             return lambda: stage.hosts.sh("b", "kill $1", pid)
         case "clock-forward" | "clock-back":
             seconds = 3600 if cell.fault == "clock-forward" else -3600
