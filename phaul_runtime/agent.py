@@ -30,6 +30,7 @@ from phaul_runtime.filesystem import compare
 from phaul_runtime.hostfacts import PROTOCOL, gather_facts
 from phaul_runtime.incoming import Incoming, checked_json
 from phaul_runtime.journal import checked_id, lock_directory
+from phaul_runtime.lifecycle import Hooks
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.rpc import phaul_pb2_grpc
 from phaul_runtime.settle import Settler
@@ -85,11 +86,12 @@ def _require_protocol(context: grpc.ServicerContext) -> None:
 class AgentService(phaul_pb2_grpc.AgentServicer):
     """The calls of phaul.proto."""
 
-    def __init__(self, workdir: Path, state_dir: Path, criu: Criu) -> None:
+    def __init__(self, workdir: Path, state_dir: Path, criu: Criu, hooks: Hooks) -> None:
         self._workdir = workdir
+        self._hooks = hooks
         self._state_dir = state_dir
         self._criu = criu
-        self._settler = Settler(state_dir, workdir, criu)
+        self._settler = Settler(state_dir, workdir, criu, hooks)
         self.heard = time.monotonic()
         self._migrations: dict[str, Incoming] = {}
         self._lock = threading.Lock()
@@ -138,7 +140,7 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
             if checked_id(request.id) in self._migrations:
                 raise DestinationError(f"migration {request.id} is open already")
             self._migrations[request.id] = Incoming.open(
-                request, self._workdir, self._state_dir, self._criu
+                request, self._workdir, self._state_dir, self._criu, self._hooks
             )
 
     @_answers(pb.Done)
@@ -208,6 +210,7 @@ class Agent:
         workdir: private directory for images, one below it for each migration.
         state_dir: of the journals.
         criu: a session factory.
+        hooks: of this host.
         on_lost: called once a client was given up: what was started for it may end.
     """
 
@@ -217,11 +220,13 @@ class Agent:
         workdir: Path,
         state_dir: Path,
         criu: Criu,
+        *,
         on_lost: Callable[[], object] = lambda: None,
+        hooks: Hooks | None = None,
     ) -> None:
         self._sockets = sockets
         self._on_lost = on_lost
-        self.service = AgentService(workdir, state_dir, criu)
+        self.service = AgentService(workdir, state_dir, criu, hooks or Hooks())
         self._lock = -1
         self._workdir = workdir
         self._server = grpc.server(

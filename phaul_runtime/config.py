@@ -8,12 +8,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from phaul_runtime.config_source import Key, Source, read_yaml
 from phaul_runtime.errors import ConfigError
+from phaul_runtime.lifecycle import Hooks
 
 SYSTEM_CONFIG = Path("/etc/phaul-runtime/config.yaml")
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -86,6 +87,25 @@ class TimeoutsConfig(_Section):
         return self
 
 
+_Commands = list[Annotated[list[str], Field(min_length=1)]]
+
+
+class HooksConfig(_Section):
+    """Programs of this host, run at steps of a move; see `lifecycle`."""
+
+    pre_freeze: _Commands = Field([], description="at the source, before it freezes; may refuse")
+    post_restore: _Commands = Field(
+        [], description="at the destination, rebuilt and held; may refuse"
+    )
+    committed: _Commands = Field([], description="on both hosts, once the destination's copy runs")
+    on_rollback: _Commands = Field([], description="on both hosts, when the source's runs on")
+    timeout_s: float = Field(30, gt=0, description="longest time for one program, seconds")
+
+    def hooks(self) -> Hooks:
+        """For whoever runs them."""
+        return Hooks(self.model_dump(exclude={"timeout_s"}), self.timeout_s)
+
+
 class ChecksConfig(_Section):
     """Preflight."""
 
@@ -112,6 +132,7 @@ class Config(_Section):
     criu: CriuConfig = CriuConfig()
     timeouts: TimeoutsConfig = TimeoutsConfig()
     checks: ChecksConfig = ChecksConfig()
+    hooks: HooksConfig = HooksConfig()
     engines: dict[str, dict[str, Any] | None] = Field({}, description="options of each engine")
 
     _source: Source = PrivateAttr(default_factory=Source)

@@ -62,6 +62,7 @@ class CutOver:
     listener: Listener
     cancellation: Cancellation
     journal: Journal
+    before_freeze: Callable[[], None] = lambda: None
     freeze: dict[str, float] = field(default_factory=dict)
     bytes_sent: int = 0
     files_sent: int = 0
@@ -80,6 +81,7 @@ class CutOver:
     def freezing(self, identity: Mapping[str, Any]) -> None:
         """The final dump begins; the clock of the downtime starts."""
         self.cancellation.check()
+        self.before_freeze()
         self.journal.enter(State.FROZEN, identity=dict(identity))
         self._frozen_at = time.monotonic()
         self.listener(Frozen())

@@ -53,11 +53,14 @@ def relative_parent(images_dir: Path, parent: str | None) -> str | None:
 
 
 def image_files(images_dir: Path) -> list[Path]:
-    """The images of a dump whose pages went to a page server: small, to be laid over there."""
+    """The images of a dump whose pages went to a page server: small, to be laid over there.
+
+    Those of a container's runtime (descriptors.json) are among them, logs and statistics are not.
+    """
     return sorted(
         path
         for path in images_dir.iterdir()
-        if path.suffix == ".img" and path.is_file() and not path.is_symlink()
+        if path.suffix in (".img", ".json") and path.is_file() and not path.is_symlink()
     )
 
 

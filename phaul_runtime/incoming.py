@@ -21,6 +21,7 @@ from phaul_runtime.errors import DestinationError, PhaulError
 from phaul_runtime.filecarry import FileStage
 from phaul_runtime.images import directory_bytes, forget_resumed, remove_tree, was_resumed
 from phaul_runtime.journal import Journal, checked_id, lock_directory
+from phaul_runtime.lifecycle import COMMITTED, ON_ROLLBACK, POST_RESTORE, Hooks, move_of
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.server import PhaulServer
 from phaul_runtime.states import Role, State
@@ -28,7 +29,7 @@ from phaul_runtime.wire import to_wire
 
 log = logging.getLogger(__name__)
 
-_IMAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.img")
+_IMAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.(img|json)")
 MEMORY_WITHIN_S = 30.0
 
 
@@ -56,10 +57,12 @@ class Incoming:
     Args:
         journal: of the destination's role, open and locked.
         criu: a session factory.
+        hooks: of this host.
     """
 
-    def __init__(self, journal: Journal, criu: Criu) -> None:
+    def __init__(self, journal: Journal, criu: Criu, hooks: Hooks) -> None:
         self.id = journal.id
+        self._hooks = hooks
         self.journal = journal
         facts = journal.facts
         self.lost_s = float(facts["lost_s"])
@@ -83,7 +86,9 @@ class Incoming:
         self._pid = int(facts.get("pid", 0))
 
     @classmethod
-    def open(cls, request: pb.OpenRequest, workdir: Path, state_dir: Path, criu: Criu) -> Incoming:
+    def open(
+        cls, request: pb.OpenRequest, workdir: Path, state_dir: Path, criu: Criu, hooks: Hooks
+    ) -> Incoming:
         """Begin a migration: its journal, its directory, its engine half.
 
         Raises:
@@ -108,7 +113,7 @@ class Incoming:
                 lost_s=request.lost_s,
                 hold_s=request.commit_s,
             )
-            incoming = cls(journal, criu)
+            incoming = cls(journal, criu, hooks)
             incoming._begin(manifest)
         except BaseException:
             journal.close()
@@ -128,9 +133,9 @@ class Incoming:
             raise
 
     @classmethod
-    def revive(cls, journal: Journal, criu: Criu) -> Incoming:
+    def revive(cls, journal: Journal, criu: Criu, hooks: Hooks) -> Incoming:
         """Take up what an earlier agent left; then `commit` or `abort` it."""
-        incoming = cls(journal, criu)
+        incoming = cls(journal, criu, hooks)
         incoming._stage.recall()
         incoming._engine.prepare(journal.facts["manifest"], journal.id)
         return incoming
@@ -229,6 +234,11 @@ class Incoming:
     def _restore(self, images_dir: Path) -> None:
         forget_resumed(images_dir)
         self._pid = self._engine.restore(self._criu, images_dir)
+        try:
+            self._hooks.run(POST_RESTORE, move_of(self.journal), self._pid)
+        except PhaulError:
+            self._engine.discard()
+            raise
         self._held = True
 
     def commit(self) -> pb.CommitReply:
@@ -285,6 +295,8 @@ class Incoming:
     def _settle(self) -> None:
         """After the commit, when time no longer matters."""
         with self._step:
+            for warning in self._hooks.try_to(COMMITTED, move_of(self.journal), self._pid):
+                log.warning("%s: %s", self.id, warning)
             self._stage.keep()
             self._close(keep_images=False)
 
@@ -309,6 +321,8 @@ class Incoming:
                 self._engine.discard()
             if not keep:
                 self._stage.undo()
+                for warning in self._hooks.try_to(ON_ROLLBACK, move_of(self.journal)):
+                    log.warning("%s: %s", self.id, warning)
             self._close(keep_images=keep)
             if keep:
                 log.error("%s: its client is lost; images kept in %s", self.id, self._dir)

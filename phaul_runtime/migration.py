@@ -52,6 +52,7 @@ from phaul_runtime.events import (
 from phaul_runtime.hostfacts import gather_facts
 from phaul_runtime.images import remove_tree
 from phaul_runtime.journal import Journal, forget_old, lock_directory
+from phaul_runtime.lifecycle import COMMITTED, ON_ROLLBACK, PRE_FREEZE, move_of
 from phaul_runtime.policy import AncestorPolicy, BudgetPolicy, Policy
 from phaul_runtime.recovery import Recovery
 from phaul_runtime.remote import RemoteAgent
@@ -98,6 +99,7 @@ class Migration:
         self._journal: Journal | None = None
         self._cut_over: CutOver | None = None
         self._left_there = False
+        self._hooks = self.config.hooks.hooks()
 
     # -- what the command line calls -------------------------------------------------------
 
@@ -267,7 +269,9 @@ class Migration:
             session.cut_memory,
         )
         carried = self._carry_files(agent, inspection, differing)
-        cut_over = self._cut_over = CutOver(agent, self.listener, self.cancellation, journal)
+        cut_over = self._cut_over = CutOver(
+            agent, self.listener, self.cancellation, journal, self._before_freeze
+        )
         client = PhaulClient(
             self._source.local(cut_over, self.cancellation),
             agent,
@@ -282,11 +286,17 @@ class Migration:
         report = client.migrate()
         report.files_copied = cut_over.files_sent
         report.bytes_transferred += carried
+        # An address leaves this host before CRIU's lock on its connections does.
+        report.warnings += self._hooks.try_to(COMMITTED, move_of(journal))
         report.warnings += self._source.finish()
         self._left_there = agent.lost
         for warning in report.warnings:
             self.listener(Warned(warning))
         return report
+
+    def _before_freeze(self) -> None:
+        if self._journal is not None:
+            self._hooks.run(PRE_FREEZE, move_of(self._journal))
 
     def _carry_files(self, agent: RemoteAgent, inspection: Inspection, differing: list[str]) -> int:
         """While the target runs: stage the files that differ; returns the bytes sent."""
@@ -383,6 +393,9 @@ class Migration:
         """Undo everything on both sides; the source runs already or still."""
         self._journal_quietly(State.ABORTING)
         self._source.rollback()
+        if self._journal is not None:
+            for warning in self._hooks.try_to(ON_ROLLBACK, move_of(self._journal)):
+                self.listener(Warned(warning))
         clean = session.agent.abort()
         self._left_there = not clean
         self._journal_quietly(State.ABORTED)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import IO
 
 from phaul_runtime.errors import PhaulError, Refused
 
 Process = subprocess.Popen[bytes]
+Expired = subprocess.TimeoutExpired
+DEVNULL, PIPE = subprocess.DEVNULL, subprocess.PIPE
 
 
 def spawn(
@@ -20,6 +22,7 @@ def spawn(
     stderr: int | IO[bytes] | None = subprocess.DEVNULL,
     pass_fds: Sequence[int] = (),
     cwd: str | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> Process:
     """Start `argv` in a session of its own, so that a Ctrl-C at the terminal does not reach it.
 
@@ -35,6 +38,7 @@ def spawn(
             pass_fds=tuple(pass_fds),
             start_new_session=True,
             cwd=cwd,
+            env=env,
         )
     except OSError as error:
         raise Refused(
@@ -42,7 +46,9 @@ def spawn(
         ) from error
 
 
-def run(argv: Sequence[str], *, timeout_s: float) -> subprocess.CompletedProcess[str]:
+def run(
+    argv: Sequence[str], *, timeout_s: float, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run `argv` to its end and return what it printed; its exit code is for the caller to judge.
 
     Raises:
@@ -58,6 +64,7 @@ def run(argv: Sequence[str], *, timeout_s: float) -> subprocess.CompletedProcess
             errors="replace",
             timeout=timeout_s,
             check=False,
+            env=env,
         )
     except subprocess.TimeoutExpired as error:
         raise PhaulError(f"{argv[0]} did not end within {timeout_s:g} s") from error

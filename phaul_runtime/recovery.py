@@ -73,7 +73,7 @@ class Recovery:
         self._state_dir = Path(self.config.state_dir)
         self._workdir = Path(self.config.workdir)
         criu = Criu(self.config.criu.binary, deadline_s=self.config.criu.timeout_s)
-        self._here = Settler(self._state_dir, self._workdir, criu)
+        self._here = Settler(self._state_dir, self._workdir, criu, self.config.hooks.hooks())
 
     def waiting(self) -> list[str]:
         """The ids that are not settled here, each once."""

@@ -7,7 +7,7 @@ nobody else holds, and may be repeated.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from phaul_runtime.criu import Criu
@@ -17,6 +17,7 @@ from phaul_runtime.images import remove_tree
 from phaul_runtime.incoming import Incoming
 from phaul_runtime.journal import Journal, read_records, replay
 from phaul_runtime.leftovers import private_directories
+from phaul_runtime.lifecycle import COMMITTED, ON_ROLLBACK, Hooks, move_of
 from phaul_runtime.states import Role, Settled, Standing, State, Verdict
 
 log = logging.getLogger(__name__)
@@ -30,11 +31,13 @@ class Settler:
         state_dir: of the journals.
         workdir: private directory of images and sockets.
         criu: a session factory.
+        hooks: of this host.
     """
 
     state_dir: Path
     workdir: Path
     criu: Criu
+    hooks: Hooks = field(default_factory=Hooks)
 
     def look(self, migration_id: str, role: Role, *, wait_s: float = 1.0) -> Standing | None:
         """How an end stands, once nobody works on it any more; None if there is none here.
@@ -105,21 +108,23 @@ class Settler:
         if verdict is Verdict.RUN:
             if journal.state is not State.COMMITTING or not source.gone():
                 raise MigrationFailed(f"the source of {journal.id} was not given up")
-            warnings = tuple(source.finish())
+            warnings = self.hooks.try_to(COMMITTED, move_of(journal))
+            warnings += source.finish()
             journal.enter(State.DONE)
-            return Settled(warnings=warnings)
+            return Settled(warnings=tuple(warnings))
         if journal.state is State.COMMITTING and source.gone():
             raise MigrationFailed(f"the source's copy of {journal.id} is dead")
         if journal.state is not State.ABORTING:
             journal.enter(State.ABORTING)
         source.rollback()
+        warnings = self.hooks.try_to(ON_ROLLBACK, move_of(journal))
         journal.enter(State.ABORTED)
-        return Settled()
+        return Settled(warnings=tuple(warnings))
 
     def _settle_destination(self, journal: Journal, verdict: Verdict) -> Settled:
         if journal.state in (State.DONE, State.ABORTED):
             return Settled(pid=int(journal.facts.get("pid", 0)))
-        incoming = Incoming.revive(journal, self.criu)
+        incoming = Incoming.revive(journal, self.criu, self.hooks)
         if verdict is Verdict.DISCARD:
             if journal.state is State.COMMITTING:
                 raise MigrationFailed(f"the destination of {journal.id} was told to run")

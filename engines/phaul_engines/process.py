@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from phaul_engines import netlock
+from phaul_engines.members import LET_GO_WITHIN_S, POLL_S, Members
 from phaul_engines.netlock import Connection
 from phaul_engines.process_options import ProcessOptions
 from phaul_engines.proctree import (
-    Member,
     OpenFile,
     Process,
     Tree,
@@ -21,7 +21,6 @@ from phaul_engines.proctree import (
     pipes_to_others,
     read_process,
     read_tree,
-    tracer_of,
 )
 from phaul_runtime import cgroup
 from phaul_runtime.api import Outcome, PhaulConfig, PhaulLocal
@@ -47,7 +46,6 @@ from phaul_runtime.errors import (
 )
 from phaul_runtime.filesystem import gather
 from phaul_runtime.held import HeldRestore
-from phaul_runtime.hostfacts import boot_id
 from phaul_runtime.images import relative_parent
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.stats import DumpStats, read_dump_stats
@@ -55,8 +53,6 @@ from phaul_runtime.stats import DumpStats, read_dump_stats
 DUMP_LOG = "dump.log"
 RESTORE_LOG = "restore.log"
 RESTORE_WITHIN_S = 300.0
-LET_GO_WITHIN_S = 20.0
-_POLL_S = 0.02
 # Namespaces of a container, whose engine knows them. (Time: CRIU restores into one of its own.)
 _FOREIGN = ("mnt", "net", "user")
 _MIB = 1 << 20
@@ -97,7 +93,7 @@ class ProcessSource(SourceHalf):
         self._options = options
         self._log_level = log_level
         self._tree: Tree | None = None
-        self._members: list[Member] = []
+        self._members = Members()
         self._connections: list[Connection] = []
 
     def inspect(self) -> Inspection:
@@ -128,7 +124,7 @@ class ProcessSource(SourceHalf):
     def look(self) -> Tree:
         """Read the tree as it is now."""
         tree = self._tree = read_tree(self._pid)
-        self._members = [Member(m.pid, m.start_time) for m in tree.members]
+        self._members = Members.of(tree.members)
         self._connections = established_connections(tree)
         return tree
 
@@ -151,39 +147,28 @@ class ProcessSource(SourceHalf):
     def identity(self) -> Mapping[str, Any]:
         """See `SourceHalf`."""
         return {
-            "boot_id": boot_id(),
-            "members": [[m.pid, m.start_time] for m in self._members],
+            **self._members.identity(),
             "connections": [list(c) for c in self._connections],
         }
 
     def recall(self, identity: Mapping[str, Any]) -> None:
         """See `SourceHalf`."""
-        same_boot = identity.get("boot_id") == boot_id()
-        self._members = [
-            Member(pid, start) for pid, start in identity.get("members", []) if same_boot
-        ]
+        self._members = Members.recall(identity)
         self._connections = [
             (str(a), int(b), str(c), int(d)) for a, b, c, d in identity.get("connections", [])
         ]
 
     def gone(self) -> bool:
         """See `SourceHalf`."""
-        if not self._members:
-            return True
-        root = self._members[0]
-        deadline = time.monotonic() + LET_GO_WITHIN_S
-        while root.alive() and tracer_of(root.pid) and time.monotonic() < deadline:
-            time.sleep(_POLL_S)
-        return not root.alive()
+        return self._members.gone()
 
     def dead(self) -> bool:
         """Whether nothing of the tree is left."""
-        return not any(member.alive() for member in self._members)
+        return self._members.dead()
 
     def end_rest(self) -> None:
         """See `SourceHalf`."""
-        for member in self._members:
-            member.kill()
+        self._members.kill()
 
     def finish(self) -> Sequence[str]:
         """See `SourceHalf`."""
@@ -344,7 +329,7 @@ class ProcessDestination(DestinationHalf):
         while any(_name_of(pid) == "criu" for pid in cgroup.members(self._id)):
             if time.monotonic() > deadline:
                 return
-            time.sleep(_POLL_S)
+            time.sleep(POLL_S)
 
     def discard(self) -> None:
         """See `DestinationHalf`."""

@@ -13,6 +13,7 @@ import click
 
 from phaul_runtime import __version__
 from phaul_runtime.agent import Agent
+from phaul_runtime.config import load_config
 from phaul_runtime.criu import Criu
 from phaul_runtime.hostfacts import PROTOCOL
 
@@ -73,6 +74,7 @@ def agent_command(sockets: Path, workdir: Path, state_dir: Path, criu_binary: st
         state_dir,
         Criu(criu_binary),
         on_lost=lambda: os.write(wake_write, b"x"),
+        hooks=load_config().hooks.hooks(),
     )
     agent.start()
     try:

@@ -94,11 +94,13 @@ def configure(given: Mapping[str, Any], **flags: object) -> Config:
         "engine": given["engine"],
         "transport.to": given["to"],
         "filesystem.files": given["files"],
-        "engines.process.tcp_established": True if given["tcp_established"] else None,
         **{name.replace("__", "."): value for name, value in flags.items()},
     }
     overrides = {key: value for key, value in overrides.items() if value is not None}
     config = load_config(given["config_path"], overrides)
+    if given["tcp_established"]:
+        overrides[f"engines.{config.engine}.tcp_established"] = True
+        config = load_config(given["config_path"], overrides)
     if given["ignore"]:
         overrides["checks.ignore"] = [*config.checks.ignore, *given["ignore"]]
         config = load_config(given["config_path"], overrides)

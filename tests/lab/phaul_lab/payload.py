@@ -53,7 +53,8 @@ def payload_key(image: Image) -> str:
     """A hash of the sources and of the image that they are compiled in."""
     state = hashlib.sha256(image.dir.name.encode())
     for path in _files():
-        state.update(str(path.relative_to(SOURCE)).encode() + b"\0" + path.read_bytes())
+        mode = path.stat().st_mode & 0o111
+        state.update(f"{path.relative_to(SOURCE)}\0{mode}\0".encode() + path.read_bytes())
     return state.hexdigest()[:16]
 
 
@@ -96,7 +97,10 @@ def _make(image: Image, tar: Path) -> None:
                 wheel,
             ]
         )
-        shutil.rmtree(packages / "bin", ignore_errors=True)
+        programs = stage / "usr/local/bin"
+        programs.mkdir(parents=True)
+        shutil.copy2(packages / "bin/phaul-move-address", programs)
+        shutil.rmtree(packages / "bin")
         run(
             [
                 "chroot",
@@ -110,8 +114,7 @@ def _make(image: Image, tar: Path) -> None:
                 f"{inside}/stage{VENV}/phaul",
             ]
         )
-        program = stage / "usr/local/bin/phaul-runtime"
-        program.parent.mkdir(parents=True)
+        program = programs / "phaul-runtime"
         program.write_text(_LAUNCHER)
         program.chmod(0o755)
         if (clean / "piggie/Makefile").exists():

@@ -1,0 +1,130 @@
+"""A container runtime's checkpoint or restore, whose CRIU asks at the gate."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from phaul_hooks.gate import Gate, GateEvent
+
+from phaul_runtime import proc
+from phaul_runtime.criu import LOG_LINES, LOG_TAIL, error_lines
+from phaul_runtime.criu_hints import advice
+from phaul_runtime.errors import CriuError
+
+OUTPUT = "runtime.out"
+_END_S = 30.0
+
+
+class GatedCommand:
+    """One run of a runtime, from its start to its end.
+
+    Args:
+        argv: the command.
+        gate: opened by `start`, closed by `close`.
+        name: of the runtime, for messages.
+        request: what CRIU is asked to do, for messages: `DUMP` or `RESTORE`.
+        log: CRIU's own log.
+        pass_fds: descriptors that CRIU is to inherit through the runtime.
+        before_exec: called with the command's pid; the command waits for a line on its standard
+            input, which it gets after that. Without it, that is /dev/null.
+    """
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        gate: Gate,
+        *,
+        name: str,
+        request: str,
+        log: Path,
+        pass_fds: Sequence[int] = (),
+        before_exec: Callable[[int], object] | None = None,
+    ) -> None:
+        self._name = name
+        self._before_exec = before_exec
+        self._argv = list(argv)
+        self.gate = gate
+        self._request = request
+        self._log = log
+        self._pass_fds = tuple(pass_fds)
+        self._process: proc.Process | None = None
+        self._pidfd = -1
+
+    def start(self) -> None:
+        """Open the gate and start the command.
+
+        Raises:
+            Refused: it cannot be started.
+        """
+        self.gate.open()
+        env: Mapping[str, str] = {**os.environ, **self.gate.environment}
+        # A file and no pipe: what the runtime restores may keep it open, and must not need us.
+        with (self.gate.directory / OUTPUT).open("wb") as output:
+            self._process = proc.spawn(
+                self._argv,
+                stdin=proc.PIPE if self._before_exec else proc.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=self._pass_fds,
+                env=env,
+            )
+        self._pidfd = os.pidfd_open(self._process.pid)
+        if self._before_exec and self._process.stdin:
+            self._before_exec(self._process.pid)
+            with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
+                stdin.write(b"\n")
+
+    def next(self, deadline: float) -> GateEvent | None:
+        """The next event; None when the command has ended, or at `deadline`."""
+        return self.gate.next(deadline, self._pidfd)
+
+    def wait(self, timeout_s: float) -> int | None:
+        """Its exit code; None if it has not ended within `timeout_s` seconds."""
+        if self._process is None:
+            return None
+        with contextlib.suppress(proc.Expired):
+            return self._process.wait(timeout_s)
+        return None
+
+    def failure(self) -> CriuError:
+        """Why it failed: CRIU's first error lines, and the runtime's own where there are none."""
+        text = _tail(self._log)
+        lines = error_lines(text)
+        said = [line for line in _tail(self.gate.directory / OUTPUT).splitlines() if line.strip()]
+        return CriuError(
+            f"{self._name}'s {self._request.lower()} failed",
+            request=self._request,
+            hint=advice([*lines, *said]),
+            log=[*lines, *said[-2:]][: LOG_LINES + 2],
+            log_text=text,
+        )
+
+    def close(self) -> None:
+        """Answer no to whatever is still asked, and wait for the end; idempotent."""
+        self.gate.close()
+        if self._process is not None:
+            # CRIU takes the no for an answer and undoes: give it the time.
+            if self.wait(_END_S) is None:
+                proc.end(self._process)
+            self._process = None
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+
+def _tail(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - LOG_TAIL))
+            return file.read().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def deadline_in(seconds: float) -> float:
+    """A `time.monotonic()` so far from now."""
+    return time.monotonic() + seconds

@@ -1,0 +1,228 @@
+"""An OCI container as runc or crun keep it: state, bundle, cgroup; and the runtime's commands."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from phaul_runtime import proc
+from phaul_runtime.errors import MigrationFailed, NoSuchTarget, Refused
+
+CONFIG = "config.json"
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+_WITHIN_S = 60.0
+# What config.json and `update` can limit, as cgroup v2 names it.
+_LIMITS = (
+    "cpu.max",
+    "cpu.weight",
+    "cpuset.cpus",
+    "cpuset.mems",
+    "io.max",
+    "io.weight",
+    "memory.high",
+    "memory.low",
+    "memory.max",
+    "memory.min",
+    "memory.swap.max",
+    "pids.max",
+)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A runtime with the command line of runc.
+
+    Args:
+        binary: its name or path.
+        root: where it keeps its containers' state; None is its own default.
+    """
+
+    binary: str
+    root: str | None = None
+
+    def argv(self, *words: str) -> list[str]:
+        """The command with `words` after the global options."""
+        return [self.binary, *(["--root", self.root] if self.root else []), *words]
+
+    def version(self) -> str:
+        """The first line of `--version`.
+
+        Raises:
+            Refused: it is not installed.
+        """
+        said = proc.run([self.binary, "--version"], timeout_s=_WITHIN_S).stdout
+        return said.splitlines()[0] if said else self.binary
+
+    def state(self, name: str) -> dict[str, Any] | None:
+        """`state NAME`; None if it knows no such container.
+
+        Raises:
+            Refused: it is not installed.
+        """
+        done = proc.run(self.argv("state", name), timeout_s=_WITHIN_S)
+        if done.returncode != 0:
+            return None
+        try:
+            state: dict[str, Any] = json.loads(done.stdout)
+        except ValueError as error:
+            raise MigrationFailed(f"{self.binary} state {name} is malformed") from error
+        return state
+
+    def names(self) -> list[str]:
+        """The containers that it knows."""
+        done = proc.run(self.argv("list", "--quiet"), timeout_s=_WITHIN_S)
+        return done.stdout.split()
+
+    def delete(self, name: str) -> str:
+        """End and forget a container; returns what went wrong, empty if nothing did."""
+        done = proc.run(self.argv("delete", "--force", name), timeout_s=_WITHIN_S)
+        if done.returncode != 0 and self.state(name) is not None:
+            return (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
+        return ""
+
+    def resume(self, name: str) -> None:
+        """Let a paused container run."""
+        proc.run(self.argv("resume", name), timeout_s=_WITHIN_S)
+
+
+@dataclass(frozen=True)
+class Mount:
+    """A host path that is mounted into a container."""
+
+    source: str
+    destination: str
+
+    @property
+    def directory(self) -> bool:
+        """Whether it is one, rather than a file."""
+        return Path(self.source).is_dir()
+
+
+@dataclass(frozen=True)
+class Container:
+    """A container, as its runtime and its bundle describe it."""
+
+    name: str
+    pid: int
+    status: str
+    bundle: Path
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def rootfs(self) -> Path:
+        """Its root file system on the host."""
+        return rootfs_of(self.bundle, self.config)
+
+    @property
+    def binds(self) -> list[Mount]:
+        """Host files and directories that are mounted in."""
+        return [
+            Mount(mount["source"], mount["destination"])
+            for mount in self.config.get("mounts", [])
+            if is_bind(mount)
+        ]
+
+    @property
+    def namespaces(self) -> dict[str, str]:
+        """Kind to path; the path is empty where the runtime made the namespace."""
+        entries = self.config.get("linux", {}).get("namespaces", [])
+        return {entry["type"]: entry.get("path", "") for entry in entries}
+
+    @property
+    def terminal(self) -> bool:
+        """It has a terminal for a console."""
+        return bool(self.config.get("process", {}).get("terminal"))
+
+
+def is_bind(mount: Mapping[str, Any]) -> bool:
+    """Whether a mount of config.json is a bind mount."""
+    return mount.get("type") == "bind" or bool({"bind", "rbind"} & set(mount.get("options") or ()))
+
+
+def rootfs_of(bundle: Path, config: Mapping[str, Any]) -> Path:
+    """Where a bundle's root file system lies."""
+    return bundle / str(config.get("root", {}).get("path", "rootfs"))
+
+
+def read_container(runtime: Runtime, name: str) -> Container:
+    """Read a container.
+
+    Raises:
+        NoSuchTarget: the runtime knows none of that name, or it does not run.
+        Refused: its bundle cannot be read.
+    """
+    state = runtime.state(name)
+    if state is None:
+        known = ", ".join(runtime.names()[:10]) or "none"
+        raise NoSuchTarget(
+            f"{runtime.binary} knows no container {name!r}", hint=f"containers: {known}"
+        )
+    if state["status"] not in ("running", "paused"):
+        raise NoSuchTarget(f"container {name} is {state['status']}: nothing of it runs")
+    bundle = Path(state["bundle"])
+    try:
+        config = json.loads((bundle / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Refused(f"cannot read {bundle / CONFIG}: {error}") from error
+    return Container(name, int(state["pid"]), state["status"], bundle, config)
+
+
+# -- cgroup v2 ---------------------------------------------------------------------------------
+
+
+def cgroup_of(pid: int) -> str:
+    """The cgroup v2 path of a process, as `/web`; empty if there is none."""
+    try:
+        lines = Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((line[3:] for line in lines if line.startswith("0::")), "")
+
+
+def cgroup_directory(path: str) -> Path:
+    """Where a cgroup is mounted."""
+    return CGROUP_ROOT / path.lstrip("/")
+
+
+def cgroup_pids(path: str) -> list[int]:
+    """All processes in a cgroup and below it."""
+    found: list[int] = []
+    for directory, _, files in os.walk(cgroup_directory(path)):
+        if "cgroup.procs" in files:
+            try:
+                text = (Path(directory) / "cgroup.procs").read_text(encoding="ascii")
+            except OSError:
+                continue
+            found += [int(pid) for pid in text.split()]
+    return found
+
+
+def read_limits(path: str) -> dict[str, str]:
+    """The limits of a cgroup, as its files say them."""
+    found = {}
+    for name in _LIMITS:
+        try:
+            found[name] = (cgroup_directory(path) / name).read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+    return found
+
+
+def apply_limits(path: str, limits: Mapping[str, str]) -> list[str]:
+    """Give a cgroup the limits of another; returns those that this host refused."""
+    refused = []
+    for name, value in limits.items():
+        if name not in _LIMITS:
+            continue
+        file = cgroup_directory(path) / name
+        try:
+            if file.read_text(encoding="ascii").strip() != value:
+                file.write_text(value, encoding="ascii")
+        except OSError:
+            if value not in ("", "max", "0"):
+                refused.append(f"{name} {value}")
+    return refused

@@ -1,0 +1,333 @@
+"""The destination half of the runc and crun engines: bundle, held restore, clean-up."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+import os
+import shutil
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from phaul_hooks.gate import Gate, GateEvent
+
+from phaul_engines import netlock
+from phaul_engines.gated import GatedCommand, deadline_in
+from phaul_engines.members import LET_GO_WITHIN_S, POLL_S
+from phaul_engines.oci import (
+    CONFIG,
+    Runtime,
+    apply_limits,
+    cgroup_directory,
+    cgroup_of,
+    cgroup_pids,
+    is_bind,
+    rootfs_of,
+)
+from phaul_engines.oci_checks import limits_finding
+from phaul_engines.runc_options import RuncOptions
+from phaul_runtime import cgroup
+from phaul_runtime.criu import Criu
+from phaul_runtime.engine import OK, REFUSED, DestinationHalf, Finding
+from phaul_runtime.errors import DestinationError, MigrationFailed, PhaulError
+
+log = logging.getLogger(__name__)
+
+RESTORE_WITHIN_S = 300.0
+MARK = ".phaul-runtime.json"
+_END_S = 30.0
+# A shell that waits until it has been put into its cgroup: what it becomes is born there.
+_WAIT_THEN_EXEC = 'read -r _ && exec "$@" </dev/null'
+
+
+class RuncDestination(DestinationHalf):
+    """The destination half.
+
+    The bundle takes the path that it has at the source. A bundle that is here already is only ever
+    written to if a move left it: it then has a mark (MARK), or if the storage is shared.
+    """
+
+    def __init__(self, options: RuncOptions, hold_s: float) -> None:
+        self._options = options
+        self._hold_s = hold_s
+        self._runtime = Runtime(options.binary, options.root)
+        self._id = ""
+        self._manifest: Mapping[str, Any] = {}
+        self._command: GatedCommand | None = None
+        self._held: GateEvent | None = None
+        self._numbers = itertools.count(1)
+        self._cgroup = ""
+
+    # -- before anything is touched --------------------------------------------------------
+
+    def check(self, manifest: Mapping[str, Any]) -> Sequence[Finding]:
+        """See `DestinationHalf`."""
+        found = []
+        try:
+            found.append(Finding("runtime", OK, self._runtime.version()))
+            taken = self._runtime.state(str(manifest["name"])) is not None
+        except PhaulError as error:
+            return [Finding("runtime", REFUSED, error.message, error.hint)]
+        name = manifest["name"]
+        if taken:
+            found.append(
+                Finding(
+                    "name",
+                    REFUSED,
+                    f"a container {name} is there already",
+                    f"{self._options.binary} delete {name}, or move it under another name",
+                )
+            )
+        found += self._bundle_findings(manifest)
+        netns = _netns(manifest)
+        if netns and not Path(netns).exists():
+            found.append(
+                Finding(
+                    "network",
+                    REFUSED,
+                    f"the network namespace {netns} is missing",
+                    "make it there as it is here: ip netns add, its address and its routes",
+                )
+            )
+        for source, how in manifest.get("mounts", {}).items():
+            there = Path(how if how.startswith("/") else source)
+            if how != "rsync" and how and not there.is_dir():
+                found.append(Finding("mounts", REFUSED, f"{there} is no directory there"))
+        found.append(limits_finding(manifest))
+        return found
+
+    def _bundle_findings(self, manifest: Mapping[str, Any]) -> Sequence[Finding]:
+        bundle = Path(manifest["bundle"])
+        rootfs = rootfs_of(bundle, manifest["config"])
+        shared = manifest.get("rootfs") == "shared"
+        if shared:
+            if not rootfs.is_dir():
+                text = f"{rootfs} is missing, although filesystem.rootfs is shared"
+                return [Finding("bundle", REFUSED, text, "mount the storage there")]
+            return [Finding("bundle", OK, f"{rootfs} is shared")]
+        if manifest.get("same_host"):
+            text = "source and destination are one host: they would share the bundle"
+            return [Finding("bundle", REFUSED, text, "filesystem.rootfs: shared, or another host")]
+        if _left_by_a_move(bundle):
+            return [Finding("bundle", OK, f"{bundle} was left by an earlier move")]
+        for place in (bundle, rootfs):
+            if place.exists() and (not place.is_dir() or any(place.iterdir())):
+                return [
+                    Finding(
+                        "bundle",
+                        REFUSED,
+                        f"{place} is there already, and no move left it",
+                        "remove it there; nothing of it will be overwritten",
+                    )
+                ]
+        return [Finding("bundle", OK, f"{bundle} is free")]
+
+    # -- what the container needs ----------------------------------------------------------
+
+    def prepare(self, manifest: Mapping[str, Any], migration_id: str) -> None:
+        """See `DestinationHalf`."""
+        self._manifest, self._id = manifest, migration_id
+        bundle = Path(manifest["bundle"])
+        if _mark(bundle).get("id") == migration_id:
+            return  # an earlier agent was here
+        if (
+            refused := [f for f in self._bundle_findings(manifest) if f.level == REFUSED]
+        ) and manifest.get("rootfs") != "shared":
+            raise DestinationError(refused[0].text, hint=refused[0].hint)
+        try:
+            wanted = [bundle, rootfs_of(bundle, manifest["config"])]
+            made = [str(path) for path in wanted if not path.exists()]
+            for path in wanted:
+                path.mkdir(mode=0o755, parents=True, exist_ok=True)
+            _write_mark(bundle, {"id": migration_id, "made": made})
+            (bundle / CONFIG).write_text(
+                json.dumps(_config_for(manifest), indent=1), encoding="utf-8"
+            )
+        except OSError as error:
+            raise DestinationError(f"cannot make {bundle}: {error.strerror}") from error
+
+    def trees(self) -> Mapping[str, Path]:
+        """See `DestinationHalf`."""
+        found = {"rootfs": rootfs_of(Path(self._manifest["bundle"]), self._manifest["config"])}
+        carried = [s for s, how in self._manifest.get("mounts", {}).items() if how == "rsync"]
+        return found | {f"mount-{n}": Path(s) for n, s in enumerate(carried, 1)}
+
+    # -- the restore -----------------------------------------------------------------------
+
+    def restore(self, criu: Criu, images_dir: Path) -> int:
+        """See `DestinationHalf`."""
+        name = str(self._manifest["name"])
+        gate = Gate(
+            images_dir.parent / f"gate-{os.getpid()}-{next(self._numbers)}", deadline_s=self._hold_s
+        )
+        words = [
+            "restore",
+            "--detach",
+            *("--image-path", str(images_dir), "--work-path", str(images_dir)),
+            *("--bundle", str(self._manifest["bundle"])),
+            *common_flags(self._options),
+        ]
+        if self._options.console_socket:
+            words += ["--console-socket", self._options.console_socket]
+        argv = ["sh", "-c", _WAIT_THEN_EXEC, "sh", *self._runtime.argv(*words, name)]
+        command = GatedCommand(
+            argv,
+            gate,
+            name=self._options.binary,
+            request="RESTORE",
+            log=images_dir / "restore.log",
+            before_exec=lambda pid: cgroup.adopt(self._id, pid),
+        )
+        self._command = command
+        try:
+            command.start()
+            deadline = deadline_in(RESTORE_WITHIN_S)
+            while event := command.next(deadline):
+                if event.action == "post-restore":
+                    self._held = event
+                    self._cgroup = cgroup_of(event.pid)
+                    return event.pid
+                command.gate.answer(event, yes=True)
+            failure = command.failure()
+        except BaseException:
+            self.discard()
+            raise
+        self.discard()
+        raise failure
+
+    def resume(self) -> float:
+        """See `DestinationHalf`."""
+        command, held = self._command, self._held
+        if command is None or held is None:
+            raise MigrationFailed("nothing was restored")
+        refused = apply_limits(self._cgroup, self._manifest.get("limits", {}))
+        if refused:
+            log.warning("%s: limits refused by this host: %s", self._id, ", ".join(refused))
+        deadline = deadline_in(self._hold_s)
+        command.gate.answer(held, yes=True)
+        resumed_at = 0.0
+        while event := command.next(deadline):
+            if event.action == "post-resume":
+                resumed_at = time.monotonic()
+            else:
+                command.gate.answer(event, yes=True)
+        code = command.wait(max(0.0, deadline - time.monotonic()))
+        failure = command.failure()
+        command.close()
+        self._command = self._held = None
+        # Once all of it runs, what the runtime still had to write down decides nothing.
+        if code != 0 and not resumed_at:
+            raise failure
+        _mark_path(Path(self._manifest["bundle"])).unlink(missing_ok=True)
+        return resumed_at or time.monotonic()
+
+    def wait_let_go(self) -> None:
+        """See `DestinationHalf`."""
+        deadline = time.monotonic() + LET_GO_WITHIN_S
+        while cgroup.members(self._id) and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+
+    def discard(self) -> None:
+        """See `DestinationHalf`."""
+        if self._command is not None:
+            self._command.close()
+            self._command = self._held = None
+        cgroup.kill(self._id)
+        name = str(self._manifest["name"])
+        state = self._runtime.state(name)
+        bundle = str(Path(self._manifest["bundle"]))
+        if state is not None and state.get("bundle") != bundle:
+            return  # somebody else's, made meanwhile
+        self._runtime.delete(name)
+        self._end_half_built()
+        netlock.release_namespace(_netns(self._manifest))
+
+    def _end_half_built(self) -> None:
+        """A CRIU that was killed leaves tasks in the container's cgroup that nobody lets go."""
+        path = self._cgroup or str(self._manifest.get("cgroup", ""))
+        if not path.strip("/"):
+            return
+        deadline = time.monotonic() + _END_S
+        while (pids := cgroup_pids(path)) and time.monotonic() < deadline:
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(POLL_S)
+        with contextlib.suppress(OSError):
+            cgroup_directory(path).rmdir()
+
+    def undo(self) -> None:
+        """See `DestinationHalf`."""
+        bundle = Path(self._manifest["bundle"])
+        mark = _mark(bundle)
+        if mark.get("id") != self._id:
+            return
+        made = [Path(path) for path in mark.get("made", [])]
+        for path in reversed(made):
+            shutil.rmtree(path, ignore_errors=True)
+        if bundle.exists():
+            # It was here before: a move may write to it again.
+            with contextlib.suppress(OSError):
+                _write_mark(bundle, {})
+
+
+def leave_bundle(bundle: Path) -> None:
+    """Mark a bundle whose container has moved away: a move back may overwrite it."""
+    with contextlib.suppress(OSError):
+        _write_mark(bundle, {})
+
+
+def common_flags(options: RuncOptions) -> list[str]:
+    """What checkpoint and restore must agree on."""
+    flags = {
+        "--tcp-established": options.tcp_established,
+        "--file-locks": options.file_locks,
+        "--ext-unix-sk": options.ext_unix_sk,
+    }
+    return [flag for flag, given in flags.items() if given]
+
+
+def _netns(manifest: Mapping[str, Any]) -> str:
+    entries = manifest["config"].get("linux", {}).get("namespaces", [])
+    return next((str(e.get("path", "")) for e in entries if e["type"] == "network"), "")
+
+
+def _config_for(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with the paths that directories have here."""
+    config = dict(manifest["config"])
+    there = {s: how for s, how in manifest.get("mounts", {}).items() if how.startswith("/")}
+    config["mounts"] = [
+        {**mount, "source": there.get(mount["source"], mount["source"])}
+        if is_bind(mount)
+        else mount
+        for mount in config.get("mounts", [])
+    ]
+    return config
+
+
+def _mark_path(bundle: Path) -> Path:
+    return bundle / MARK
+
+
+def _mark(bundle: Path) -> dict[str, Any]:
+    try:
+        mark = json.loads(_mark_path(bundle).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return mark if isinstance(mark, dict) else {}
+
+
+def _left_by_a_move(bundle: Path) -> bool:
+    return _mark_path(bundle).exists()
+
+
+def _write_mark(bundle: Path, mark: Mapping[str, Any]) -> None:
+    _mark_path(bundle).write_text(json.dumps(dict(mark)), encoding="utf-8")
+
+
+__all__ = ["RuncDestination", "common_flags", "leave_bundle"]

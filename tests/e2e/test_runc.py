@@ -1,0 +1,115 @@
+"""Containers of runc and crun move between real hosts."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from tests.e2e.conftest import Hosts, Moved, wait_until
+from tests.e2e.containers import Containers, containers
+
+__all__ = ["containers"]
+
+
+def clean(hosts: Hosts) -> None:
+    for host in ("a", "b"):
+        assert hosts.leftovers(host) == ""
+
+
+@pytest.mark.parametrize("runtime", ["runc", "crun"])
+def test_dirtier_moves_there_and_back_and_there(
+    hosts: Hosts, containers: Containers, runtime: str
+) -> None:
+    limits = {"memory": {"limit": 256 << 20}, "pids": {"limit": 77}}
+    container = containers.dirtier(
+        "a", f"pig-{runtime}", "--mib", "24", "--hot-mib", "2", "--writes", "200",
+        runtime=runtime, resources=limits,
+    )  # fmt: skip
+    wait_until("it runs", lambda: container.dirtier("a").status("a")["passes"] > 0)
+    container.exec("a", "sh", "-c", "echo kept > /data/kept; echo gone > /data/gone")
+    for number, (source, destination) in enumerate((("a", "b"), ("b", "a"), ("a", "b"))):
+        container.exec(source, "sh", "-c", f"echo {number} > /data/n{number}; rm -f /data/gone")
+        moved = container.migrate(source, destination)
+        assert moved.code == 0, moved.stderr
+        assert container.state(source) == ""
+        assert container.state(destination) == "running"
+        status = container.dirtier(destination).verified_on(destination)
+        assert (status["wrong"], status["pid"], status["pages"]) == (0, 1, 24 << 8)
+        report = moved.report
+        assert (report["engine"], report["restored_pid"]) == (runtime, container.pid(destination))
+        assert len(report["iterations"]) > 1
+        assert report["iterations"][1]["pages_skipped"] > 2048
+        assert report["final_pages_written"] < 1024
+        files = container.exec(destination, "ls", "/data").split()
+        assert files == ["kept", *(f"n{n}" for n in range(number + 1)), "status"]
+        group = f"/sys/fs/cgroup/{container.name}"
+        assert hosts.sh(destination, f"cat {group}/memory.max") == str(256 << 20)
+        assert hosts.sh(destination, f"cat {group}/pids.max") == "77"
+        assert not hosts.sh(source, f"ls {group} 2>/dev/null", check=False)
+        clean(hosts)
+    # It is the runtime's own container there.
+    assert container.exec("b", "cat", "/data/kept") == "kept\n"
+    hosts.lab.exec("b", [runtime, "pause", container.name])
+    assert container.state("b") == "paused"
+    hosts.lab.exec("b", [runtime, "resume", container.name])
+    assert container.dirtier("b").verified_on("b")["wrong"] == 0
+
+
+def test_a_failed_restore_leaves_it_running_and_a_retry_works(
+    hosts: Hosts, containers: Containers
+) -> None:
+    container = containers.dirtier("a", "pig-fails", "--mib", "8", "--writes", "100")
+    wait_until("it runs", lambda: container.dirtier("a").status("a")["passes"] > 0)
+    # Its cgroup at b cannot take it: CRIU or the runtime fails there, late.
+    hosts.sh("b", "mv /usr/sbin/criu /usr/sbin/criu.real; printf '%s' \"$1\" > /usr/sbin/criu;"
+             "chmod 755 /usr/sbin/criu", CRIU_WITHOUT_PROGRAM)  # fmt: skip
+    try:
+        failed = container.migrate("a", "b")
+    finally:
+        hosts.sh("b", "mv /usr/sbin/criu.real /usr/sbin/criu")
+    assert failed.code == 4, failed.stderr
+    assert "piggie-dirty" in failed.stderr, failed.stderr
+    assert "type NOTIFY errno 0" not in failed.stderr.splitlines()[0]
+    assert container.state("a") == "running"
+    assert container.state("b") == ""
+    clean(hosts)
+    assert hosts.sh("b", f"ls {container.bundle}", check=False) == ""
+    assert container.dirtier("a").verified_on("a")["wrong"] == 0
+    assert container.exec("a", "cat", "/proc/1/comm") == "piggie-dirty\n"
+    hosts.lab.exec("a", ["runc", "pause", container.name])
+    hosts.lab.exec("a", ["runc", "resume", container.name])
+    moved = container.migrate("a", "b")
+    assert moved.code == 0, moved.stderr
+    assert container.dirtier("b").verified_on("b")["wrong"] == 0
+    clean(hosts)
+
+
+# A restore at whose moment the program is missing in the root file system.
+CRIU_WITHOUT_PROGRAM = """#!/bin/sh
+root=/var/lib/bundles/pig-fails/rootfs/bin
+[ ! -e $root/piggie-dirty ] || [ -z "$CRIU_CONFIG_FILE" ] || mv $root/piggie-dirty $root/away
+exec /usr/sbin/criu.real "$@"
+"""
+
+
+def test_two_at_once_and_one_each_way(hosts: Hosts, containers: Containers) -> None:
+    flags = ("--mib", "8", "--writes", "100")
+    one = containers.dirtier("a", "pig-one", *flags)
+    two = containers.dirtier("a", "pig-two", *flags)
+    for pairs in ([(one, "a", "b"), (two, "a", "b")], [(one, "b", "a"), (two, "b", "a")][:1]
+                  + [(containers.dirtier("a", "pig-three", *flags), "a", "b")]):  # fmt: skip
+        results: list[Moved] = []
+        threads = [
+            threading.Thread(target=lambda c=c, s=s, d=d: results.append(c.migrate(s, d)))
+            for c, s, d in pairs
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [moved.code for moved in results] == [0, 0], [moved.stderr for moved in results]
+        for container, source, destination in pairs:
+            assert container.state(source) == ""
+            assert container.dirtier(destination).verified_on(destination)["wrong"] == 0
+    clean(hosts)
