@@ -45,7 +45,7 @@ class Destination(Protocol):
     """What the cut-over asks of the other side."""
 
     def sync_files(self) -> tuple[int, int]:
-        """Send what changed in the target's files; returns files and bytes sent."""
+        """Send what changed in the target's files and trees; returns files and bytes sent."""
 
     def prepare(self, images_dir: Path) -> tuple[Held, int]:
         """Send the images, restore, hold; returns the answer and the bytes sent."""
@@ -56,12 +56,13 @@ class Destination(Protocol):
 
 @dataclass
 class CutOver:
-    """One cut-over, as seen from the source."""
+    """One cut-over, as seen from the source; `before_freeze` is called just before it."""
 
     destination: Destination
     listener: Listener
     cancellation: Cancellation
     journal: Journal
+    before_freeze: Callable[[], None] = lambda: None
     freeze: dict[str, float] = field(default_factory=dict)
     bytes_sent: int = 0
     files_sent: int = 0
@@ -80,6 +81,7 @@ class CutOver:
     def freezing(self, identity: Mapping[str, Any]) -> None:
         """The final dump begins; the clock of the downtime starts."""
         self.cancellation.check()
+        self.before_freeze()
         self.journal.enter(State.FROZEN, identity=dict(identity))
         self._frozen_at = time.monotonic()
         self.listener(Frozen())

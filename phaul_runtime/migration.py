@@ -20,6 +20,7 @@ from phaul_runtime.api import PhaulConfig
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.checks import (
     HostFinding,
+    check_rsync,
     compare_hosts,
     judge,
     refuse,
@@ -59,6 +60,7 @@ from phaul_runtime.report import Iteration, MigrationReport
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.states import Role, State, Verdict
 from phaul_runtime.transport import Channel, Destination, load_transport
+from phaul_runtime.trees import trees_to_carry
 
 if TYPE_CHECKING:
     from phaul_runtime.config import Config
@@ -178,7 +180,7 @@ class Migration:
 
     def _host_findings(self, session: _Session) -> list[HostFinding]:
         self._here = gather_facts(self.config.workdir, self.config.state_dir, self.criu)
-        there = session.agent.hello()
+        there = self._there = session.agent.hello()
         self._same_host = self._here.boot_id == there.boot_id
         return compare_hosts(self._here, there, (HERE, session.agent.name))
 
@@ -189,7 +191,7 @@ class Migration:
         findings = [HostFinding(HERE, f) for f in inspection.findings]
         request = pb.CheckRequest(
             engine=self.config.engine,
-            manifest=json.dumps(dict(inspection.manifest)).encode(),
+            manifest=json.dumps(self._manifest(inspection)).encode(),
             files=() if self._same_host else inspection.files,
             memory=inspection.memory,
             cpuinfo=self._here.cpuinfo,
@@ -201,6 +203,11 @@ class Migration:
             HostFinding(there, Finding(f.check, f.level, f.text, f.hint)) for f in reply.findings
         ]
         findings.append(HostFinding(there, self._files_finding(reply.files, inspection)))
+        if self._carries_trees(inspection):
+            for host, facts in ((HERE, self._here), (there, self._there)):
+                # Within one host they may be at their place already.
+                found = check_rsync(facts, needed=not self._same_host)
+                findings.append(HostFinding(host, found))
         return findings, [verdict.path for verdict in reply.files]
 
     def _files_finding(self, verdicts: Sequence[pb.FileVerdict], inspection: Inspection) -> Finding:
@@ -220,6 +227,13 @@ class Migration:
                 f"{len(verdicts)} of {len(inspection.files)} differ and will be carried",
             )
         return Finding("files", OK, f"{len(inspection.files)} files are there")
+
+    def _carries_trees(self, inspection: Inspection) -> bool:
+        return bool(inspection.trees) and self.config.filesystem.rootfs == "rsync"
+
+    def _manifest(self, inspection: Inspection) -> dict[str, Any]:
+        """What the engine's other half is told: its own, and what the core decides."""
+        return {**inspection.manifest, "rootfs": self.config.filesystem.rootfs}
 
     def _preflight(self, session: _Session, engine: Engine) -> tuple[Inspection, list[str]]:
         self._source = self._source_half(engine)
@@ -250,11 +264,11 @@ class Migration:
             identity=dict(self._source.identity()),
             lost_s=config.timeouts.lost_s,
         )
-        agent.open(
+        places = agent.open(
             self.id,
             engine=engine.name,
             target=self.target,
-            manifest=inspection.manifest,
+            manifest=self._manifest(inspection),
             options=options,
             lost_s=config.timeouts.lost_s,
             log_level=config.criu.log_level,
@@ -267,7 +281,16 @@ class Migration:
             session.cut_memory,
         )
         carried = self._carry_files(agent, inspection, differing)
-        cut_over = self._cut_over = CutOver(agent, self.listener, self.cancellation, journal)
+        if self._carries_trees(inspection):
+            trees = trees_to_carry(inspection.trees, places, agent.name, same_host=self._same_host)
+            agent.carry_trees(trees, self.listener)
+        cut_over = self._cut_over = CutOver(
+            agent,
+            self.listener,
+            self.cancellation,
+            journal,
+            before_freeze=agent.freshen_trees,
+        )
         client = PhaulClient(
             self._source.local(cut_over, self.cancellation),
             agent,
