@@ -134,14 +134,21 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
             files=compare(request.files),
         )
 
-    @_answers(pb.Done)
-    def Open(self, request: pb.OpenRequest, _context: object) -> None:  # noqa: D102, N802
+    @_answers(pb.OpenReply)
+    def Open(self, request: pb.OpenRequest, _context: object) -> pb.OpenReply:  # noqa: D102, N802
         with self._lock:
             if checked_id(request.id) in self._migrations:
                 raise DestinationError(f"migration {request.id} is open already")
-            self._migrations[request.id] = Incoming.open(
+            incoming = Incoming.open(
                 request, self._workdir, self._state_dir, self._criu, self._hooks
             )
+            self._migrations[request.id] = incoming
+        return pb.OpenReply(
+            trees=[
+                pb.TreePlace(name=name, path=os.fsencode(path))
+                for name, path in incoming.places.items()
+            ]
+        )
 
     @_answers(pb.Done)
     def StartIter(self, request: pb.MigrationRef, _context: object) -> None:  # noqa: D102, N802
@@ -280,7 +287,7 @@ class Agent:
             threading.Thread(target=self._route, args=(channel,), daemon=True).start()
 
     def _route(self, channel: socket.socket) -> None:
-        """Hand a memory connection to the migration that it names."""
+        """Hand a connection to the migration that it names: for memory, or for a tree."""
         try:
             channel.settimeout(_PREAMBLE_S)
             name = b""
@@ -290,9 +297,17 @@ class Agent:
                     raise DestinationError("the memory channel closed before it named a migration")
                 name += data
             channel.settimeout(None)
-            self.service.find(name.decode("ascii", "replace").strip()).connect_memory(channel)
+            migration_id, _, tree = name.decode("ascii", "replace").strip().partition(" ")
+            migration = self.service.find(migration_id)
+            if tree:
+                migration.serve_tree(tree, channel)
+            else:
+                migration.connect_memory(channel)
         except (OSError, PhaulError) as error:
             log.warning("memory channel refused: %s", error)
+            channel.close()
+        except Exception:
+            log.exception("memory channel failed")
             channel.close()
 
     def _watch(self) -> None:

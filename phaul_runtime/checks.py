@@ -17,6 +17,7 @@ from phaul_runtime.errors import CheckFailed, UsageError
 from phaul_runtime.events import Checked, Listener
 from phaul_runtime.hostfacts import cpu_problem
 from phaul_runtime.rpc import phaul_pb2 as pb
+from phaul_runtime.trees import INSTALL_RSYNC
 
 IGNORED = "ignored"
 # Room for the images: all of memory once, and what is dirtied meanwhile.
@@ -36,6 +37,7 @@ CHECKS = {
     "state": "the journals' directories are private and outlive a reboot",
     "leftovers": "nothing of earlier migrations is left on either host",
     "space": "the destination has room for the images and for the process itself",
+    "rsync": "rsync is installed on both hosts, where directory trees have to be carried",
     "files": "files that the target holds open or mapped are the same at the destination",
 }
 
@@ -160,6 +162,13 @@ def _state(host: str, facts: pb.HostFacts, add: _Add) -> None:
         add(host, "state", REFUSED, text, hint)
     else:
         add(host, "state", OK, f"{facts.state_dir} on {facts.state_fs or 'an unknown file system'}")
+
+
+def check_rsync(facts: pb.HostFacts, *, needed: bool) -> Finding:
+    """Whether a host can carry trees; `needed`: without it the move cannot succeed."""
+    if facts.rsync:
+        return Finding("rsync", OK, "rsync is there")
+    return Finding("rsync", REFUSED if needed else WARNING, "rsync is missing", INSTALL_RSYNC)
 
 
 class _Add(Protocol):

@@ -56,7 +56,13 @@ class PolicyConfig(_Section):
 
 
 class FilesystemConfig(_Section):
-    """Files that the target holds open or has mapped."""
+    """What the target has on disks."""
+
+    rootfs: Literal["shared", "rsync"] = Field(
+        "rsync",
+        description="root file system and mounted directories of a container: shared: the same "
+        "storage is mounted on both hosts; rsync: carried over",
+    )
 
     files: Literal["refuse", "copy"] = Field(
         "refuse", description="those that differ at the destination: refuse the move or copy them"

@@ -45,7 +45,7 @@ class Destination(Protocol):
     """What the cut-over asks of the other side."""
 
     def sync_files(self) -> tuple[int, int]:
-        """Send what changed in the target's files; returns files and bytes sent."""
+        """Send what changed in the target's files and trees; returns files and bytes sent."""
 
     def prepare(self, images_dir: Path) -> tuple[Held, int]:
         """Send the images, restore, hold; returns the answer and the bytes sent."""
@@ -56,7 +56,7 @@ class Destination(Protocol):
 
 @dataclass
 class CutOver:
-    """One cut-over, as seen from the source."""
+    """One cut-over, as seen from the source; `before_freeze` is called just before it."""
 
     destination: Destination
     listener: Listener

@@ -18,6 +18,7 @@ from phaul_runtime.api import Outcome, PhaulLocal
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.errors import UsageError
 from phaul_runtime.rpc import phaul_pb2 as pb
+from phaul_runtime.trees import Tree
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -51,6 +52,8 @@ class Inspection:
         files: what has to exist at the destination.
         manifest: for the engine's other half; JSON values only.
         findings: what speaks against the move, and what was found good.
+        trees: directories that are carried, unless the two hosts share their storage. The core
+            tells which to both sides: the manifest that it sends has `rootfs`: shared | rsync.
     """
 
     pid: int
@@ -58,6 +61,7 @@ class Inspection:
     files: Sequence[pb.FileFact] = ()
     manifest: Mapping[str, Any] = field(default_factory=dict)
     findings: Sequence[Finding] = ()
+    trees: Sequence[Tree] = ()
 
 
 class Handover(Protocol):
@@ -167,6 +171,21 @@ class DestinationHalf(ABC):
         Idempotent; after it `restore` may be called again.
         """
 
+    def trees(self) -> Mapping[str, Path]:
+        """Where each tree of the manifest given to `prepare` lies on this host.
+
+        A directory that is missing is made when its tree arrives, and removed after `undo` if the
+        migration is given up; one that was there before keeps what was carried into it.
+        """
+        return {}
+
+    def undo(self) -> None:  # noqa: B027 - most engines make nothing
+        """After `discard`, when the migration is given up: remove what `prepare` made.
+
+        Idempotent; may come without `prepare`, or after one that failed. Nothing may be left
+        mounted in a tree.
+        """
+
 
 class Engine(ABC):
     """An engine: its options and its two halves."""
@@ -224,6 +243,7 @@ __all__ = [
     "Handover",
     "Inspection",
     "SourceHalf",
+    "Tree",
     "engine_names",
     "load_engine",
 ]

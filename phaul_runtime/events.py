@@ -57,6 +57,17 @@ class FilesCopied(Event):
 
 
 @dataclass(frozen=True)
+class TreeSynced(Event):
+    """A directory tree is at the destination as it was here; `final`: in the freeze."""
+
+    tree: str
+    files: int
+    bytes: int
+    duration_ms: float
+    final: bool
+
+
+@dataclass(frozen=True)
 class IterationStarted(Event):
     """A pre-dump round begins."""
 

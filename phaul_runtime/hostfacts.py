@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from phaul_runtime.errors import PhaulError
 from phaul_runtime.rpc import phaul_pb2 as pb
 
 # The version of the control channel's protocol; client and agent must agree.
-PROTOCOL = 2
+PROTOCOL = 3
 CPUINFO = "cpuinfo.img"
 
 
@@ -34,6 +35,7 @@ def gather_facts(workdir: str, state_dir: str, criu: Criu) -> pb.HostFacts:
         boot_id=boot_id(),
         state_dir=state_dir,
         leftovers=leftovers.find(Path(workdir), Path(state_dir)),
+        rsync=shutil.which("rsync") is not None,
     )
     _add_cpu(facts)
     _add_workdir(facts)

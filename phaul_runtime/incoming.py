@@ -10,7 +10,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from phaul_runtime.lifecycle import COMMITTED, ON_ROLLBACK, POST_RESTORE, Hooks,
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.server import PhaulServer
 from phaul_runtime.states import Role, State
+from phaul_runtime.treeserver import TreeServer, read_line
 from phaul_runtime.wire import to_wire
 
 log = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ class Incoming:
         self._server: PhaulServer | None = None
         self._log_level = int(facts["log_level"])
         self._stage = FileStage(journal)
+        self._trees = TreeServer(journal)
         engine = load_engine(facts["engine"])
         options = engine.options_model.model_validate(facts["options"])
         self._engine: DestinationHalf = engine.destination(
@@ -125,6 +127,7 @@ class Incoming:
             self._dir.mkdir(mode=0o700)
             self._dir_lock = lock_directory(self._dir)
             self._engine.prepare(manifest, self.id)
+            self._trees.place(self._engine.trees())
         except OSError as error:
             self.abort()
             raise DestinationError(f"cannot create {self._dir}: {error.strerror}") from error
@@ -164,6 +167,10 @@ class Incoming:
             bytes=directory_bytes(Path(last)) if last else 0,
             state=self.state.value,
             failure=to_wire(failure) if failure else None,
+            trees=[
+                pb.TreeFailure(name=name, error=to_wire(error))
+                for name, error in self._trees.failures.items()
+            ],
         )
 
     def _expect(self, *states: State) -> None:
@@ -206,6 +213,29 @@ class Incoming:
             finally:
                 self._stage.end_stream()
 
+    @property
+    def places(self) -> Mapping[str, Path]:
+        """Where each tree of this migration lies here."""
+        return self._trees.places
+
+    def serve_tree(self, name: str, channel: socket.socket) -> None:
+        """Let rsync have a connection until it ends; why it failed is told by `beat`."""
+        try:
+            line = read_line(channel)
+            if not line:
+                return
+            with self._step:
+                self._expect(State.ITERATING)
+                process = self._trees.start(name, line, channel)
+            self._trees.attend(name, process)
+        except PhaulError as error:
+            self._trees.failed(name, error)
+        finally:
+            # Only now, with the reason told, may the client see the end.
+            with contextlib.suppress(OSError):
+                channel.shutdown(socket.SHUT_RDWR)
+            channel.close()
+
     def prepare(self, parts: Iterable[pb.PreparePart]) -> pb.PrepareReply:
         """Take the final images, restore, hold.
 
@@ -215,6 +245,7 @@ class Incoming:
         with self._step:
             self._expect(State.ITERATING)
             server = self._require_server()
+            self._trees.wait_ended()
             begun = time.monotonic()
             images_dir = Path(server.last_images_dir or "")
             self.journal.enter(State.FROZEN, images_dir=str(images_dir))
@@ -310,6 +341,7 @@ class Incoming:
             # Ends a page server that waits for memory, and so whoever waits for it.
             with contextlib.suppress(OSError):
                 self._memory.shutdown(socket.SHUT_RDWR)
+        self._trees.stop()
         with self._step:
             if self.over:
                 return
@@ -320,12 +352,23 @@ class Incoming:
             with contextlib.suppress(PhaulError):
                 self._engine.discard()
             if not keep:
-                self._stage.undo()
+                self._undo()
                 for warning in self._hooks.try_to(ON_ROLLBACK, move_of(self.journal)):
                     log.warning("%s: %s", self.id, warning)
             self._close(keep_images=keep)
             if keep:
                 log.error("%s: its client is lost; images kept in %s", self.id, self._dir)
+
+    def _undo(self) -> None:
+        """Put this host back to what it was; what cannot be is left, and logged."""
+        self._trees.stop()
+        with contextlib.suppress(PhaulError):
+            self._trees.wait_ended()
+        self._stage.undo()
+        with contextlib.suppress(PhaulError):
+            self._engine.undo()
+        with contextlib.suppress(PhaulError):
+            self._trees.undo()
 
     def _journal_quietly(self, state: State) -> None:
         """On the way back a full disk is no reason to stop: the source's journal decides."""

@@ -20,6 +20,7 @@ from phaul_runtime.api import PhaulConfig
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.checks import (
     HostFinding,
+    check_rsync,
     compare_hosts,
     judge,
     refuse,
@@ -60,6 +61,7 @@ from phaul_runtime.report import Iteration, MigrationReport
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.states import Role, State, Verdict
 from phaul_runtime.transport import Channel, Destination, load_transport
+from phaul_runtime.trees import trees_to_carry
 
 if TYPE_CHECKING:
     from phaul_runtime.config import Config
@@ -180,7 +182,7 @@ class Migration:
 
     def _host_findings(self, session: _Session) -> list[HostFinding]:
         self._here = gather_facts(self.config.workdir, self.config.state_dir, self.criu)
-        there = session.agent.hello()
+        there = self._there = session.agent.hello()
         self._same_host = self._here.boot_id == there.boot_id
         return compare_hosts(self._here, there, (HERE, session.agent.name))
 
@@ -191,7 +193,7 @@ class Migration:
         findings = [HostFinding(HERE, f) for f in inspection.findings]
         request = pb.CheckRequest(
             engine=self.config.engine,
-            manifest=json.dumps(dict(inspection.manifest)).encode(),
+            manifest=json.dumps(self._manifest(inspection)).encode(),
             files=() if self._same_host else inspection.files,
             memory=inspection.memory,
             cpuinfo=self._here.cpuinfo,
@@ -203,6 +205,11 @@ class Migration:
             HostFinding(there, Finding(f.check, f.level, f.text, f.hint)) for f in reply.findings
         ]
         findings.append(HostFinding(there, self._files_finding(reply.files, inspection)))
+        if self._carries_trees(inspection):
+            for host, facts in ((HERE, self._here), (there, self._there)):
+                # Within one host they may be at their place already.
+                found = check_rsync(facts, needed=not self._same_host)
+                findings.append(HostFinding(host, found))
         return findings, [verdict.path for verdict in reply.files]
 
     def _files_finding(self, verdicts: Sequence[pb.FileVerdict], inspection: Inspection) -> Finding:
@@ -222,6 +229,13 @@ class Migration:
                 f"{len(verdicts)} of {len(inspection.files)} differ and will be carried",
             )
         return Finding("files", OK, f"{len(inspection.files)} files are there")
+
+    def _carries_trees(self, inspection: Inspection) -> bool:
+        return bool(inspection.trees) and self.config.filesystem.rootfs == "rsync"
+
+    def _manifest(self, inspection: Inspection) -> dict[str, Any]:
+        """What the engine's other half is told: its own, and what the core decides."""
+        return {**inspection.manifest, "rootfs": self.config.filesystem.rootfs}
 
     def _preflight(self, session: _Session, engine: Engine) -> tuple[Inspection, list[str]]:
         self._source = self._source_half(engine)
@@ -252,11 +266,11 @@ class Migration:
             identity=dict(self._source.identity()),
             lost_s=config.timeouts.lost_s,
         )
-        agent.open(
+        places = agent.open(
             self.id,
             engine=engine.name,
             target=self.target,
-            manifest=inspection.manifest,
+            manifest=self._manifest(inspection),
             options=options,
             lost_s=config.timeouts.lost_s,
             log_level=config.criu.log_level,
@@ -269,8 +283,15 @@ class Migration:
             session.cut_memory,
         )
         carried = self._carry_files(agent, inspection, differing)
+        if self._carries_trees(inspection):
+            trees = trees_to_carry(inspection.trees, places, agent.name, same_host=self._same_host)
+            agent.carry_trees(trees, self.listener)
         cut_over = self._cut_over = CutOver(
-            agent, self.listener, self.cancellation, journal, self._before_freeze
+            agent,
+            self.listener,
+            self.cancellation,
+            journal,
+            before_freeze=lambda: self._before_freeze(agent, journal),
         )
         client = PhaulClient(
             self._source.local(cut_over, self.cancellation),
@@ -294,9 +315,10 @@ class Migration:
             self.listener(Warned(warning))
         return report
 
-    def _before_freeze(self) -> None:
-        if self._journal is not None:
-            self._hooks.run(PRE_FREEZE, move_of(self._journal))
+    def _before_freeze(self, agent: RemoteAgent, journal: Journal) -> None:
+        """CRIU is about to freeze: the last moment for what takes its time."""
+        self._hooks.run(PRE_FREEZE, move_of(journal))
+        agent.freshen_trees()
 
     def _carry_files(self, agent: RemoteAgent, inspection: Inspection, differing: list[str]) -> int:
         """While the target runs: stage the files that differ; returns the bytes sent."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import selectors
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from typing import IO
 
@@ -72,6 +75,46 @@ def run(
         raise Refused(
             f"cannot start {argv[0]}: {error.strerror}", hint=f"install {argv[0]} or put it on PATH"
         ) from error
+
+
+def collect(
+    process: Process, *, timeout_s: float | None = None, limit: int = 64 << 10
+) -> tuple[bytes, bytes]:
+    """Wait until a process and whoever has its pipes are gone; the starts of what they printed.
+
+    Args:
+        process: started by `spawn`; pipes of its stdout and stderr are read, others ignored.
+        timeout_s: None waits as long as it takes: then something else has to end it.
+        limit: bytes that are kept of each; what follows is read and dropped.
+
+    Raises:
+        PhaulError: it did not end in time; ending it is the caller's.
+    """
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+
+    def left() -> float | None:
+        if deadline is None:
+            return None
+        if time.monotonic() >= deadline:
+            raise PhaulError(f"it did not end within {timeout_s:g} s")
+        return deadline - time.monotonic()
+
+    said = (bytearray(), bytearray())
+    with selectors.DefaultSelector() as selector:
+        for pipe, kept in zip((process.stdout, process.stderr), said, strict=True):
+            if pipe is not None:
+                selector.register(pipe, selectors.EVENT_READ, kept)
+        while selector.get_map():
+            for key, _ in selector.select(left()):
+                data = os.read(key.fd, 1 << 16)
+                if not data:
+                    selector.unregister(key.fileobj)
+                key.data.extend(data[: max(0, limit - len(key.data))])
+    try:
+        process.wait(left())
+    except subprocess.TimeoutExpired as error:
+        raise PhaulError(f"it did not end within {timeout_s:g} s") from error
+    return bytes(said[0]), bytes(said[1])
 
 
 def end(process: Process, *, grace_s: float = 2.0) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from phaul_runtime.api import PhaulRemote
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.cutover import Held, Running
 from phaul_runtime.errors import Cancelled, ChannelError, MigrationFailed, PhaulError
+from phaul_runtime.events import Listener
 from phaul_runtime.filecarry import FileSender
 from phaul_runtime.filesystem import gather
 from phaul_runtime.hostfacts import PROTOCOL
@@ -25,6 +27,7 @@ from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.rpc import phaul_pb2_grpc
 from phaul_runtime.states import Role, Settled, Standing, State, Verdict
 from phaul_runtime.transport import Channel
+from phaul_runtime.trees import Tree, TreeSender
 from phaul_runtime.wire import MAX_MESSAGE, VERSION_KEY, from_wire
 
 _Reply = TypeVar("_Reply", bound=Any)
@@ -74,6 +77,7 @@ class RemoteAgent(PhaulRemote):
         self._id = ""
         self._sender: FileSender | None = None
         self._copy_files = False
+        self._trees: TreeSender | None = None
         self._beating = threading.Event()
         self.lost = False
         """The last call got no answer."""
@@ -154,8 +158,12 @@ class RemoteAgent(PhaulRemote):
         options: Mapping[str, Any],
         lost_s: float,
         log_level: int,
-    ) -> None:
-        """Begin a migration; from now on the agent expects a heartbeat (`beat_every`)."""
+    ) -> dict[str, str]:
+        """Begin a migration; from now on the agent expects a heartbeat (`beat_every`).
+
+        Returns:
+            Where each tree lies there, by name.
+        """
         request = pb.OpenRequest(
             id=migration_id,
             engine=engine,
@@ -167,8 +175,9 @@ class RemoteAgent(PhaulRemote):
             commit_s=self._prepare_s + self._commit_s,
             criu_log_level=log_level,
         )
-        self._call(self._stub.Open.future, request, self._call_s)
+        reply: pb.OpenReply = self._call(self._stub.Open.future, request, self._call_s)
         self._id = migration_id
+        return {place.name: os.fsdecode(place.path) for place in reply.trees}
 
     def _ref(self) -> pb.MigrationRef:
         return pb.MigrationRef(id=self._id)
@@ -198,6 +207,8 @@ class RemoteAgent(PhaulRemote):
                     if time.monotonic() - heard > lost_s and not self._beating.is_set():
                         self._grpc.close()
                         on_lost()
+                        if self._trees is not None:
+                            self._trees.stop()
                         return
                     continue
                 heard = time.monotonic()
@@ -264,8 +275,43 @@ class RemoteAgent(PhaulRemote):
     def _put(self, parts: Iterator[pb.FilePart]) -> None:
         self._call(self._stub.PutFiles.future, parts, self._prepare_s)
 
+    def carry_trees(self, trees: Sequence[Tree], listener: Listener) -> None:
+        """While the target runs: synchronise its trees; `sync_files` does it for the last time."""
+        self._trees = TreeSender(
+            trees,
+            open_stream=lambda name: self._channel.open_stream(self._id, name),
+            explain=self._tree_failure,
+            there=self.name,
+            timeout_s=self._prepare_s,
+            cancellation=self._cancellation,
+            listener=listener,
+        )
+        self._trees.sync()
+
+    def freshen_trees(self) -> None:
+        """Just before the freeze: leave less of the trees for it."""
+        if self._trees is not None:
+            self._trees.freshen()
+
+    def _tree_failure(self, name: str) -> PhaulError | None:
+        try:
+            reply = self._stub.Beat(self._ref(), timeout=_ASK_S, metadata=_VERSION)
+        except ValueError:
+            return ChannelError("the agent gives no sign of life", host=self.name)
+        except grpc.RpcError as error:
+            return self._channel_error(error)
+        found = [failure.error for failure in reply.trees if failure.name == name]
+        return from_wire(found[0], self.name) if found else None
+
     def sync_files(self) -> tuple[int, int]:
-        """See `cutover.Destination`."""
+        """See `cutover.Destination`; the bytes are also those of all earlier passes over trees."""
+        files, sent = self._sync_changed()
+        if self._trees is None:
+            return files, sent
+        self._trees.finish()
+        return files, sent + self._trees.bytes
+
+    def _sync_changed(self) -> tuple[int, int]:
         if self._sender is None:
             return 0, 0
         changed = self._sender.changed()

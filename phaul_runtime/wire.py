@@ -15,8 +15,9 @@ from phaul_runtime.rpc import phaul_pb2 as pb
 # The agent's two sockets, in its socket directory.
 CONTROL = "control.sock"
 MEMORY = "memory.sock"
-# A memory connection begins with the migration's id, padded to this length.
-ID_BYTES = 64
+# A memory connection begins with the migration's id, a tree's with that and the tree's name, padded
+# to this length.
+ID_BYTES = 96
 # Of the control channel; streams send parts of 1 MiB.
 MAX_MESSAGE = 8 << 20
 

@@ -169,6 +169,12 @@ def describe(event: ev.Event) -> str:
             return f"  {_MARKS[event.level]:<4} {event.host}: {event.check}: {event.text}{hint}"
         case ev.FilesCopied():
             return f"files: {event.files} carried, {mib(event.bytes)}"
+        case ev.TreeSynced():
+            when = "in the freeze, " if event.final else ""
+            return (
+                f"tree {event.tree}: {event.files} files, {mib(event.bytes)} {when}"
+                f"in {event.duration_ms / 1000:.1f} s"
+            )
         case ev.PreCopySkipped():
             return f"no pre-copy: {event.reason}"
         case ev.IterationDone():

@@ -49,7 +49,7 @@ class HelloReply(_message.Message):
     def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., protocol: _Optional[int] = ..., facts: _Optional[_Union[HostFacts, _Mapping]] = ...) -> None: ...
 
 class HostFacts(_message.Message):
-    __slots__ = ("hostname", "phaul_version", "kernel", "arch", "page_size", "root", "criu_version", "page_server_format", "criu_problem", "dirty_tracking", "lazy_pages", "cpu_model", "cpu_flags", "cpuinfo", "memory_available", "workdir", "workdir_fs", "workdir_free", "workdir_problem", "boot_id", "state_dir", "state_fs", "state_problem", "leftovers")
+    __slots__ = ("hostname", "phaul_version", "kernel", "arch", "page_size", "root", "criu_version", "page_server_format", "criu_problem", "dirty_tracking", "lazy_pages", "cpu_model", "cpu_flags", "cpuinfo", "memory_available", "workdir", "workdir_fs", "workdir_free", "workdir_problem", "boot_id", "state_dir", "state_fs", "state_problem", "leftovers", "rsync")
     HOSTNAME_FIELD_NUMBER: _ClassVar[int]
     PHAUL_VERSION_FIELD_NUMBER: _ClassVar[int]
     KERNEL_FIELD_NUMBER: _ClassVar[int]
@@ -74,6 +74,7 @@ class HostFacts(_message.Message):
     STATE_FS_FIELD_NUMBER: _ClassVar[int]
     STATE_PROBLEM_FIELD_NUMBER: _ClassVar[int]
     LEFTOVERS_FIELD_NUMBER: _ClassVar[int]
+    RSYNC_FIELD_NUMBER: _ClassVar[int]
     hostname: str
     phaul_version: str
     kernel: str
@@ -98,7 +99,8 @@ class HostFacts(_message.Message):
     state_fs: str
     state_problem: str
     leftovers: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, hostname: _Optional[str] = ..., phaul_version: _Optional[str] = ..., kernel: _Optional[str] = ..., arch: _Optional[str] = ..., page_size: _Optional[int] = ..., root: bool = ..., criu_version: _Optional[str] = ..., page_server_format: _Optional[int] = ..., criu_problem: _Optional[str] = ..., dirty_tracking: bool = ..., lazy_pages: bool = ..., cpu_model: _Optional[str] = ..., cpu_flags: _Optional[_Iterable[str]] = ..., cpuinfo: _Optional[bytes] = ..., memory_available: _Optional[int] = ..., workdir: _Optional[str] = ..., workdir_fs: _Optional[str] = ..., workdir_free: _Optional[int] = ..., workdir_problem: _Optional[str] = ..., boot_id: _Optional[str] = ..., state_dir: _Optional[str] = ..., state_fs: _Optional[str] = ..., state_problem: _Optional[str] = ..., leftovers: _Optional[_Iterable[str]] = ...) -> None: ...
+    rsync: bool
+    def __init__(self, hostname: _Optional[str] = ..., phaul_version: _Optional[str] = ..., kernel: _Optional[str] = ..., arch: _Optional[str] = ..., page_size: _Optional[int] = ..., root: bool = ..., criu_version: _Optional[str] = ..., page_server_format: _Optional[int] = ..., criu_problem: _Optional[str] = ..., dirty_tracking: bool = ..., lazy_pages: bool = ..., cpu_model: _Optional[str] = ..., cpu_flags: _Optional[_Iterable[str]] = ..., cpuinfo: _Optional[bytes] = ..., memory_available: _Optional[int] = ..., workdir: _Optional[str] = ..., workdir_fs: _Optional[str] = ..., workdir_free: _Optional[int] = ..., workdir_problem: _Optional[str] = ..., boot_id: _Optional[str] = ..., state_dir: _Optional[str] = ..., state_fs: _Optional[str] = ..., state_problem: _Optional[str] = ..., leftovers: _Optional[_Iterable[str]] = ..., rsync: bool = ...) -> None: ...
 
 class FileFact(_message.Message):
     __slots__ = ("path", "size", "mode", "uid", "gid", "build_id", "digest", "directory", "written", "executable", "mtime_ns", "shared_map")
@@ -198,6 +200,22 @@ class OpenRequest(_message.Message):
     source: str
     def __init__(self, id: _Optional[str] = ..., engine: _Optional[str] = ..., manifest: _Optional[bytes] = ..., options: _Optional[bytes] = ..., lost_s: _Optional[float] = ..., commit_s: _Optional[float] = ..., criu_log_level: _Optional[int] = ..., target: _Optional[str] = ..., source: _Optional[str] = ...) -> None: ...
 
+class OpenReply(_message.Message):
+    __slots__ = ("error", "trees")
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    TREES_FIELD_NUMBER: _ClassVar[int]
+    error: Error
+    trees: _containers.RepeatedCompositeFieldContainer[TreePlace]
+    def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., trees: _Optional[_Iterable[_Union[TreePlace, _Mapping]]] = ...) -> None: ...
+
+class TreePlace(_message.Message):
+    __slots__ = ("name", "path")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    path: bytes
+    def __init__(self, name: _Optional[str] = ..., path: _Optional[bytes] = ...) -> None: ...
+
 class FilePart(_message.Message):
     __slots__ = ("id", "head", "offset", "data")
     ID_FIELD_NUMBER: _ClassVar[int]
@@ -243,16 +261,26 @@ class CommitReply(_message.Message):
     def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., pid: _Optional[int] = ..., since_resume_ms: _Optional[float] = ...) -> None: ...
 
 class BeatReply(_message.Message):
-    __slots__ = ("error", "bytes", "state", "failure")
+    __slots__ = ("error", "bytes", "state", "failure", "trees")
     ERROR_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
+    TREES_FIELD_NUMBER: _ClassVar[int]
     error: Error
     bytes: int
     state: str
     failure: Error
-    def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., bytes: _Optional[int] = ..., state: _Optional[str] = ..., failure: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
+    trees: _containers.RepeatedCompositeFieldContainer[TreeFailure]
+    def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., bytes: _Optional[int] = ..., state: _Optional[str] = ..., failure: _Optional[_Union[Error, _Mapping]] = ..., trees: _Optional[_Iterable[_Union[TreeFailure, _Mapping]]] = ...) -> None: ...
+
+class TreeFailure(_message.Message):
+    __slots__ = ("name", "error")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    error: Error
+    def __init__(self, name: _Optional[str] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
 
 class LookRequest(_message.Message):
     __slots__ = ("id", "wait_s")

@@ -47,7 +47,7 @@ class AgentStub(object):
         self.Open = channel.unary_unary(
                 '/phaul.v1.Agent/Open',
                 request_serializer=phaul__runtime_dot_rpc_dot_phaul__pb2.OpenRequest.SerializeToString,
-                response_deserializer=phaul__runtime_dot_rpc_dot_phaul__pb2.Done.FromString,
+                response_deserializer=phaul__runtime_dot_rpc_dot_phaul__pb2.OpenReply.FromString,
                 _registered_method=True)
         self.StartIter = channel.unary_unary(
                 '/phaul.v1.Agent/StartIter',
@@ -114,7 +114,8 @@ class AgentServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Open(self, request, context):
-        """Begins a migration: its directory, its engine half. The memory channel is claimed by id.
+        """Begins a migration: its directory, its engine half. The memory channel is claimed by id, a
+        tree's stream by id and name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -199,7 +200,7 @@ def add_AgentServicer_to_server(servicer, server):
             'Open': grpc.unary_unary_rpc_method_handler(
                     servicer.Open,
                     request_deserializer=phaul__runtime_dot_rpc_dot_phaul__pb2.OpenRequest.FromString,
-                    response_serializer=phaul__runtime_dot_rpc_dot_phaul__pb2.Done.SerializeToString,
+                    response_serializer=phaul__runtime_dot_rpc_dot_phaul__pb2.OpenReply.SerializeToString,
             ),
             'StartIter': grpc.unary_unary_rpc_method_handler(
                     servicer.StartIter,
@@ -327,7 +328,7 @@ class Agent(object):
             target,
             '/phaul.v1.Agent/Open',
             phaul__runtime_dot_rpc_dot_phaul__pb2.OpenRequest.SerializeToString,
-            phaul__runtime_dot_rpc_dot_phaul__pb2.Done.FromString,
+            phaul__runtime_dot_rpc_dot_phaul__pb2.OpenReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from phaul_runtime.errors import UsageError
+from phaul_runtime.errors import ChannelError, UsageError
+from phaul_runtime.wire import ID_BYTES
 
 if TYPE_CHECKING:
     import socket
@@ -71,12 +72,42 @@ class Channel(ABC):
         """The gRPC target of the control channel."""
 
     @abstractmethod
+    def connect(self) -> socket.socket:
+        """A new connection to the agent's memory socket; nothing is sent on it yet.
+
+        Raises:
+            ChannelError: it cannot be opened.
+        """
+
     def open_memory(self, migration_id: str) -> socket.socket:
         """A new memory connection, its preamble sent.
 
         Raises:
             ChannelError: it cannot be opened.
         """
+        return self._claim(migration_id)
+
+    def open_stream(self, migration_id: str, name: str) -> socket.socket:
+        """A new connection for the tree `name` of a migration, its preamble sent.
+
+        Raises:
+            ChannelError: it cannot be opened.
+        """
+        return self._claim(f"{migration_id} {name}")
+
+    def _claim(self, preamble: str) -> socket.socket:
+        padded = preamble.ljust(ID_BYTES).encode("ascii", "replace")
+        if len(padded) > ID_BYTES:
+            raise ChannelError(f"{preamble[:80]!r} is too long for a channel", host=self.name)
+        channel = self.connect()
+        try:
+            channel.sendall(padded)
+        except OSError as error:
+            channel.close()
+            raise ChannelError(
+                f"the memory channel broke: {error.strerror}", host=self.name
+            ) from error
+        return channel
 
     @abstractmethod
     def trouble(self) -> str:

@@ -21,7 +21,7 @@ from phaul_runtime.errors import ChannelError, DestinationUnreachable
 from phaul_runtime.images import remove_tree
 from phaul_runtime.journal import lock_directory
 from phaul_runtime.transport import Channel
-from phaul_runtime.wire import CONTROL, ID_BYTES, MEMORY
+from phaul_runtime.wire import CONTROL, MEMORY
 
 READY = b"phaul-runtime agent ready"
 _POLL_S = 0.2
@@ -139,12 +139,11 @@ class AgentProcess(Channel):
         """See `Channel`."""
         return f"unix:{self._sockets / CONTROL}"
 
-    def open_memory(self, migration_id: str) -> socket.socket:
+    def connect(self) -> socket.socket:
         """See `Channel`."""
         channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             channel.connect(str(self._sockets / MEMORY))
-            channel.sendall(migration_id.ljust(ID_BYTES).encode("ascii"))
         except OSError as error:
             channel.close()
             raise ChannelError(

@@ -53,9 +53,7 @@ class Container:
     def migrate(self, host: str, to: str, *flags: str) -> Moved:
         """Move it."""
         url = f"ssh://root@{to}"
-        return self.containers.hosts.migrate(
-            host, self.name, url, "--engine", self.runtime, *flags
-        )
+        return self.containers.hosts.migrate(host, self.name, url, "--engine", self.runtime, *flags)
 
     def dirtier(self, host: str) -> Dirtier:
         """The view of a piggie-dirty that writes its status to /data/status."""

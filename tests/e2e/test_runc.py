@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from tests.e2e.conftest import Hosts, Moved, wait_until
-from tests.e2e.containers import Containers, containers
+from tests.e2e.containers import Container, Containers, containers
 
 __all__ = ["containers"]
 
@@ -93,23 +93,18 @@ exec /usr/sbin/criu.real "$@"
 """
 
 
+def at_once(moves: list[tuple[Container, str, str]]) -> list[Moved]:
+    with ThreadPoolExecutor(len(moves)) as pool:
+        return list(pool.map(lambda move: move[0].migrate(move[1], move[2]), moves))
+
+
 def test_two_at_once_and_one_each_way(hosts: Hosts, containers: Containers) -> None:
     flags = ("--mib", "8", "--writes", "100")
-    one = containers.dirtier("a", "pig-one", *flags)
-    two = containers.dirtier("a", "pig-two", *flags)
-    for pairs in ([(one, "a", "b"), (two, "a", "b")], [(one, "b", "a"), (two, "b", "a")][:1]
-                  + [(containers.dirtier("a", "pig-three", *flags), "a", "b")]):  # fmt: skip
-        results: list[Moved] = []
-        threads = [
-            threading.Thread(target=lambda c=c, s=s, d=d: results.append(c.migrate(s, d)))
-            for c, s, d in pairs
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    one, two, three = (containers.dirtier("a", f"pig-{n}", *flags) for n in (1, 2, 3))
+    for moves in ([(one, "a", "b"), (two, "a", "b")], [(one, "b", "a"), (three, "a", "b")]):
+        results = at_once(moves)
         assert [moved.code for moved in results] == [0, 0], [moved.stderr for moved in results]
-        for container, source, destination in pairs:
+        for container, source, destination in moves:
             assert container.state(source) == ""
             assert container.dirtier(destination).verified_on(destination)["wrong"] == 0
     clean(hosts)

@@ -75,6 +75,7 @@ EVENTS: list[ev.Event] = [
     ev.MigrationStarted("1f", "process", "7", "ssh://b"),
     ev.Checked("cpu", "refused", "b", "text", "hint"),
     ev.FilesCopied(1, 2, final=False),
+    ev.TreeSynced("rootfs", 1, 2, 3.0, final=True),
     ev.IterationStarted(1),
     ev.Progress(1, 100),
     ev.IterationDone(1, 10, 0, 40960, 12.0, None, True, "why"),

@@ -109,6 +109,21 @@ def test_the_order_of_the_cut_over(journals: Journals) -> None:
     assert outcome.downtime_ms is not None
 
 
+def test_what_comes_before_the_freeze_is_no_downtime(journals: Journals) -> None:
+    told: list[Event] = []
+    journal = journals()
+
+    def before() -> None:
+        assert journal.state is State.ITERATING
+        raise ChannelError("the cable was cut")
+
+    cut = CutOver(Recorder(), told.append, Cancellation(), journal, before_freeze=before)
+    with pytest.raises(ChannelError):
+        cut.freezing({})
+    assert journal.state is State.ITERATING
+    assert not told
+
+
 def test_a_failed_prepare_leaves_the_decision_to_the_source(journals: Journals) -> None:
     cut, _, cancellation = cut_over(Recorder("prepare"), journals())
     cut.freezing({})

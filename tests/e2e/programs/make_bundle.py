@@ -1,6 +1,6 @@
 """Runs on a host of the laboratory: makes a bundle out of the host's own programs.
 
-    make_bundle.py '{"path": "/var/lib/bundles/web", "args": ["redis-server"], ...}'
+make_bundle.py '{"path": "/var/lib/bundles/web", "args": ["redis-server"], ...}'
 """
 
 from __future__ import annotations
