@@ -174,6 +174,8 @@ class RuncDestination(DestinationHalf):
         ]
         if self._options.console_socket:
             words += ["--console-socket", self._options.console_socket]
+        if _by_systemd(self._manifest["config"]):
+            words = ["--systemd-cgroup", *words]
         argv = ["sh", "-c", _WAIT_THEN_EXEC, "sh", *self._runtime.argv(*words, name)]
         command = GatedCommand(
             argv,
@@ -224,6 +226,7 @@ class RuncDestination(DestinationHalf):
         if code != 0 and not resumed_at:
             raise failure
         _mark_path(Path(self._manifest["bundle"])).unlink(missing_ok=True)
+        cgroup.sweep()  # the container is in its own, the runtime has ended
         return resumed_at or time.monotonic()
 
     def wait_let_go(self) -> None:
@@ -298,8 +301,13 @@ def _netns(manifest: Mapping[str, Any]) -> str:
 
 
 def _config_for(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json with the paths that directories have here."""
+    """config.json with the paths that directories have here, and the cgroup that CRIU restores.
+
+    Without a path, a runtime derives the container's cgroup from its own, which is another here.
+    """
     config = dict(manifest["config"])
+    if manifest.get("cgroup") and not _by_systemd(config):
+        config["linux"] = {**config.get("linux", {}), "cgroupsPath": manifest["cgroup"]}
     there = {s: how for s, how in manifest.get("mounts", {}).items() if how.startswith("/")}
     config["mounts"] = [
         {**mount, "source": there.get(mount["source"], mount["source"])}
@@ -308,6 +316,11 @@ def _config_for(manifest: Mapping[str, Any]) -> dict[str, Any]:
         for mount in config.get("mounts", [])
     ]
     return config
+
+
+def _by_systemd(config: Mapping[str, Any]) -> bool:
+    """Whether its cgroup is made by systemd: then the path is `slice:prefix:name`."""
+    return str(config.get("linux", {}).get("cgroupsPath", "")).count(":") == 2
 
 
 def _mark_path(bundle: Path) -> Path:
