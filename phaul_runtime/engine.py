@@ -8,7 +8,7 @@ A third party's engine installs an entry point and needs no change here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -114,6 +114,13 @@ class SourceHalf(ABC):
     @abstractmethod
     def recall(self, identity: Mapping[str, Any]) -> None:
         """Be the half that said `identity`, in another process: for the methods below."""
+
+    def mapped(self) -> Mapping[str, Iterable[str]]:
+        """In the freeze: files that are mapped shared and writable now; adds to `Tree.always`.
+
+        By the trees' names, relative to their paths.
+        """
+        return {}
 
     @abstractmethod
     def gone(self) -> bool:

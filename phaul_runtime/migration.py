@@ -285,7 +285,7 @@ class Migration:
         carried = self._carry_files(agent, inspection, differing)
         if self._carries_trees(inspection):
             trees = trees_to_carry(inspection.trees, places, agent.name, same_host=self._same_host)
-            agent.carry_trees(trees, self.listener)
+            agent.carry_trees(trees, self.listener, self._source.mapped)
         cut_over = self._cut_over = CutOver(
             agent,
             self.listener,

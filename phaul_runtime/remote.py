@@ -208,7 +208,9 @@ class RemoteAgent(PhaulRemote):
                         self._grpc.close()
                         on_lost()
                         if self._trees is not None:
-                            self._trees.stop()
+                            self._trees.stop(
+                                ChannelError("the agent gives no sign of life", host=self.name)
+                            )
                         return
                     continue
                 heard = time.monotonic()
@@ -275,8 +277,19 @@ class RemoteAgent(PhaulRemote):
     def _put(self, parts: Iterator[pb.FilePart]) -> None:
         self._call(self._stub.PutFiles.future, parts, self._prepare_s)
 
-    def carry_trees(self, trees: Sequence[Tree], listener: Listener) -> None:
-        """While the target runs: synchronise its trees; `sync_files` does it for the last time."""
+    def carry_trees(
+        self,
+        trees: Sequence[Tree],
+        listener: Listener,
+        mapped: Callable[[], Mapping[str, Iterable[str]]],
+    ) -> None:
+        """While the target runs: synchronise its trees; `sync_files` does it for the last time.
+
+        Args:
+            trees: what to carry.
+            listener: told of each tree and pass.
+            mapped: see `SourceHalf.mapped`.
+        """
         self._trees = TreeSender(
             trees,
             open_stream=lambda name: self._channel.open_stream(self._id, name),
@@ -285,6 +298,7 @@ class RemoteAgent(PhaulRemote):
             timeout_s=self._prepare_s,
             cancellation=self._cancellation,
             listener=listener,
+            mapped=mapped,
         )
         self._trees.sync()
 

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from phaul_runtime import proc
@@ -115,6 +115,7 @@ class TreeSender:
         timeout_s: longest silence of an rsync, and the longest final pass.
         cancellation: ends a pass.
         listener: told of each tree and pass.
+        mapped: asked in the freeze; adds to `Tree.always`, by the trees' names.
     """
 
     def __init__(
@@ -127,6 +128,7 @@ class TreeSender:
         timeout_s: float,
         cancellation: Cancellation,
         listener: Listener,
+        mapped: Callable[[], Mapping[str, Iterable[str]]],
     ) -> None:
         self._trees = tuple(trees)
         self._open_stream = open_stream
@@ -135,9 +137,11 @@ class TreeSender:
         self._timeout_s = timeout_s
         self._cancellation = cancellation
         self._listener = listener
+        self._mapped = mapped
         self._running: dict[int, tuple[proc.Process, socket.socket]] = {}
         self._lock = threading.Lock()
         self._stopped = False
+        self._reason: PhaulError | None = None
         self._began = 0.0
         self.files = 0
         self.bytes = 0
@@ -160,12 +164,18 @@ class TreeSender:
 
     def finish(self) -> None:
         """In the freeze: what changed since, and `Tree.always` by contents. Raises as `sync`."""
+        mapped = self._mapped()
+        self._trees = tuple(
+            replace(tree, always=tuple(dict.fromkeys((*tree.always, *mapped.get(tree.name, ())))))
+            for tree in self._trees
+        )
         self._pass(final=True)
 
-    def stop(self) -> None:
-        """End what runs and refuse what comes: there is no other side any more; never raises."""
+    def stop(self, reason: PhaulError | None = None) -> None:
+        """End what runs and refuse what comes, with that reason, if given; never raises."""
         with self._lock:
             self._stopped = True
+            self._reason = self._reason or reason
             running = tuple(self._running.values())
         for process, stream in running:
             with contextlib.suppress(OSError):
@@ -198,7 +208,7 @@ class TreeSender:
                 future.add_done_callback(done)
         self._cancellation.check()
         if failures:
-            raise failures[0]
+            raise self._reason or failures[0]
         for event in (future.result() for future in futures):
             self.files += event.files
             self.bytes += event.bytes

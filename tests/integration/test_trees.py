@@ -135,13 +135,15 @@ class Move:
             self.channel, call_s=30, prepare_s=60, commit_s=5, cancellation=self.cancellation
         )
         self.told: list[Event] = []
+        self.mapped: dict[str, list[str]] = {}
         self.places = self.remote.open(
             ID, engine="fake", target="web", manifest={"rootfs": "rsync"}, options={},
             lost_s=600, log_level=4,
         )  # fmt: skip
 
     def carry(self, *trees: Tree) -> None:
-        self.remote.carry_trees(trees or [Tree("rootfs", str(self.here))], self.told.append)
+        trees = trees or (Tree("rootfs", str(self.here)),)
+        self.remote.carry_trees(trees, self.told.append, lambda: self.mapped)
 
     def stream(self, arguments: bytes, name: str = "rootfs") -> bytes:
         """A hand-made stream; returns what the agent says to it before it closes."""
@@ -274,6 +276,9 @@ class FakeSource:
     def local(self, handover: Any, cancellation: Cancellation) -> Any:
         return None
 
+    def mapped(self) -> dict[str, list[str]]:
+        return {}
+
 
 @pytest.mark.parametrize("rootfs", ["rsync", "shared"])
 def test_a_migration_carries_trees_before_memory(
@@ -316,8 +321,8 @@ def test_what_is_written_twice_within_a_second_is_seen(move: Move) -> None:
     assert (move.there / "log").read_text() == "two"
 
 
-@pytest.mark.parametrize("linked", [False, True])
-def test_a_mapped_file_is_compared_by_contents(move: Move, linked: bool) -> None:
+@pytest.mark.parametrize(("linked", "late"), [(False, False), (True, False), (False, True)])
+def test_a_mapped_file_is_compared_by_contents(move: Move, linked: bool, late: bool) -> None:
     (move.here / "d").mkdir()
     odd = os.fsdecode(b"d/new\nline \xff")
     plain = move.here / "d/plain"
@@ -327,8 +332,9 @@ def test_a_mapped_file_is_compared_by_contents(move: Move, linked: bool) -> None
         os.utime(path, ns=(0, 1_700_000_000_000_000_000))
     if linked:
         os.link(mapped, move.here / "other-name")
-    tree = Tree("rootfs", str(move.here), always=(odd, "d/vanished"))
-    move.carry(tree)
+    always = (odd, "d/vanished")
+    move.carry(Tree("rootfs", str(move.here), always=() if late else always))
+    move.mapped = {"rootfs": list(always) if late else [], "unknown": ["x"]}
     for path in (plain, mapped):
         with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
             memory[4096] = ord("b")
@@ -539,29 +545,55 @@ def test_files_that_vanish_are_no_failure_only_while_it_runs(
 
 def big(move: Move) -> None:
     with (move.here / "big").open("wb") as file:
-        for _ in range(256):
+        for _ in range(512):
             file.write(os.urandom(1 << 20))
+
+
+@contextlib.contextmanager
+def once_it_writes(move: Move, action: Callable[[], object]) -> Iterator[None]:
+    """While in here, do `action` as soon as a part of `big` is there."""
+
+    def watch() -> None:
+        wait(lambda: any(move.there.glob(".big.*")))
+        action()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    yield
+    thread.join()
 
 
 def test_cancelling_ends_it(move: Move) -> None:
     big(move)
-    timer = threading.Timer(0.3, move.cancellation.request)
-    timer.start()
-    with pytest.raises(Cancelled):
+    with once_it_writes(move, move.cancellation.request), pytest.raises(Cancelled):
         move.carry()
-    timer.join()
+    assert not (move.there / "big").exists()
     assert move.remote.abort()
     assert not move.there.exists()
 
 
 def test_giving_up_there_ends_it(move: Move) -> None:
     big(move)
-    timer = threading.Timer(0.3, lambda: move.agent.service.find(ID).abort())
-    timer.start()
-    with pytest.raises(MigrationFailed):
+    end = move.agent.service.find(ID).abort
+    with once_it_writes(move, end), pytest.raises(MigrationFailed):
         move.carry()
-    timer.join()
     assert not move.there.exists()
+
+
+def test_a_lost_agent_ends_it(move: Move, monkeypatch: pytest.MonkeyPatch) -> None:
+    big(move)
+    monkeypatch.setattr(move.remote._stub, "Beat", fail)
+
+    def beat() -> None:
+        move.remote.beat_every(0.01, 0.0, print, lambda: None)
+
+    with once_it_writes(move, beat), pytest.raises(MigrationFailed, match="no sign of life"):
+        move.carry()
+    assert not (move.there / "big").exists()
+
+
+def fail(*_: object, **__: object) -> None:
+    raise ValueError("closed")
 
 
 def test_a_silent_other_side_has_a_deadline(move: Move, monkeypatch: pytest.MonkeyPatch) -> None:
