@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,7 @@ class RuncSource(SourceHalf):
         self.options = options
         self.runtime = Runtime(options.binary, options.root)
         self._container: Container | None = None
+        self._tree: Tree | None = None
         self._members = Members()
         self._connections: list[netlock.Connection] = []
         self._netns = ""
@@ -112,7 +113,7 @@ class RuncSource(SourceHalf):
             pid=container.pid,
             memory=sum(member.memory for member in tree.members),
             files=self._single_files(container),
-            trees=self._trees(container, tree),
+            trees=[FileTree(*place) for place in self._places(container).values() if place[0]],
             manifest={
                 "name": container.name,
                 "bundle": str(container.bundle),
@@ -133,35 +134,37 @@ class RuncSource(SourceHalf):
         facts = [gather(mount.source) for mount in container.binds if not mount.directory]
         return [fact for fact in facts if fact is not None]
 
-    def _trees(self, container: Container, tree: Tree) -> list[FileTree]:
-        """What has to be carried: the root file system, and the mounts that say rsync."""
-        mapped = [use.path for use in tree.files.values() if use.shared_map]
+    def _places(self, container: Container) -> dict[str, tuple[str, str]]:
+        """Path in the container to the tree that lies there, by name and host path; the name is
+        empty where nothing is carried.
+        """
         places = {"/": (ROOTFS, str(container.rootfs.resolve()))}
         number = 0
         for mount in container.binds:
+            name = ""
             if self.options.mounts.get(mount.source) == "rsync" and mount.directory:
                 number += 1
-                places[mount.destination.rstrip("/")] = (f"mount-{number}", mount.source)
-            else:
-                places[mount.destination.rstrip("/")] = ("", "")
-        always: dict[str, list[str]] = {}
-        for path in mapped:
-            inside = max(
-                (at for at in places if path.startswith(at.rstrip("/") + "/")), key=len, default="/"
-            )
-            relative = path[len(inside.rstrip("/")) + 1 :]
-            always.setdefault(places[inside][0], []).append(relative)
-        return [
-            FileTree(name, path, tuple(always.get(name, ())))
-            for name, path in places.values()
-            if name
-        ]
+                name = f"mount-{number}"
+            places[mount.destination.rstrip("/") + "/"] = (name, mount.source)
+        return places
+
+    def mapped(self) -> Mapping[str, Iterable[str]]:
+        """See `SourceHalf`."""
+        if self._container is None or self._tree is None:
+            return {}
+        places = self._places(self._container)
+        found: dict[str, list[str]] = {}
+        for use in self._tree.files.values():
+            if use.shared_map:
+                inside = max((at for at in places if use.path.startswith(at)), key=len)
+                found.setdefault(places[inside][0], []).append(use.path[len(inside) :])
+        return {name: paths for name, paths in found.items() if name}
 
     def look(self) -> Tree:
         """Read the container's processes as they are now."""
         if self._container is None:
             raise TargetGone(f"container {self._name} was not inspected")
-        tree = read_tree(self._container.pid)
+        tree = self._tree = read_tree(self._container.pid)
         self._members = Members.of(tree.members)
         self._connections = established_connections(tree)
         self._netns = self._container.namespaces.get("network", "")

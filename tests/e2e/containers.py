@@ -82,7 +82,9 @@ class Containers:
 
     def start(self, host: str, container: Container) -> None:
         """Start a bundle that is there."""
-        start = 'cd "$1" && "$2" --log /tmp/run.err run -d --bundle . "$3" </dev/null >/dev/null 2>&1'
+        start = (
+            'cd "$1" && "$2" --log /tmp/run.err run -d --bundle . "$3" </dev/null >/dev/null 2>&1'
+        )
         try:
             self.hosts.sh(host, start, container.bundle, container.runtime, container.name)
         except Exception as error:
