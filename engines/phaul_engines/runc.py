@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from phaul_hooks.gate import Gate
-from phaul_runtime.trees import Tree as FileTree
 
 from phaul_engines import netlock
 from phaul_engines.gated import GatedCommand
@@ -43,6 +42,7 @@ from phaul_runtime.filesystem import gather
 from phaul_runtime.images import relative_parent
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.stats import DumpStats, read_dump_stats
+from phaul_runtime.trees import Tree as FileTree
 
 ROOTFS = "rootfs"
 # No page server answers there: should CRIU not have read our configuration, the dump fails, instead

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from phaul_hooks.gate import CONFIG, SCRIPT, Gate, GateEvent
+
 from phaul_runtime.errors import MigrationFailed
 
 
