@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,12 @@ def client_status(hosts: Hosts) -> dict[str, Any]:
     return found
 
 
+def writes_on(hosts: Hosts, number: int) -> bool:
+    """It has got so far, or has ended."""
+    status = client_status(hosts)
+    return bool(status["acknowledged"] > number or status["ended"])
+
+
 def cli(hosts: Hosts, host: str, *argv: str) -> str:
     enter = ["nsenter", "--net=/run/netns/app", "redis-cli", "-h", ADDRESS, *argv]
     return hosts.lab.exec(host, enter).stdout.strip()
@@ -95,6 +102,7 @@ def cli(hosts: Hosts, host: str, *argv: str) -> str:
 def test_redis_moves_there_and_back_with_its_connection(hosts: Hosts, network: Containers) -> None:
     redis = network.run(
         "a", "redis", "redis-server", "--save", "", "--bind", "0.0.0.0", "--protected-mode", "no",
+        "--enable-debug-command", "yes",
         network="/run/netns/app",
     )  # fmt: skip
     wait_until("redis answers", lambda: cli(hosts, "a", "PING") == "PONG")
@@ -116,12 +124,7 @@ def test_redis_moves_there_and_back_with_its_connection(hosts: Hosts, network: C
         assert moved.code == 0, moved.stderr
         assert moved.report["warnings"] == [] or "budget" in moved.report["warnings"][0]
         assert moved.report["iterations"][0]["bytes"] > 60 << 20
-        wait_until(
-            "the client writes on",
-            lambda b=before: (
-                client_status(hosts)["acknowledged"] > b + 50 or client_status(hosts)["ended"]
-            ),
-        )
+        wait_until("the client writes on", partial(writes_on, hosts, before + 50))
         status = client_status(hosts)
         assert status["ended"] == ""
         print(f"{source} > {destination}: downtime {moved.report['downtime_ms']:.0f} ms, "
