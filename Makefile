@@ -2,7 +2,8 @@
 #
 #   make demo    move a process that dirties its memory from host a to host b
 #   make test    lint, types, and all tests, unit to e2e
-#   make faults  every fault at every moment; make faults-random SEED=1 COUNT=100
+#   make faults  every fault at every moment; make faults-random SEED=1 COUNT=100;
+#                ENGINE=runc for containers
 #
 # The laboratory (two emulated hosts, tests/lab) needs root, about 6 GiB of disk under
 # ~/.cache/phaul-runtime-lab and a few minutes for the first image.
@@ -59,15 +60,16 @@ e2e: lab
 	PYTHONPATH=$(PYCRIU) $(VENV)/bin/pytest tests/e2e
 
 # The whole table of faults and moments (about 40 minutes), and kills at random moments.
+ENGINE := process
 SEED := 1
 COUNT := 100
 FAULTS = PYTHONPATH=$(PYCRIU) $(VENV)/bin/pytest tests/e2e/faults
 
 faults: lab
-	FAULTS=full $(FAULTS) -k one_copy
+	FAULTS=full ENGINE=$(ENGINE) $(FAULTS) -k one_copy
 
 faults-random: lab
-	SEED=$(SEED) COUNT=$(COUNT) $(FAULTS) -k random
+	SEED=$(SEED) COUNT=$(COUNT) ENGINE=$(ENGINE) $(FAULTS) -k random
 
 # -- the rest ----------------------------------------------------------------------------
 

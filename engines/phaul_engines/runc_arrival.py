@@ -207,6 +207,9 @@ class RuncDestination(DestinationHalf):
         command, held = self._command, self._held
         if command is None or held is None:
             raise MigrationFailed("nothing was restored")
+        if command.wait(0) is not None:
+            # Its runtime was killed: what CRIU let go now, no runtime would know of.
+            raise command.failure()
         refused = apply_limits(self._cgroup, self._manifest.get("limits", {}))
         if refused:
             log.warning("%s: limits refused by this host: %s", self._id, ", ".join(refused))
@@ -225,6 +228,8 @@ class RuncDestination(DestinationHalf):
         # Once all of it runs, what the runtime still had to write down decides nothing.
         if code != 0 and not resumed_at:
             raise failure
+        if code != 0:
+            log.warning("%s: it runs, but %s", self._id, failure.message)
         _mark_path(Path(self._manifest["bundle"])).unlink(missing_ok=True)
         cgroup.sweep()  # the container is in its own, the runtime has ended
         return resumed_at or time.monotonic()

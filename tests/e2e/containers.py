@@ -55,6 +55,11 @@ class Container:
         url = f"ssh://root@{to}"
         return self.containers.hosts.migrate(host, self.name, url, "--engine", self.runtime, *flags)
 
+    def remove(self, host: str) -> None:
+        """End and remove everything of it there."""
+        script = '"$1" delete -f "$2"; rm -rf "$3"; rmdir "/sys/fs/cgroup/$2" 2>/dev/null'
+        self.containers.hosts.sh(host, script, self.runtime, self.name, self.bundle, check=False)
+
     def dirtier(self, host: str) -> Dirtier:
         """The view of a piggie-dirty that writes its status to /data/status."""
         return Dirtier(self.containers.hosts, self.pid(host), f"{self.rootfs}/data/status")
@@ -90,9 +95,11 @@ class Containers:
         except Exception as error:
             raise AssertionError(self.hosts.sh(host, "cat /tmp/run.err")) from error
 
-    def dirtier(self, host: str, name: str, *flags: str, **spec: Any) -> Container:
+    def dirtier(
+        self, host: str, name: str, *flags: str, status: str = "/data/status", **spec: Any
+    ) -> Container:
         """A container with the verifying dirtier."""
-        args = ("piggie-dirty", "--status", "/data/status", "--verifies", "4000", *flags)
+        args = ("piggie-dirty", "--status", status, "--verifies", "4000", *flags)
         return self.run(host, name, *args, **spec)
 
     def clear(self) -> None:
@@ -100,11 +107,7 @@ class Containers:
         for container in self.made:
             for host in ("a", "b"):
                 with contextlib.suppress(Exception):
-                    script = '"$1" delete -f "$2"; rm -rf "$3"; rmdir "/sys/fs/cgroup/$2"'
-                    self.hosts.sh(
-                        host, script, container.runtime, container.name, container.bundle,
-                        check=False,
-                    )  # fmt: skip
+                    container.remove(host)
 
 
 @pytest.fixture

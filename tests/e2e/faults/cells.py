@@ -29,6 +29,9 @@ FAULTS: dict[str, tuple[str, ...]] = {
     "cut-for-good": EVERYWHERE,
     "full-tmpfs-b": EVERYWHERE,
     "full-disk-b": ("opened", "between", "copy", "prepared", "committing"),
+    # A container's runtime: between phaul-runtime and CRIU.
+    "kill-runtime-a": ("dump", "copy", "prepared"),
+    "kill-runtime-b": ("restore", "prepared", "committing"),
     "restore-refused": ("between",),
     "clock-forward": ("predump", "prepared", "committing"),
     "clock-back": ("between", "restore", "committing"),
@@ -49,20 +52,42 @@ QUICK = {
     ("restore-refused", "between"),
     ("clock-back", "restore"),
 }
+# A container's own way through the same moments: its runtime, its gate, its files.
+QUICK_CONTAINER = {
+    ("kill-cli", "dump"),
+    ("kill-cli", "prepared"),
+    ("kill-cli", "committing"),
+    ("kill-agent", "restore"),
+    ("kill-agent", "committing"),
+    ("kill-criu-a", "copy"),
+    ("kill-criu-b", "prepared"),
+    ("kill-runtime-a", "prepared"),
+    ("kill-runtime-b", "prepared"),
+    ("kill-runtime-b", "committing"),
+    ("cut-for-good", "prepared"),
+    ("restore-refused", "between"),
+}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One fault at one moment."""
+    """One fault at one moment of a move by one engine."""
 
+    engine: str
     fault: str
     moment: str
 
     def __str__(self) -> str:
-        return f"{self.fault}@{self.moment}"
+        return f"{self.engine}:{self.fault}@{self.moment}"
 
 
-def cells(*, quick: bool) -> list[Cell]:
-    """All cells, or those that CI runs."""
-    every = [Cell(fault, moment) for fault, moments in FAULTS.items() for moment in moments]
-    return [c for c in every if not quick or (c.fault, c.moment) in QUICK]
+def cells(engine: str, *, quick: bool) -> list[Cell]:
+    """All cells of an engine, or those that CI runs."""
+    chosen = QUICK if engine == "process" else QUICK_CONTAINER
+    return [
+        Cell(engine, fault, moment)
+        for fault, moments in FAULTS.items()
+        for moment in moments
+        if (not quick or (fault, moment) in chosen)
+        and (engine != "process" or "runtime" not in fault)
+    ]

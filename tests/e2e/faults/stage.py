@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import Dirtier, Hosts, wait_until
+from tests.e2e.containers import Container, Containers
 
 PYTHON = "/opt/phaul-runtime/bin/python3"
 STAGEHAND = Path(__file__).parent / "stagehand.py"
@@ -105,6 +106,25 @@ class Observer:
 
 
 @dataclass
+class Victim(Dirtier):
+    """A dirtier that is moved by some engine, and found again by its own status file's name."""
+
+    engine: str
+    target: str
+    container: Container | None = None
+
+    def migrate(self) -> list[str]:
+        """The command that moves it to b."""
+        return ["migrate", self.target, "--engine", self.engine, "--to", "ssh://root@b"]
+
+    def pids(self, host: str) -> list[int]:
+        """Its processes there."""
+        name = Path(self.status_file).name
+        found = self.hosts.sh(host, f"pgrep -x -f 'piggie-dirty .*{name} .*'", check=False)
+        return [int(pid) for pid in found.split()]
+
+
+@dataclass
 class Stage:
     """The laboratory set for faults."""
 
@@ -114,20 +134,27 @@ class Stage:
     rows: list[tuple[str, str, str, str]] = field(default_factory=list)
     number: int = 0
 
-    def victim(self, observer: Observer) -> Dirtier:
+    def victim(self, observer: Observer, engine: str = "process") -> Victim:
         """A new victim on host a that the observer hears."""
         self.number += 1
-        victim = self.hosts.dirtier(
-            "a", f"fault{self.number}", "--mib", "20", "--hot-mib", "2", "--writes", "200",
-            "--udp", f"10.0.2.2:{observer.port}",
-        )  # fmt: skip
+        name = f"fault{self.number}"
+        flags = ("--mib", "20", "--hot-mib", "2", "--writes", "200",
+                 "--udp", f"10.0.2.2:{observer.port}")  # fmt: skip
+        if engine == "process":
+            dirtier = self.hosts.dirtier("a", name, *flags)
+            victim = Victim(self.hosts, dirtier.pid, dirtier.status_file, engine, str(dirtier.pid))
+        else:
+            container = Containers(self.hosts).dirtier(
+                "a", name, *flags, runtime=engine, network="host", status=f"/data/{name}.status"
+            )
+            path = f"{container.rootfs}/data/{name}.status"
+            victim = Victim(self.hosts, 0, path, engine, name, container)
         wait_until("the observer hears the victim", lambda: len(observer.heard) > 5)
         return victim
 
-    def where(self, victim: Dirtier) -> list[str]:
+    def where(self, victim: Victim) -> list[str]:
         """The hosts on which it exists."""
-        script = "case $(cat /proc/$1/comm 2>/dev/null) in piggie*) echo here;; esac"
-        return [h for h in ("a", "b") if self.hosts.sh(h, script, str(victim.pid)) == "here"]
+        return [host for host in ("a", "b") if victim.pids(host)]
 
     def recover(self, host: str = "a") -> dict[str, Any]:
         """`phaul-runtime recover` to its end."""
@@ -135,23 +162,25 @@ class Stage:
         hand.do("run", argv=["recover", "--config", CONFIG])
         return hand.do("await", seconds=150)
 
-    def clear(self, victim: Dirtier) -> None:
+    def clear(self, victim: Victim) -> None:
         """After a cell, however it ended: nothing that the next one could stumble over."""
         self.a.do("kill", what="cli")
         self.hosts.lab.mend()
         for hand in (self.a, self.b):
             hand.do("unfill", directory="/run/phaul")
             hand.do("unfill", directory="/var/lib")
-        script = "case $(cat /proc/$1/comm) in piggie*) kill -9 $1;; esac"
         for host in ("a", "b"):
-            self.hosts.sh(host, script, str(victim.pid), check=False)
+            for pid in victim.pids(host):
+                self.hosts.sh(host, "kill -9 $1", str(pid), check=False)
+            if victim.container is not None:
+                victim.container.remove(host)
             self.hosts.sh(host, "sleep 0.2; rmdir /sys/fs/cgroup/phaul-runtime/*/", check=False)
             if self.hosts.leftovers(host):
                 self.hosts.sh(host, "sleep 15; rm -rf /run/phaul/*", check=False)
             for path in self.unsettled(host):
                 self.hosts.sh(host, 'rm "$1"', path)
 
-    def judge(self, victim: Dirtier, observer: Observer) -> str:
+    def judge(self, victim: Victim, observer: Observer) -> str:
         """Hold the end against what must be true; returns the host on which the copy runs."""
         copies = self.where(victim)
         assert len(copies) == 1, f"copies on {copies}"
@@ -167,7 +196,20 @@ class Stage:
             except pytest.fail.Exception:
                 pytest.fail(f"left on {host}: {self.hosts.leftovers(host)}")
             assert self.unsettled(host) == []
+        if victim.container is not None:
+            self.judge_container(victim.container, copies[0])
         return copies[0]
+
+    def judge_container(self, container: Container, host: str) -> None:
+        """It is the runtime's own where it runs, and the other host knows nothing of it."""
+        assert container.state(host) == "running"
+        assert container.exec(host, "cat", "/proc/1/comm") == "piggie-dirty\n"
+        other = "b" if host == "a" else "a"
+        assert container.state(other) == ""
+        traces = f"/sys/fs/cgroup/{container.name} /run/{container.runtime}/{container.name}"
+        if host == "a":
+            traces += f" {container.bundle}"
+        assert self.hosts.sh(other, f"ls -d {traces} 2>/dev/null", check=False) == ""
 
     def clean(self, host: str) -> bool:
         """Whether nothing of a move is left there."""

@@ -9,7 +9,7 @@ for it, the child stops at a moment of its migration until it is told to go on.
     {"do": "await", "seconds": 60}                         {"stopped": true} | {"code": 0, ...}
     {"do": "go"}
     {"do": "when", "glob": "...", "bytes": 1, "then": {...}}
-    {"do": "kill", "what": "cli" | "ssh" | "criu" | "agent"}
+    {"do": "kill", "what": "cli" | "ssh" | "criu" | "runc" | "agent"}
     {"do": "fill" | "unfill", "directory": "..."}
     {"do": "clock", "seconds": 3600}
 """
@@ -203,7 +203,7 @@ def victims(what: str, child: Child | None) -> list[int]:
     found = []
     for pid, name, line, parent in processes():
         if (
-            (what == "criu" and name == "criu")
+            (what in ("criu", "runc", "crun") and name == what)
             or (what == "ssh" and name == "ssh" and parent == cli_pid)
             or (what == "agent" and "agent --sockets" in line and name.startswith("phaul"))
         ):

@@ -1,6 +1,7 @@
 """Whatever fails at whatever moment: one copy runs, no page is wrong, nothing is left behind.
 
-`FAULTS=full` runs every cell of cells.py (`make faults`), otherwise those that CI has time for.
+`FAULTS=full` runs every cell of cells.py for one ENGINE (`make faults`), otherwise those that CI
+has time for, of each.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import Dirtier, wait_until
+from tests.e2e.conftest import wait_until
 from tests.e2e.faults.cells import Cell, cells
-from tests.e2e.faults.stage import CONFIG, Observer, Stage
+from tests.e2e.faults.stage import CONFIG, Observer, Stage, Victim
 
 FULL = os.environ.get("FAULTS") == "full"
 SEED = int(os.environ.get("SEED", "1"))
-COUNT = int(os.environ.get("COUNT", "0"))
+COUNT = int(os.environ.get("COUNT", "2"))
+ENGINE = os.environ.get("ENGINE", "process")
 ENDS_WITHIN_S = 180
 # What is seen from outside to be happening, by the host on which it is seen.
 SEEN: dict[str, tuple[str, dict[str, Any]]] = {
@@ -38,19 +40,27 @@ def observer() -> Iterator[Observer]:
 
 
 @pytest.fixture
-def victim(stage: Stage, observer: Observer) -> Iterator[Dirtier]:
-    found = stage.victim(observer)
+def victim(stage: Stage, observer: Observer, request: pytest.FixtureRequest) -> Iterator[Victim]:
+    cell = getattr(request.node, "callspec", None)
+    cell = cell.params.get("cell") if cell else None
+    found = stage.victim(observer, cell.engine if cell else ENGINE)
     yield found
     stage.clear(found)
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("cell", cells(quick=not FULL), ids=str)
+@pytest.mark.parametrize(
+    "cell",
+    cells(ENGINE, quick=False)
+    if FULL
+    else [*cells("process", quick=True), *cells("runc", quick=True)],
+    ids=str,
+)
 def test_one_copy_whatever_fails(
-    stage: Stage, observer: Observer, victim: Dirtier, cell: Cell
+    stage: Stage, observer: Observer, victim: Victim, cell: Cell
 ) -> None:
     stop_at = "" if cell.moment in SEEN else cell.moment
-    argv = ["migrate", str(victim.pid), "--to", "ssh://root@b", "--output", "json"]
+    argv = [*victim.migrate(), "--output", "json"]
     stage.a.do("run", argv=[*argv, "--config", CONFIG], stop_at=stop_at)
     if stop_at:
         stopped = stage.a.do("await", seconds=ENDS_WITHIN_S)
@@ -74,10 +84,10 @@ def test_one_copy_whatever_fails(
         assert ended["code"] in (0, 4), ended
     runs = stage.judge(victim, observer)
     assert (runs == "b") == (ended["code"] == 0) or ended["code"] in (5, -9)
-    stage.rows.append((cell.fault, cell.moment, f"{runs} runs", outcome))
+    stage.rows.append((f"{cell.engine} {cell.fault}", cell.moment, f"{runs} runs", outcome))
 
 
-def strike(stage: Stage, cell: Cell, victim: Dirtier) -> Any:
+def strike(stage: Stage, cell: Cell, victim: Victim) -> Any:
     """Let the fault happen; returns what mends it once the command has ended."""
     lab = stage.hosts.lab
 
@@ -87,6 +97,9 @@ def strike(stage: Stage, cell: Cell, victim: Dirtier) -> Any:
     match cell.fault:
         case "kill-cli" | "kill-ssh":
             assert stage.a.do("kill", what=cell.fault.removeprefix("kill-"))["killed"]
+        case "kill-runtime-a" | "kill-runtime-b":
+            hand = stage.a if cell.fault.endswith("a") else stage.b
+            assert hand.do("kill", what=cell.engine)["killed"]
         case "kill-agent":
             assert stage.b.do("kill", what="agent")["killed"]
         case "kill-criu-a":
@@ -105,6 +118,11 @@ def strike(stage: Stage, cell: Cell, victim: Dirtier) -> Any:
             directory = "/run/phaul" if "tmpfs" in cell.fault else "/var/lib"
             stage.b.do("fill", directory=directory)
             return lambda: stage.b.do("unfill", directory=directory)
+        case "restore-refused" if victim.container is not None:
+            # Somebody takes the container's name at the destination after the check.
+            taken = f"/run/{cell.engine}/{victim.target}"
+            stage.hosts.sh("b", f"mkdir -p {taken}")
+            return lambda: stage.hosts.sh("b", f"rmdir {taken}")
         case "restore-refused":
             # Somebody takes the pid at the destination after the check.
             last = stage.hosts.sh("b", "cat /proc/sys/kernel/ns_last_pid")
@@ -133,9 +151,9 @@ def strike(stage: Stage, cell: Cell, victim: Dirtier) -> Any:
 )
 @pytest.mark.timeout(600)
 def test_a_broken_order_is_seen(
-    stage: Stage, observer: Observer, victim: Dirtier, sabotage: str, code: int, says: str
+    stage: Stage, observer: Observer, victim: Victim, sabotage: str, code: int, says: str
 ) -> None:
-    argv = ["migrate", str(victim.pid), "--to", "ssh://root@b", "--config", CONFIG]
+    argv = [*victim.migrate(), "--config", CONFIG]
     stage.a.do("run", argv=argv, sabotage=sabotage)
     ended = stage.a.do("await", seconds=ENDS_WITHIN_S)
     assert ended["code"] == code, ended
@@ -146,10 +164,9 @@ def test_a_broken_order_is_seen(
         wait_until("the observer hears both", lambda: bool(observer.complaints()))
 
 
-@pytest.mark.skipif(not COUNT, reason="make faults-random")
 @pytest.mark.parametrize("number", range(COUNT))
 @pytest.mark.timeout(600)
-def test_random_kills(stage: Stage, observer: Observer, victim: Dirtier, number: int) -> None:
+def test_random_kills(stage: Stage, observer: Observer, victim: Victim, number: int) -> None:
     chance = random.Random(f"{SEED}-{number}")
     what, hand = chance.choice(
         [
@@ -160,7 +177,7 @@ def test_random_kills(stage: Stage, observer: Observer, victim: Dirtier, number:
             ("criu", stage.b),
         ]
     )
-    argv = ["migrate", str(victim.pid), "--to", "ssh://root@b", "--output", "json"]
+    argv = [*victim.migrate(), "--output", "json"]
     stage.a.do("run", argv=[*argv, "--config", CONFIG])
     # From the moment at which the agent opens the migration to a little after the commit.
     stage.a.do("when", glob="/run/phaul/out-*")

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.conftest import Dirtier, Hosts, wait_until
-from tests.e2e.faults.stage import CONFIG, Observer, Stage
+from tests.e2e.conftest import Hosts, wait_until
+from tests.e2e.faults.stage import CONFIG, Observer, Stage, Victim
 from tests.e2e.test_move import SELF_TALKER
 
 
@@ -19,13 +19,13 @@ def observer() -> Iterator[Observer]:
 
 
 @pytest.fixture
-def victim(stage: Stage, observer: Observer) -> Iterator[Dirtier]:
+def victim(stage: Stage, observer: Observer) -> Iterator[Victim]:
     found = stage.victim(observer)
     yield found
     stage.clear(found)
 
 
-def killed_at(stage: Stage, victim: Dirtier, moment: str) -> str:
+def killed_at(stage: Stage, victim: Victim, moment: str) -> str:
     """Kill the command there; returns the migration's id."""
     argv = ["migrate", str(victim.pid), "--to", "ssh://root@b", "--config", CONFIG]
     stage.a.do("run", argv=argv, stop_at=moment)
@@ -46,7 +46,7 @@ def recover(stage: Stage, host: str, *argv: str) -> tuple[int, str, str]:
 
 @pytest.mark.timeout(600)
 def test_from_the_destinations_side_and_again_from_both(
-    stage: Stage, observer: Observer, victim: Dirtier
+    stage: Stage, observer: Observer, victim: Victim
 ) -> None:
     migration = killed_at(stage, victim, "committing")
     code, _, said = recover(stage, "b", migration)
@@ -62,7 +62,7 @@ def test_from_the_destinations_side_and_again_from_both(
 
 
 @pytest.mark.timeout(600)
-def test_while_the_other_host_is_away(stage: Stage, observer: Observer, victim: Dirtier) -> None:
+def test_while_the_other_host_is_away(stage: Stage, observer: Observer, victim: Victim) -> None:
     migration = killed_at(stage, victim, "committing")
     wait_until("b has given up", lambda: not stage.b.do("alive", what="agent")["pids"])
     stage.hosts.lab.cut()
@@ -82,7 +82,7 @@ def test_while_the_other_host_is_away(stage: Stage, observer: Observer, victim: 
 
 @pytest.mark.timeout(600)
 def test_a_source_that_was_not_given_up_needs_no_destination(
-    stage: Stage, observer: Observer, victim: Dirtier
+    stage: Stage, observer: Observer, victim: Victim
 ) -> None:
     migration = killed_at(stage, victim, "prepared")
     stage.hosts.lab.cut()
@@ -100,7 +100,7 @@ def test_a_source_that_was_not_given_up_needs_no_destination(
 
 
 @pytest.mark.timeout(600)
-def test_check_names_what_is_left(stage: Stage, observer: Observer, victim: Dirtier) -> None:
+def test_check_names_what_is_left(stage: Stage, observer: Observer, victim: Victim) -> None:
     migration = killed_at(stage, victim, "opened")
     check = ["phaul-runtime", "check", "--to", "ssh://root@b"]
     said = stage.hosts.lab.exec("a", check).stdout
