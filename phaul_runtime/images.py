@@ -6,9 +6,17 @@ relative to it (`../1`), so that the chain can be moved as a whole.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import shutil
 from pathlib import Path
+
+from phaul_runtime import proc
+from phaul_runtime.errors import PhaulError
+
+_OCTAL = re.compile(rb"\\([0-7]{3})")
+_UMOUNT_S = 30.0
 
 
 class ImageDirs:
@@ -83,5 +91,25 @@ def forget_resumed(images_dir: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory and what is in it; idempotent."""
-    shutil.rmtree(path, ignore_errors=True)
+    """Remove a directory and what is in it; idempotent.
+
+    What is mounted in it is unmounted, never removed: a CRIU that was killed in a restore leaves
+    the host's cgroups mounted in its images directory (`.criu.cgyard.*`).
+    """
+    for mounted in reversed(mounts_below(path)):
+        with contextlib.suppress(PhaulError):
+            proc.run(["umount", "--lazy", str(mounted)], timeout_s=_UMOUNT_S)
+    if not mounts_below(path):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def mounts_below(path: Path) -> list[Path]:
+    """Where something is mounted on a directory or in it, the innermost last."""
+    at = os.path.realpath(path)
+    lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    # Spaces and the like are octal escapes there (proc_pid_mountinfo(5)).
+    points = [
+        os.fsdecode(_OCTAL.sub(lambda m: bytes([int(m[1], 8)]), line.split(b" ")[4]))
+        for line in lines
+    ]
+    return [Path(point) for point in points if point == at or point.startswith(f"{at}/")]

@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from phaul_runtime import proc
-from phaul_runtime.errors import DestinationError, MigrationFailed, PhaulError, Refused
-from phaul_runtime.images import remove_tree
+from phaul_runtime.errors import DestinationError, PhaulError, Refused
+from phaul_runtime.images import mounts_below, remove_tree
 from phaul_runtime.journal import Journal
 from phaul_runtime.trees import INSTALL_RSYNC, TREE_NAME, rsync_environment
 
@@ -205,23 +205,10 @@ class TreeServer:
         """
         facts = self._journal.facts
         for path in facts.get("tree_made", []):
-            if mounts := mounts_below(path):
+            if mounts := mounts_below(Path(path)):
                 log.warning("%s is left: %s is mounted in it", path, mounts[0])
             else:
                 remove_tree(Path(path))
         for path in reversed(facts.get("tree_parents", [])):
             with contextlib.suppress(OSError):  # somebody else put something there
                 Path(path).rmdir()
-
-
-def mounts_below(path: str) -> list[str]:
-    """Where something is mounted on `path` or below it: removing would reach into that."""
-    try:
-        lines = Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape").splitlines()
-    except OSError as error:
-        raise MigrationFailed(f"cannot read the mounts: {error.strerror}") from error
-    points = (_OCTAL.sub(lambda m: chr(int(m[1], 8)), line.split(" ")[4]) for line in lines)
-    return [point for point in points if point == path or point.startswith(path.rstrip("/") + "/")]
-
-
-_OCTAL = re.compile(r"\\([0-7]{3})")

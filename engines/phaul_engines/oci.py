@@ -48,6 +48,10 @@ class Runtime:
         """The command with `words` after the global options."""
         return [self.binary, *(["--root", self.root] if self.root else []), *words]
 
+    def directory(self, name: str) -> Path:
+        """Where it keeps a container's state."""
+        return Path(self.root or f"/run/{Path(self.binary).name}") / name
+
     def version(self) -> str:
         """The first line of `--version`.
 

@@ -7,7 +7,6 @@ import itertools
 import json
 import logging
 import os
-import shutil
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -35,6 +34,7 @@ from phaul_runtime import cgroup
 from phaul_runtime.criu import Criu
 from phaul_runtime.engine import OK, REFUSED, DestinationHalf, Finding
 from phaul_runtime.errors import DestinationError, MigrationFailed, PhaulError
+from phaul_runtime.images import remove_tree
 
 log = logging.getLogger(__name__)
 
@@ -245,6 +245,8 @@ class RuncDestination(DestinationHalf):
         if self._command is not None:
             self._command.close()
             self._command = self._held = None
+        if not self._manifest:
+            return  # nothing was prepared
         cgroup.kill(self._id)
         name = str(self._manifest["name"])
         state = self._runtime.state(name)
@@ -253,6 +255,9 @@ class RuncDestination(DestinationHalf):
             return  # somebody else's, made meanwhile
         self._runtime.delete(name)
         self._end_half_built()
+        if self._runtime.state(name) is None:
+            # A runtime that was killed leaves a directory that it does not know again itself.
+            remove_tree(self._runtime.directory(name))
         netlock.release_namespace(_netns(self._manifest))
 
     def _end_half_built(self) -> None:
@@ -271,13 +276,15 @@ class RuncDestination(DestinationHalf):
 
     def undo(self) -> None:
         """See `DestinationHalf`."""
+        if not self._manifest:
+            return  # nothing was prepared
         bundle = Path(self._manifest["bundle"])
         mark = _mark(bundle)
         if mark.get("id") != self._id:
             return
         made = [Path(path) for path in mark.get("made", [])]
         for path in reversed(made):
-            shutil.rmtree(path, ignore_errors=True)
+            remove_tree(path)
         if bundle.exists():
             # It was here before: a move may write to it again.
             with contextlib.suppress(OSError):

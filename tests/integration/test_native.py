@@ -11,6 +11,8 @@ import pytest
 from phaul_lab.image import ensure_image
 from phaul_lab.payload import ensure_payload
 
+from phaul_runtime.images import remove_tree
+
 SCRIPT = Path(__file__).parent / "native.sh"
 
 
@@ -35,3 +37,15 @@ def test_one_move_within_this_host() -> None:
         assert "no dirty tracking" in report["pre_copy"]
         assert [line["event"] for line in lines[:-1]].count("pre_copy_skipped") == 1
         assert report["final_pages_written"] > 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="requires root: a mount")
+def test_what_is_mounted_in_a_removed_tree_is_not_reached_into(tmp_path: Path) -> None:
+    precious = tmp_path / "host"
+    (precious / "empty").mkdir(parents=True)
+    place = tmp_path / "images" / "with space"
+    place.mkdir(parents=True)
+    subprocess.run(["mount", "--bind", precious, place], check=True)
+    remove_tree(tmp_path / "images")
+    assert not (tmp_path / "images").exists()
+    assert (precious / "empty").is_dir()

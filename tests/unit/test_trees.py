@@ -10,11 +10,12 @@ import pytest
 from phaul_runtime.checks import check_rsync
 from phaul_runtime.engine import OK, REFUSED, WARNING
 from phaul_runtime.errors import DestinationError, MigrationFailed
+from phaul_runtime.images import mounts_below
 from phaul_runtime.journal import Journal
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.states import Role
 from phaul_runtime.trees import Tree, rsync_environment, stats, trees_to_carry
-from phaul_runtime.treeserver import TreeServer, checked_arguments, mounts_below
+from phaul_runtime.treeserver import TreeServer, checked_arguments
 
 # As rsync 3.5.0 gives them to its remote shell.
 FLAGS = "-lHogDtpAXrxSe.iLsfxCIvu"
@@ -131,5 +132,5 @@ def test_a_missing_rsync_refuses_where_it_is_needed() -> None:
 
 
 def test_mounts_are_found() -> None:
-    assert "/proc" in mounts_below("/proc")
-    assert mounts_below("/pro") == []
+    assert Path("/proc") in mounts_below(Path("/proc"))
+    assert mounts_below(Path("/pro")) == []

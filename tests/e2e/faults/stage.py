@@ -145,7 +145,13 @@ class Stage:
             victim = Victim(self.hosts, dirtier.pid, dirtier.status_file, engine, str(dirtier.pid))
         else:
             container = Containers(self.hosts).dirtier(
-                "a", name, *flags, runtime=engine, network="host", status=f"/data/{name}.status"
+                "a",
+                name,
+                *flags,
+                runtime=engine,
+                network="host",
+                uts="host",
+                status=f"/data/{name}.status",
             )
             path = f"{container.rootfs}/data/{name}.status"
             victim = Victim(self.hosts, 0, path, engine, name, container)

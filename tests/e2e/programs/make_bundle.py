@@ -46,6 +46,10 @@ def main(spec: dict[str, Any]) -> None:
         for namespace in linux["namespaces"]:
             if namespace["type"] == "network":
                 namespace["path"] = network
+    if spec.get("uts") == "host":
+        # It then tells the name of the host that it runs on.
+        linux["namespaces"] = [n for n in linux["namespaces"] if n["type"] != "uts"]
+        del config["hostname"]
     linux["resources"].update(spec.get("resources", {}))
     for source, destination in spec.get("binds", {}).items():
         config["mounts"].append(
