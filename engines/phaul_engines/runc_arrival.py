@@ -245,6 +245,8 @@ class RuncDestination(DestinationHalf):
         if self._command is not None:
             self._command.close()
             self._command = self._held = None
+        if not self._manifest:
+            return  # nothing was prepared
         cgroup.kill(self._id)
         name = str(self._manifest["name"])
         state = self._runtime.state(name)
@@ -271,6 +273,8 @@ class RuncDestination(DestinationHalf):
 
     def undo(self) -> None:
         """See `DestinationHalf`."""
+        if not self._manifest:
+            return  # nothing was prepared
         bundle = Path(self._manifest["bundle"])
         mark = _mark(bundle)
         if mark.get("id") != self._id:
