@@ -20,7 +20,7 @@ from phaul_runtime.cancel import Cancellation
 from phaul_runtime.client import PhaulClient
 from phaul_runtime.criu import Criu, CriuFeatures
 from phaul_runtime.engine import DestinationHalf, SourceHalf
-from phaul_runtime.errors import DestinationError, PhaulError
+from phaul_runtime.errors import PhaulError
 from phaul_runtime.images import image_files, new_directory
 from phaul_runtime.policy import Decision, Round
 from phaul_runtime.report import MigrationReport
@@ -438,7 +438,6 @@ def read_line(fd: int, within_s: float) -> str:
 __all__ = [
     "HOLD_S",
     "Bench",
-    "DestinationError",
     "Move",
     "NoCriu",
     "RecordingHandover",

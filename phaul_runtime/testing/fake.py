@@ -1,7 +1,9 @@
 """An engine without CRIU that obeys the contract, and its case for the conformance suite.
 
 A target is the directory of a running `fakevictim`, a plain child process. For tests of what
-drives engines: it needs no root, no CRIU and no second host, and moves in milliseconds.
+drives engines: it needs no root, no CRIU and no second host, and moves in milliseconds. It dumps no
+memory by CRIU: give its `PhaulClient` a `NoCriu`, and a `PhaulRemote` that does nothing. How a test
+makes a step fail: override it in a subclass, as tests/contract/test_fake.py does.
 """
 
 from __future__ import annotations
