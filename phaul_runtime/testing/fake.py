@@ -8,6 +8,7 @@ makes a step fail: override it in a subclass, as tests/contract/test_fake.py doe
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -37,7 +38,13 @@ from phaul_runtime.engine import (
     Inspection,
     SourceHalf,
 )
-from phaul_runtime.errors import DestinationError, MigrationFailed, NoSuchTarget, PhaulError
+from phaul_runtime.errors import (
+    DestinationError,
+    MigrationFailed,
+    NoSuchTarget,
+    PhaulError,
+    TargetGone,
+)
 from phaul_runtime.images import new_directory
 from phaul_runtime.testing import fakevictim
 from phaul_runtime.testing.case import Case, Place, Told
@@ -196,12 +203,19 @@ class FakeLocal(PhaulLocal):
         self.handover.freezing(self.source.identity())
         frozen_at = time.monotonic()
         with self._connect() as connection:
-            connection.sendall(b"freeze\n")
-            with connection.makefile("rb") as lines:
-                memory = json.loads(lines.readline())
+            memory = self._freeze(connection)
             self.write(images_dir / IMAGE, memory)
             self.handover.prepare(images_dir)
             return self.give_up(connection, frozen_at)
+
+    def _freeze(self, connection: socket.socket) -> dict[str, Any]:
+        try:
+            connection.sendall(b"freeze\n")
+            with connection.makefile("rb") as lines:
+                memory: dict[str, Any] = json.loads(lines.readline())
+        except (OSError, ValueError) as error:
+            raise TargetGone("the victim has ended by itself") from error
+        return memory
 
     def write(self, image: Path, memory: dict[str, Any]) -> None:
         """Write what was dumped."""
@@ -209,7 +223,8 @@ class FakeLocal(PhaulLocal):
 
     def give_up(self, connection: socket.socket, frozen_at: float) -> Outcome:
         """The destination holds its copy: end this one, and let that one run."""
-        connection.sendall(b"die\n")
+        with contextlib.suppress(OSError):  # dead already: the other copy is the one all the same
+            connection.sendall(b"die\n")
         return self.handover.commit(self.source.gone, frozen_at)
 
     def _connect(self) -> socket.socket:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ class KillsBeforePrepare(FakeLocal):
     def write(self, image: Path, memory: dict[str, Any]) -> None:
         super().write(image, memory)
         os.kill(self.source.identity()["pid"], signal.SIGKILL)
+        while not self.source.gone():
+            time.sleep(0.01)
 
 
 class LosesAPage(FakeLocal):

@@ -23,7 +23,7 @@ from typing import Any
 from phaul_runtime.engine import load_engine
 from phaul_runtime.testing import CHECKS, Bench, Case, Place, Told
 
-# Each page is rewritten every ten seconds: what a wrong chain of images loses is not soon made good.
+# A page is rewritten every ten seconds: what a wrong chain of images loses is not soon made good.
 VICTIM = ("--mib", "4", "--hot-mib", "4", "--writes", "100", "--verifies", "4000")
 # A dirtier tells ten times a second; an emulated host may be slow.
 PAUSE_S = 1.0
