@@ -54,7 +54,7 @@ lint: venv
 
 # pycriu is not on PyPI: the tests get the real one out of the laboratory's image.
 unit: venv
-	PYTHONPATH=$(PYCRIU) $(VENV)/bin/pytest tests/unit tests/integration
+	PYTHONPATH=$(PYCRIU) $(VENV)/bin/pytest tests/unit tests/contract tests/integration
 
 e2e: lab
 	PYTHONPATH=$(PYCRIU) $(VENV)/bin/pytest tests/e2e

@@ -7,6 +7,7 @@ relative to it (`../1`), so that the chain can be moved as a whole.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import shutil
@@ -53,6 +54,16 @@ class ImageDirs:
     def end_chain(self) -> None:
         """The next directory has no parent: what changed since the newest is not known."""
         self.orphans |= {self.count + 1}
+
+
+def new_directory(wdir: Path, name: str) -> Path:
+    """Make `wdir/name`, mode 0700; a number is appended where an earlier attempt made that."""
+    for number in itertools.count(1):
+        path = wdir / (name if number == 1 else f"{name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+            break
+    return path
 
 
 def relative_parent(images_dir: Path, parent: str | None) -> str | None:

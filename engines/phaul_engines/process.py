@@ -46,7 +46,7 @@ from phaul_runtime.errors import (
 )
 from phaul_runtime.filesystem import gather
 from phaul_runtime.held import HeldRestore
-from phaul_runtime.images import relative_parent
+from phaul_runtime.images import new_directory, relative_parent
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.stats import DumpStats, read_dump_stats
 
@@ -193,8 +193,7 @@ class ProcessLocal(PhaulLocal, CriuNotify):
         self, criu: Criu, config: PhaulConfig, last_client_images_dir: str | None
     ) -> Outcome:
         """See `PhaulLocal`."""
-        self._images_dir = Path(config.wdir) / "final"
-        self._images_dir.mkdir(mode=0o700)
+        self._images_dir = new_directory(Path(config.wdir), "final")
         directory = os.open(self._images_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             opts = self._opts

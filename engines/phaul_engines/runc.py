@@ -9,6 +9,7 @@ decide. Memory takes the same socket in all of them: CRIU inherits it through th
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import time
@@ -39,7 +40,7 @@ from phaul_runtime.engine import (
 )
 from phaul_runtime.errors import PhaulError, Refused, TargetGone, UsageError
 from phaul_runtime.filesystem import gather
-from phaul_runtime.images import relative_parent
+from phaul_runtime.images import new_directory, relative_parent
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.stats import DumpStats, read_dump_stats
 from phaul_runtime.trees import Tree as FileTree
@@ -48,6 +49,9 @@ ROOTFS = "rootfs"
 # No page server answers there: should CRIU not have read our configuration, the dump fails, instead
 # of killing the container with nobody holding its pages.
 _NOWHERE = "127.0.0.1:1"
+# CRIU gets the memory channel under a number that the runtime cannot give to anything of its own:
+# runc puts CRIU's socket at 3, whatever was inherited there.
+_MEMORY_FROM = 200
 _NAME = re.compile(r"[A-Za-z0-9_+.][A-Za-z0-9_+.-]*")
 # The script's own limit is the last resort, for a phaul-runtime that hangs: longer than its waits.
 VERDICT_WITHIN_S = 900.0
@@ -251,12 +255,12 @@ class RuncLocal(PhaulLocal):
         self, criu: Criu, config: PhaulConfig, last_client_images_dir: str | None
     ) -> Outcome:
         """See `PhaulLocal`."""
-        self._images_dir = Path(config.wdir) / "final"
-        self._images_dir.mkdir(mode=0o700)
+        self._images_dir = new_directory(Path(config.wdir), "final")
+        memory = fcntl.fcntl(config.memfd, fcntl.F_DUPFD_CLOEXEC, _MEMORY_FROM)
         gate = Gate(
-            Path(config.wdir) / "gate",
+            self._images_dir / "gate",
             deadline_s=VERDICT_WITHIN_S,
-            options=["page-server", f"ps-socket {config.memfd}"],
+            options=["page-server", f"ps-socket {memory}"],
         )
         command = GatedCommand(
             self._argv(last_client_images_dir),
@@ -264,7 +268,7 @@ class RuncLocal(PhaulLocal):
             name=self._source.options.binary,
             request="DUMP",
             log=self._images_dir / "dump.log",
-            pass_fds=[config.memfd],
+            pass_fds=[memory],
         )
         veto: Exception | None = None
         code: int | None = None
@@ -280,6 +284,7 @@ class RuncLocal(PhaulLocal):
             code = command.wait(max(0.0, deadline - time.monotonic()))
         finally:
             command.close()
+            os.close(memory)
         if code != 0:
             if self._handover.committing and self._source.gone():
                 # The container was killed, and nobody lived to say so: there is no way back.

@@ -162,6 +162,7 @@ class RuncDestination(DestinationHalf):
     def restore(self, criu: Criu, images_dir: Path) -> int:
         """See `DestinationHalf`."""
         name = str(self._manifest["name"])
+        self._claim(name)
         gate = Gate(
             images_dir.parent / f"gate-{os.getpid()}-{next(self._numbers)}", deadline_s=self._hold_s
         )
@@ -201,6 +202,22 @@ class RuncDestination(DestinationHalf):
             raise
         self.discard()
         raise failure
+
+    def _claim(self, name: str) -> None:
+        """From now on the runtime's directory of that name is this migration's."""
+        bundle = Path(self._manifest["bundle"])
+        mark = _mark(bundle)
+        if mark.get("restoring"):
+            return
+        if self._runtime.directory(name).exists():
+            raise DestinationError(
+                f"a container {name} was made there meanwhile",
+                hint=f"{self._options.binary} delete {name}, or move it under another name",
+            )
+        try:
+            _write_mark(bundle, {**mark, "restoring": True})
+        except OSError as error:
+            raise DestinationError(f"cannot write in {bundle}: {error.strerror}") from error
 
     def resume(self) -> float:
         """See `DestinationHalf`."""
@@ -255,7 +272,7 @@ class RuncDestination(DestinationHalf):
             return  # somebody else's, made meanwhile
         self._runtime.delete(name)
         self._end_half_built()
-        if self._runtime.state(name) is None:
+        if _mark(Path(bundle)).get("restoring") and self._runtime.state(name) is None:
             # A runtime that was killed leaves a directory that it does not know again itself.
             remove_tree(self._runtime.directory(name))
         netlock.release_namespace(_netns(self._manifest))
