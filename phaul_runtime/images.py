@@ -107,11 +107,16 @@ def remove_tree(path: Path) -> None:
     What is mounted in it is unmounted, never removed: a CRIU that was killed in a restore leaves
     the host's cgroups mounted in its images directory (`.criu.cgyard.*`).
     """
+    if unmount_below(path):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def unmount_below(path: Path) -> bool:
+    """Unmount what is mounted on a directory or in it; whether nothing is any more."""
     for mounted in reversed(mounts_below(path)):
         with contextlib.suppress(PhaulError):
             proc.run(["umount", "--lazy", str(mounted)], timeout_s=_UMOUNT_S)
-    if not mounts_below(path):
-        shutil.rmtree(path, ignore_errors=True)
+    return not mounts_below(path)
 
 
 def mounts_below(path: Path) -> list[Path]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from phaul_runtime import proc
 from phaul_runtime.errors import MigrationFailed, NoSuchTarget, Refused
+from phaul_runtime.images import unmount_below
 
 CONFIG = "config.json"
 CGROUP_ROOT = Path("/sys/fs/cgroup")
@@ -82,7 +83,13 @@ class Runtime:
         return done.stdout.split()
 
     def delete(self, name: str) -> str:
-        """End and forget a container; returns what went wrong, empty if nothing did."""
+        """End and forget a container; returns what went wrong, empty if nothing did.
+
+        A runc that was killed in a restore leaves the root file system mounted in its own directory
+        (criu-root), and the next `runc delete` would empty it there (seen with 1.1.15).
+        """
+        if not unmount_below(self.directory(name)):
+            return f"something stays mounted in {self.directory(name)}"
         done = proc.run(self.argv("delete", "--force", name), timeout_s=_WITHIN_S)
         if done.returncode != 0 and self.state(name) is not None:
             return (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
