@@ -265,16 +265,13 @@ class RuncDestination(DestinationHalf):
         if not self._manifest:
             return  # nothing was prepared
         cgroup.kill(self._id)
-        name = str(self._manifest["name"])
-        state = self._runtime.state(name)
-        bundle = str(Path(self._manifest["bundle"]))
-        if state is not None and state.get("bundle") != bundle:
-            return  # somebody else's, made meanwhile
-        self._runtime.delete(name)
-        self._end_half_built()
-        if _mark(Path(bundle)).get("restoring") and self._runtime.state(name) is None:
-            # A runtime that was killed leaves a directory that it does not know again itself.
-            remove_tree(self._runtime.directory(name))
+        if _mark(Path(self._manifest["bundle"])).get("restoring"):
+            name = str(self._manifest["name"])
+            self._runtime.delete(name)
+            self._end_half_built()
+            if self._runtime.state(name) is None:
+                # A runtime that was killed leaves a directory that it does not know again itself.
+                remove_tree(self._runtime.directory(name))
         netlock.release_namespace(_netns(self._manifest))
 
     def _end_half_built(self) -> None:
