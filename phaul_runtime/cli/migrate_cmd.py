@@ -31,7 +31,10 @@ from phaul_runtime.migration import Migration
 def migrate_command(
     max_downtime_ms: int | None, max_iterations: int | None, dry_run: bool, **given: Any
 ) -> int:
-    """Move TARGET (with --engine process: a PID) to another host while it runs.
+    """Move TARGET to another host while it runs.
+
+    TARGET is a PID with --engine process, a container's name with --engine runc
+    or crun.
 
     \b
     Exit codes: 0 moved; 1 internal error; 2 usage or configuration; 3 refused by
@@ -40,7 +43,7 @@ def migrate_command(
     """
     name = chosen_target(given)
     if not name:
-        raise click.UsageError("no target: name a PID, as in migrate --engine process PID")
+        raise click.UsageError("no target: a PID, or with --engine runc a container's name")
     config = configure(
         given, policy__max_downtime_ms=max_downtime_ms, policy__max_iterations=max_iterations
     )

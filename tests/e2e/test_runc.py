@@ -108,3 +108,49 @@ def test_two_at_once_and_one_each_way(hosts: Hosts, containers: Containers) -> N
             assert container.state(source) == ""
             assert container.dirtier(destination).verified_on(destination)["wrong"] == 0
     clean(hosts)
+
+
+def test_what_cannot_move_is_refused_before_anything_is_frozen(
+    hosts: Hosts, containers: Containers
+) -> None:
+    for host in ("a", "b"):
+        hosts.sh(host, "rm -rf /srv/volume; mkdir -p /srv")
+    hosts.sh("a", "mkdir /srv/volume; echo carried > /srv/volume/file")
+    container = containers.dirtier("a", "pig-odd", "--mib", "4", binds={"/srv/volume": "/data/v"})
+    started = "runc exec -d --pid-file /tmp/exec.pid pig-odd sleep 1000 </dev/null >/dev/null 2>&1"
+    hosts.sh("a", started)
+    hosts.sh("b", f"mkdir -p {container.bundle}; touch {container.bundle}/precious")
+    refused = container.migrate("a", "b")
+    assert refused.code == 3
+    assert not refused.named("frozen")
+    for said in (
+        "/srv/volume of this host is mounted at /data/v (check mounts)",
+        "was started in the container by exec",
+        f"{container.bundle} is there already, and no move left it",
+    ):
+        assert said in refused.stderr, refused.stderr
+    hosts.sh("a", "kill -9 $(cat /tmp/exec.pid)")
+    hosts.sh("b", f"rm -r {container.bundle}")
+    settings = "engines: {runc: {mounts: {/srv/volume: rsync}}}\nhooks: {pre_freeze: [[%s]]}\n"
+    hosts.sh("a", 'printf "$1" false > /tmp/no.yaml; printf "$1" true > /tmp/yes.yaml', settings)
+    vetoed = container.migrate("a", "b", "--config", "/tmp/no.yaml")
+    assert vetoed.code == 4, vetoed.stderr
+    assert "hook pre_freeze: false ended with 1" in vetoed.stderr
+    assert container.dirtier("a").verified_on("a")["wrong"] == 0
+    assert hosts.sh("b", f"ls -d {container.bundle} /srv/volume", check=False) == ""
+    moved = container.migrate("a", "b", "--config", "/tmp/yes.yaml")
+    assert moved.code == 0, moved.stderr
+    assert container.exec("b", "cat", "/data/v/file") == "carried\n"
+    assert container.dirtier("b").verified_on("b")["wrong"] == 0
+    clean(hosts)
+
+
+def test_names_that_are_none(hosts: Hosts) -> None:
+    for name, code, says in (
+        ("none-such", 3, "runc knows no container 'none-such'"),
+        ("../x", 2, "'../x' is no container's name"),
+    ):
+        done = hosts.migrate("a", name, "ssh://root@b", "--engine", "runc")
+        assert done.code == code
+        assert says in done.stderr
+        assert "Traceback" not in done.stderr
