@@ -132,10 +132,10 @@ def test_what_cannot_move_is_refused_before_anything_is_frozen(
     hosts.sh("a", "kill -9 $(cat /tmp/exec.pid)")
     hosts.sh("b", f"rm -r {container.bundle}")
     settings = "engines: {runc: {mounts: {/srv/volume: rsync}}}\nhooks: {pre_freeze: [[%s]]}\n"
-    hosts.sh("a", 'printf "$1" false > /tmp/no.yaml; printf "$1" true > /tmp/yes.yaml', settings)
+    hosts.sh("a", 'printf "$1" /bin/false > /tmp/no.yaml; printf "$1" /bin/true > /tmp/yes.yaml', settings)
     vetoed = container.migrate("a", "b", "--config", "/tmp/no.yaml")
     assert vetoed.code == 4, vetoed.stderr
-    assert "hook pre_freeze: false ended with 1" in vetoed.stderr
+    assert "hook pre_freeze: /bin/false ended with 1" in vetoed.stderr
     assert container.dirtier("a").verified_on("a")["wrong"] == 0
     assert hosts.sh("b", f"ls -d {container.bundle} /srv/volume", check=False) == ""
     moved = container.migrate("a", "b", "--config", "/tmp/yes.yaml")
