@@ -186,12 +186,12 @@ def _stdio(container: Container, tree: Tree, options: RuncOptions) -> Iterable[F
                 "start it with /dev/null and let it write to a file of its own",
             )
     outside = pipes_to_others(tree)
-    if outside and options.stdio != "null":
+    if outside and options.stdio != "devnull":
         yield Finding(
             "stdio",
             REFUSED,
             f"a pipe leads out of the container: {outside[0]}",
-            "engines.runc.stdio: null gives it /dev/null there",
+            "engines.runc.stdio: devnull gives it /dev/null there",
         )
 
 

@@ -27,7 +27,7 @@ class RuncOptions(BaseModel):
     )
     file_locks: bool = Field(True, description="carry file locks")
     ext_unix_sk: bool = Field(False, description="carry unix sockets that lead out, cut off")
-    stdio: Literal["refuse", "null"] = Field(
+    stdio: Literal["refuse", "devnull"] = Field(
         "refuse", description="pipes to whoever started the container: refuse, or /dev/null there"
     )
     console_socket: AbsolutePath | None = Field(

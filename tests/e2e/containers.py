@@ -76,13 +76,20 @@ class Containers:
         self, host: str, name: str, *args: str, runtime: str = "runc", **spec: Any
     ) -> Container:
         """Make a bundle and start it, detached and with /dev/null."""
+        container = self.make(host, name, *args, runtime=runtime, **spec)
+        self.start(host, container)
+        return container
+
+    def make(
+        self, host: str, name: str, *args: str, runtime: str = "runc", **spec: Any
+    ) -> Container:
+        """Make a bundle, to be ended and removed after the test."""
         container = Container(self, name, runtime)
         self.made.append(container)
         self.hosts.lab.push(host, MAKER, "/var/tmp/make_bundle.py")
         text = json.dumps({"path": container.bundle, "args": list(args), **spec})
         self.hosts.sh(host, 'rm -rf "$1"', container.bundle)
         self.hosts.sh(host, 'python3 /var/tmp/make_bundle.py "$1"', text)
-        self.start(host, container)
         return container
 
     def start(self, host: str, container: Container) -> None:

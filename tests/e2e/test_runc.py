@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,8 @@ from tests.e2e.conftest import Hosts, Moved, wait_until
 from tests.e2e.containers import Container, Containers, containers
 
 __all__ = ["containers"]
+
+RECVTTY = Path(__file__).parent / "programs/recvtty.py"
 
 
 def clean(hosts: Hosts) -> None:
@@ -132,7 +136,11 @@ def test_what_cannot_move_is_refused_before_anything_is_frozen(
     hosts.sh("a", "kill -9 $(cat /tmp/exec.pid)")
     hosts.sh("b", f"rm -r {container.bundle}")
     settings = "engines: {runc: {mounts: {/srv/volume: rsync}}}\nhooks: {pre_freeze: [[%s]]}\n"
-    hosts.sh("a", 'printf "$1" /bin/false > /tmp/no.yaml; printf "$1" /bin/true > /tmp/yes.yaml', settings)
+    hosts.sh(
+        "a",
+        'printf "$1" /bin/false > /tmp/no.yaml; printf "$1" /bin/true > /tmp/yes.yaml',
+        settings,
+    )
     vetoed = container.migrate("a", "b", "--config", "/tmp/no.yaml")
     assert vetoed.code == 4, vetoed.stderr
     assert "hook pre_freeze: /bin/false ended with 1" in vetoed.stderr
@@ -142,6 +150,62 @@ def test_what_cannot_move_is_refused_before_anything_is_frozen(
     assert moved.code == 0, moved.stderr
     assert container.exec("b", "cat", "/data/v/file") == "carried\n"
     assert container.dirtier("b").verified_on("b")["wrong"] == 0
+    clean(hosts)
+
+
+TALKS = "n=0; while :; do n=$((n+1)); echo $n; echo $n > /data/n; sleep 0.1; done"
+
+
+def counts_on(hosts: Hosts, host: str, container: Container) -> None:
+    count = f"cat {container.rootfs}/data/n"
+    before = int(hosts.sh(host, count))
+    wait_until("it counts on", lambda: int(hosts.sh(host, count) or 0) > before + 3)
+
+
+def listens(hosts: Hosts, host: str) -> bool:
+    return hosts.sh(host, "ls /run/tty.sock", check=False) != ""
+
+
+def test_pipes_and_terminals_move_by_option(hosts: Hosts, containers: Containers) -> None:
+    container = containers.make("a", "pig-stdio", "sh", "-c", TALKS)
+    start = 'cd "$1" && runc run -d --bundle . pig-stdio </dev/null 2>/dev/null | cat >/dev/null &'
+    hosts.sh("a", f"({start}) >/dev/null 2>&1", container.bundle)
+    wait_until(
+        "it runs", lambda: hosts.sh("a", f"cat {container.rootfs}/data/n", check=False) != ""
+    )
+    refused = container.migrate("a", "b")
+    assert refused.code == 3
+    assert "a pipe leads out of the container" in refused.stderr
+    hosts.sh("a", "echo 'engines: {runc: {stdio: devnull}}' > /tmp/stdio.yaml")
+    moved = container.migrate("a", "b", "--config", "/tmp/stdio.yaml")
+    assert moved.code == 0, moved.stderr
+    assert hosts.sh("b", "readlink /proc/$1/fd/1", str(container.pid("b"))) == "/dev/null"
+    counts_on(hosts, "b", container)
+
+    talker = containers.make("a", "pig-tty", "sh", "-c", TALKS, terminal=True)
+    for host in ("a", "b"):
+        hosts.lab.push(host, RECVTTY, "/var/tmp/recvtty.py")
+        hosts.sh(
+            host,
+            "rm -f /run/tty.sock; setsid python3 /var/tmp/recvtty.py /run/tty.sock /tmp/tty.out"
+            " </dev/null >/dev/null 2>&1 &",
+        )
+        wait_until("it listens", partial(listens, hosts, host))
+    run = "runc run -d --console-socket /run/tty.sock --bundle . pig-tty </dev/null >/dev/null 2>&1"
+    hosts.sh("a", f'cd "$1" && {run}', talker.bundle)
+    wait_until("it talks", lambda: "5" in hosts.sh("a", "cat /tmp/tty.out"))
+    refused = talker.migrate("a", "b")
+    assert refused.code == 3
+    assert "the container has a terminal" in refused.stderr
+    hosts.sh("a", "echo 'engines: {runc: {console_socket: /run/tty.sock}}' > /tmp/tty.yaml")
+    moved = talker.migrate("a", "b", "--config", "/tmp/tty.yaml")
+    assert moved.code == 0, moved.stderr
+    counts_on(hosts, "b", talker)
+    count = talker.rootfs + "/data/n"
+    at = int(hosts.sh("b", f"cat {count}"))
+    wait_until(
+        "it talks to its new terminal", lambda: str(at + 3) in hosts.sh("b", "cat /tmp/tty.out")
+    )
     clean(hosts)
 
 
