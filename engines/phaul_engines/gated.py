@@ -29,6 +29,8 @@ class GatedCommand:
         request: what CRIU is asked to do, for messages: `DUMP` or `RESTORE`.
         log: CRIU's own log.
         pass_fds: descriptors that CRIU is to inherit through the runtime.
+        quiet: its output is /dev/null, since what it restores may inherit that; then it has to be
+            told to log to OUTPUT in the gate's directory.
         before_exec: called with the command's pid; the command waits for a line on its standard
             input, which it gets after that. Without it, that is /dev/null.
     """
@@ -42,10 +44,12 @@ class GatedCommand:
         request: str,
         log: Path,
         pass_fds: Sequence[int] = (),
+        quiet: bool = False,
         before_exec: Callable[[int], object] | None = None,
     ) -> None:
         self._name = name
         self._before_exec = before_exec
+        self._quiet = quiet
         self._argv = list(argv)
         self.gate = gate
         self._request = request
@@ -62,8 +66,7 @@ class GatedCommand:
         """
         self.gate.open()
         env: Mapping[str, str] = {**os.environ, **self.gate.environment}
-        # A file and no pipe: what the runtime restores may keep it open, and must not need us.
-        with (self.gate.directory / OUTPUT).open("wb") as output:
+        with Path(os.devnull if self._quiet else self.gate.directory / OUTPUT).open("wb") as output:
             self._process = proc.spawn(
                 self._argv,
                 stdin=proc.PIPE if self._before_exec else proc.DEVNULL,

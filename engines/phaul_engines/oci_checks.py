@@ -9,9 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from phaul_engines.oci import Container, Mount, cgroup_directory, cgroup_of, cgroup_pids
-from phaul_engines.proctree import Tree, established_connections, pipes_to_others
+from phaul_engines.proctree import (
+    Tree,
+    established_connections,
+    pipes_to_others,
+    read_process,
+)
 from phaul_engines.runc_options import RuncOptions
 from phaul_runtime.engine import OK, REFUSED, WARNING, Finding
+from phaul_runtime.errors import NoSuchTarget
 
 _MIB = 1 << 20
 # Made in each network namespace by tunnel modules, not by the container's network.
@@ -214,14 +220,28 @@ def _mount_id(home: Path, number: int) -> str:
 def _strangers(tree: Tree) -> Iterable[Finding]:
     """Processes that were put into the container from outside: CRIU dumps only its init's tree."""
     others = set(cgroup_pids(cgroup_of(tree.root.pid))) - set(tree.pids)
-    if others:
-        pid = min(others)
+    for pid in sorted(others):
+        if not _came_in_from_outside(pid, tree.root.pid):
+            continue
         yield Finding(
             "exec",
             REFUSED,
             f"pid {pid} was started in the container by exec: it would end with the move",
             "end it, or wait for its end",
         )
+
+
+def _came_in_from_outside(pid: int, init: int) -> bool:
+    """Whether a process lives that does not descend from a container's init.
+
+    A child that the container has only just started is none.
+    """
+    try:
+        while pid not in (0, 1, init):
+            pid = read_process(pid).parent
+    except NoSuchTarget:
+        return False  # it ended meanwhile, or its parent did
+    return pid != init
 
 
 # -- at the destination ------------------------------------------------------------------------

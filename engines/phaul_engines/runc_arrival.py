@@ -16,7 +16,7 @@ from typing import Any
 from phaul_hooks.gate import Gate, GateEvent
 
 from phaul_engines import netlock
-from phaul_engines.gated import GatedCommand, deadline_in
+from phaul_engines.gated import OUTPUT, GatedCommand, deadline_in
 from phaul_engines.members import LET_GO_WITHIN_S, POLL_S
 from phaul_engines.oci import (
     CONFIG,
@@ -177,6 +177,7 @@ class RuncDestination(DestinationHalf):
             words += ["--console-socket", self._options.console_socket]
         if _by_systemd(self._manifest["config"]):
             words = ["--systemd-cgroup", *words]
+        words = ["--log", str(gate.directory / OUTPUT), *words]
         argv = ["sh", "-c", _WAIT_THEN_EXEC, "sh", *self._runtime.argv(*words, name)]
         command = GatedCommand(
             argv,
@@ -184,6 +185,7 @@ class RuncDestination(DestinationHalf):
             name=self._options.binary,
             request="RESTORE",
             log=images_dir / "restore.log",
+            quiet=True,
             before_exec=lambda pid: cgroup.adopt(self._id, pid),
         )
         self._command = command
