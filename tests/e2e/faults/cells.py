@@ -38,7 +38,6 @@ FAULTS: dict[str, tuple[str, ...]] = {
 }
 QUICK = {
     ("kill-cli", "dump"),
-    ("kill-cli", "prepared"),
     ("kill-cli", "committing"),
     ("kill-agent", "restore"),
     ("kill-agent", "committing"),
@@ -46,25 +45,20 @@ QUICK = {
     ("kill-criu-a", "predump"),
     ("kill-criu-b", "prepared"),
     ("cut-5s", "committing"),
-    ("cut-for-good", "prepared"),
     ("cut-for-good", "committing"),
     ("full-tmpfs-b", "predump"),
     ("restore-refused", "between"),
-    ("clock-back", "restore"),
 }
 # A container's own way through the same moments: its runtime, its gate, its files.
 QUICK_CONTAINER = {
-    ("kill-cli", "dump"),
     ("kill-cli", "prepared"),
     ("kill-cli", "committing"),
     ("kill-agent", "restore"),
-    ("kill-agent", "committing"),
     ("kill-criu-a", "copy"),
     ("kill-criu-b", "prepared"),
     ("kill-runtime-a", "prepared"),
     ("kill-runtime-b", "prepared"),
     ("kill-runtime-b", "committing"),
-    ("cut-for-good", "prepared"),
     ("restore-refused", "between"),
 }
 
