@@ -26,6 +26,7 @@ def one_clear_line(stderr: str) -> str:
 
 
 def test_pid_taken_at_the_destination(hosts: Hosts) -> None:
+    hosts.sh("b", "rm -f /var/tmp/taken.status")  # of an earlier run
     victim = hosts.dirtier("a", "taken", "--mib", "16", "--writes", "100")
     # Somebody at b gets that very pid: the next one after ns_last_pid.
     last = hosts.sh("b", "cat /proc/sys/kernel/ns_last_pid")
