@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 _ROOTS = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified"), Path("/sys/fs/cgroup/systemd"))
@@ -64,14 +65,19 @@ def members(name: str) -> list[int]:
 
 def kill(name: str, *, within_s: float = 10.0) -> None:
     """End everything in `phaul-runtime/NAME`, and remove the group; idempotent."""
+    kill_all(lambda: members(name), within_s=within_s)
+    root = _root()
+    remove(None if root is None else root / GROUP / name)
+
+
+def kill_all(find: Callable[[], Iterable[int]], *, within_s: float) -> None:
+    """End the processes that `find` finds, until it finds none or the time is up."""
     deadline = time.monotonic() + within_s
-    while (pids := members(name)) and time.monotonic() < deadline:
+    while (pids := list(find())) and time.monotonic() < deadline:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(_POLL_S)
-    root = _root()
-    remove(None if root is None else root / GROUP / name)
 
 
 def sweep() -> None:

@@ -24,7 +24,7 @@ from phaul_engines import netlock
 from phaul_engines.gated import GatedCommand
 from phaul_engines.members import Members
 from phaul_engines.oci import Container, Runtime, cgroup_of, read_container, read_limits
-from phaul_engines.oci_checks import network_kind, target_findings
+from phaul_engines.oci_checks import target_findings
 from phaul_engines.proctree import Tree, established_connections, read_tree
 from phaul_engines.runc_arrival import RuncDestination, common_flags, leave_bundle
 from phaul_engines.runc_options import CrunOptions, RuncOptions
@@ -129,7 +129,6 @@ class RuncSource(SourceHalf):
                     for mount in container.binds
                     if mount.directory
                 },
-                "network": network_kind(container),
             },
             findings=target_findings(container, tree, self.options, root=self.options.binary),
         )

@@ -7,7 +7,6 @@ import itertools
 import json
 import logging
 import os
-import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -281,12 +280,7 @@ class RuncDestination(DestinationHalf):
         path = self._cgroup or str(self._manifest.get("cgroup", ""))
         if not path.strip("/"):
             return
-        deadline = time.monotonic() + _END_S
-        while (pids := cgroup_pids(path)) and time.monotonic() < deadline:
-            for pid in pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(POLL_S)
+        cgroup.kill_all(lambda: cgroup_pids(path), within_s=_END_S)
         with contextlib.suppress(OSError):
             cgroup_directory(path).rmdir()
 
