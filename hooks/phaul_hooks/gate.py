@@ -4,14 +4,15 @@ The engine's own CRIU is reached by its action script, and that by CRIU's config
 into it, this project takes the environment: `CRIU_CONFIG_FILE` names a file of this migration
 alone, and runc and crun hand their environment on to CRIU. Seen working with runc 1.1 and crun 1.21
 over CRIU 4.1. Nothing is installed on the host, two migrations at once do not meet, and a script is
-called once for an event. (The others: the annotation `org.criu.config`, which the container must
-have had from its start, and /etc/criu/runc.conf, which is every container's. Both are read after
-ours, by RPC, and go on to apply. There the file is parsed twice, and so each event calls the script
-twice.)
+called once for an event. Where a daemon starts the runtime (docker, at the destination), that is
+out of reach, and the container gets the annotation `org.criu.config` when it is created. (The third
+way, /etc/criu/runc.conf, is every container's. Both are read after the environment's, by RPC, and
+apply beside it. There the file is parsed twice, and so each event calls the script twice: the gate
+gives the same answer again.)
 
 The script (criu-gate.sh) is POSIX sh, starts no interpreter beside it, and fails closed. CRIU
-executes it by its path, without arguments: the environment, which CRIU hands on as well, names the
-gate.
+executes it by its path, without arguments: a link to it lies in the gate's directory, and that is
+how it finds its gate. (A link, since /run is often mounted noexec, which counts for the script.)
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ from phaul_runtime.errors import MigrationFailed
 SCRIPT = Path(__file__).with_name("criu-gate.sh")
 EVENTS = "events"
 VERDICT = "verdict"
+SECONDS = "seconds"
+ASK = "ask"
+EARLY = "early"
 CONFIG = "criu.conf"
 
 
@@ -41,20 +45,31 @@ class GateEvent:
 
 
 class Gate:
-    """The two FIFOs and the configuration file of one request to CRIU.
+    """The FIFOs, the script and the configuration file of one request to CRIU.
 
     Args:
         directory: to be created, mode 0700.
         deadline_s: how long the script waits for a verdict before it takes it for a no.
         options: further lines of CRIU's configuration file, without dashes.
+        early: be asked before a restore, too (`pre-restore`).
     """
 
-    def __init__(self, directory: Path, *, deadline_s: float, options: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        deadline_s: float,
+        options: Sequence[str] = (),
+        early: bool = False,
+    ) -> None:
         self.directory = directory
-        self._lines = [f"action-script {SCRIPT}", *options]
+        self._lines = [f"action-script {directory / ASK}", *options]
         self._seconds = max(1, round(deadline_s))
         self._events = self._verdict = -1
         self._unread = b""
+        self._early = early
+        self._asked: set[str] = set()
+        self._verdicts: dict[str, bool] = {}
 
     def open(self) -> None:
         """Make everything.
@@ -69,6 +84,10 @@ class Gate:
         try:
             self.directory.mkdir(mode=0o700)
             (self.directory / CONFIG).write_text("\n".join(self._lines) + "\n", encoding="utf-8")
+            (self.directory / SECONDS).write_text(f"{self._seconds}\n", encoding="ascii")
+            (self.directory / ASK).symlink_to(SCRIPT)
+            if self._early:
+                (self.directory / EARLY).touch()
             for name in (EVENTS, VERDICT):
                 os.mkfifo(self.directory / name, 0o600)
             # Neither may be inherited: the script learns of our death by the last writer's end.
@@ -82,11 +101,7 @@ class Gate:
     @property
     def environment(self) -> dict[str, str]:
         """For the command whose CRIU is to ask."""
-        return {
-            "CRIU_CONFIG_FILE": str(self.directory / CONFIG),
-            "PHAUL_GATE": str(self.directory),
-            "PHAUL_GATE_SECONDS": str(self._seconds),
-        }
+        return {"CRIU_CONFIG_FILE": str(self.directory / CONFIG)}
 
     def next(self, deadline: float, command: int) -> GateEvent | None:
         """The next event; None once the command has ended and nothing was asked, or at `deadline`.
@@ -98,7 +113,12 @@ class Gate:
         over: list[int] = []
         while True:
             if event := self._read():
-                return event
+                if event.action not in self._asked:
+                    self._asked.add(event.action)
+                    return event
+                if event.action in self._verdicts:
+                    self.answer(event, yes=self._verdicts[event.action])
+                continue
             left = deadline - time.monotonic()
             if over or left <= 0:
                 return None
@@ -116,7 +136,8 @@ class Gate:
         return GateEvent(action, int(pid) if pid.isdigit() else 0)
 
     def answer(self, event: GateEvent, *, yes: bool) -> None:
-        """Let CRIU go on, or not."""
+        """Let CRIU go on, or not; should it ask once more, it gets the same answer."""
+        self._verdicts[event.action] = yes
         with contextlib.suppress(OSError):
             os.write(self._verdict, f"{'yes' if yes else 'no'} {event.action}\n".encode())
 

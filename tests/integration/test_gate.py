@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from phaul_hooks.gate import CONFIG, SCRIPT, Gate, GateEvent
+from phaul_hooks.gate import ASK, CONFIG, SECONDS, Gate, GateEvent
 
 from phaul_runtime.errors import MigrationFailed
 
@@ -22,12 +22,11 @@ def gate(tmp_path: Path) -> Iterator[Gate]:
     found.close()
 
 
-def script(gate: Gate, action: str, **env: str) -> subprocess.Popen[bytes]:
+def script(gate: Gate, action: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [SCRIPT],
-        env={**os.environ, **gate.environment, "CRTOOLS_SCRIPT_ACTION": action,
-             "CRTOOLS_INIT_PID": "77", **env},
-    )  # fmt: skip
+        [gate.directory / ASK],
+        env={**os.environ, "CRTOOLS_SCRIPT_ACTION": action, "CRTOOLS_INIT_PID": "77"},
+    )
 
 
 def ask(gate: Gate, process: subprocess.Popen[bytes], within_s: float = 20) -> GateEvent | None:
@@ -39,14 +38,36 @@ def ask(gate: Gate, process: subprocess.Popen[bytes], within_s: float = 20) -> G
 
 
 @pytest.mark.parametrize("action", ["pre-dump", "post-dump", "post-restore"])
-def test_it_goes_on_only_on_a_yes(gate: Gate, action: str) -> None:
-    for yes in (True, False, True, True):
-        process = script(gate, action)
-        event = ask(gate, process)
-        assert event == GateEvent(action, 77)
-        assert process.poll() is None
-        gate.answer(event, yes=yes)
-        assert process.wait(20) == (0 if yes else 1)
+@pytest.mark.parametrize("yes", [True, False])
+def test_it_goes_on_only_on_a_yes(gate: Gate, action: str, yes: bool) -> None:
+    process = script(gate, action)
+    event = ask(gate, process)
+    assert event == GateEvent(action, 77)
+    assert process.poll() is None
+    gate.answer(event, yes=yes)
+    assert process.wait(20) == (0 if yes else 1)
+
+
+@pytest.mark.parametrize("yes", [True, False])
+def test_asked_twice_it_gives_the_same_answer_and_is_heard_once(gate: Gate, yes: bool) -> None:
+    first = script(gate, "post-restore")
+    event = ask(gate, first)
+    assert event is not None
+    gate.answer(event, yes=yes)
+    assert first.wait(20) == (0 if yes else 1)
+    again = script(gate, "post-restore")
+    assert ask(gate, again) is None
+    assert again.wait(20) == (0 if yes else 1)
+
+
+def test_it_asks_before_a_restore_only_where_it_is_told_to(gate: Gate, tmp_path: Path) -> None:
+    assert script(gate, "pre-restore").wait(20) == 0
+    early = Gate(tmp_path / "early", deadline_s=20, early=True)
+    early.open()
+    process = script(early, "pre-restore")
+    assert ask(early, process) == GateEvent("pre-restore", 77)
+    early.close()
+    assert process.wait(20) == 1
 
 
 def test_nobody_at_the_other_end_is_a_no(gate: Gate) -> None:
@@ -62,11 +83,19 @@ def test_an_end_without_an_answer_is_a_no(gate: Gate) -> None:
 
 
 def test_no_gate_at_all_is_a_no(gate: Gate) -> None:
-    assert script(gate, "post-dump", PHAUL_GATE="/nowhere").wait(20) == 1
+    process = script(gate, "post-dump")
+    assert ask(gate, process) is not None
+    gate.close()
+    assert process.wait(20) == 1
+    for path in gate.directory.iterdir():
+        if path.name != ASK:
+            path.unlink()
+    assert script(gate, "post-dump").wait(20) == 1
 
 
 def test_no_answer_in_time_is_a_no(gate: Gate) -> None:
-    process = script(gate, "post-dump", PHAUL_GATE_SECONDS="1")
+    (gate.directory / SECONDS).write_text("1\n")
+    process = script(gate, "post-dump")
     assert ask(gate, process) is not None
     assert process.wait(20) == 1
 
@@ -90,7 +119,7 @@ def test_what_is_only_told_does_not_wait(gate: Gate) -> None:
 
 def test_its_configuration_and_rights(gate: Gate) -> None:
     text = (gate.directory / CONFIG).read_text()
-    assert text == f"action-script {SCRIPT}\nps-socket 7\n"
+    assert text == f"action-script {gate.directory / ASK}\nps-socket 7\n"
     assert gate.directory.stat().st_mode & 0o777 == 0o700
     with pytest.raises(MigrationFailed, match="cannot make"):
         Gate(gate.directory, deadline_s=1).open()
