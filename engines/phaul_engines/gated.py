@@ -95,16 +95,8 @@ class GatedCommand:
 
     def failure(self) -> CriuError:
         """Why it failed: CRIU's first error lines, and the runtime's own where there are none."""
-        text = _tail(self._log)
-        lines = error_lines(text)
-        said = [line for line in _tail(self.gate.directory / OUTPUT).splitlines() if line.strip()]
-        return CriuError(
-            f"{self._name}'s {self._request.lower()} failed",
-            request=self._request,
-            hint=advice([*lines, *said]),
-            log=[*lines, *said[-2:]][: LOG_LINES + 2],
-            log_text=text,
-        )
+        said = _tail(self.gate.directory / OUTPUT).splitlines()
+        return failure(self._name, self._request, self._log, said)
 
     def close(self) -> None:
         """Answer no to whatever is still asked, and wait for the end; idempotent."""
@@ -117,6 +109,20 @@ class GatedCommand:
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
+
+
+def failure(name: str, request: str, log: Path, said: Sequence[str]) -> CriuError:
+    """Why a runtime's dump or restore failed: CRIU's first error lines, and what `name` said."""
+    text = _tail(log)
+    lines = error_lines(text)
+    said = [line for line in said if line.strip()]
+    return CriuError(
+        f"{name}'s {request.lower()} failed",
+        request=request,
+        hint=advice([*lines, *said]),
+        log=[*lines, *said[-2:]][: LOG_LINES + 2],
+        log_text=text,
+    )
 
 
 def _tail(path: Path) -> str:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from phaul_runtime import proc
 from phaul_runtime.errors import MigrationFailed, NoSuchTarget, Refused
+from phaul_runtime.filesystem import gather
 from phaul_runtime.images import unmount_below
+from phaul_runtime.rpc import phaul_pb2 as pb
 
 CONFIG = "config.json"
 CGROUP_ROOT = Path("/sys/fs/cgroup")
@@ -154,6 +156,12 @@ def is_bind(mount: Mapping[str, Any]) -> bool:
     return mount.get("type") == "bind" or bool({"bind", "rbind"} & set(mount.get("options") or ()))
 
 
+def single_files(mounts: Iterable[Mount]) -> list[pb.FileFact]:
+    """The facts of files that are mounted in; directories are carried as trees, or not at all."""
+    facts = [gather(mount.source) for mount in mounts if not mount.directory]
+    return [fact for fact in facts if fact is not None]
+
+
 def rootfs_of(bundle: Path, config: Mapping[str, Any]) -> Path:
     """Where a bundle's root file system lies."""
     return bundle / str(config.get("root", {}).get("path", "rootfs"))
@@ -180,6 +188,32 @@ def read_container(runtime: Runtime, name: str) -> Container:
     except (OSError, ValueError) as error:
         raise Refused(f"cannot read {bundle / CONFIG}: {error}") from error
     return Container(name, int(state["pid"]), state["status"], bundle, config)
+
+
+class CheckpointOptions(Protocol):
+    """What is configured of checkpoints, whatever the engine."""
+
+    @property
+    def tcp_established(self) -> bool:
+        """Carry established TCP connections."""
+
+    @property
+    def file_locks(self) -> bool:
+        """Carry file locks."""
+
+    @property
+    def ext_unix_sk(self) -> bool:
+        """Carry unix sockets that lead out, cut off."""
+
+
+def common_flags(options: CheckpointOptions) -> list[str]:
+    """What checkpoint and restore must agree on, as the runtime's flags."""
+    flags = {
+        "--tcp-established": options.tcp_established,
+        "--file-locks": options.file_locks,
+        "--ext-unix-sk": options.ext_unix_sk,
+    }
+    return [flag for flag, given in flags.items() if given]
 
 
 # -- cgroup v2 ---------------------------------------------------------------------------------

@@ -50,22 +50,40 @@ def target_findings(
             Finding("target", REFUSED, "the container is paused", f"{root} resume {container.name}")
         )
     found += _namespaces(container)
-    found += _network(container, tree, options)
+    found += _network(container, tree)
+    found += connection_findings(tree, allowed=options.tcp_established)
     found += _mounts(container.binds, options)
     found += _stdio(container, tree, options)
-    found += _strangers(tree)
-    if tree.odd:
-        found.append(Finding("descriptors", REFUSED, f"CRIU cannot dump: {tree.odd[0]}"))
-    for member in tree.members:
-        if member.tracer:
-            text = f"pid {member.pid} is traced by pid {member.tracer}"
-            found.append(
-                Finding("tracer", REFUSED, text, "end the debugger: CRIU traces it itself")
-            )
+    found += stranger_findings(tree)
+    found += tree_findings(tree)
     if container.config.get("hooks"):
         text = "config.json has OCI hooks: their programs have to be at the destination too"
         found.append(Finding("oci-hooks", WARNING, text))
     return found
+
+
+def tree_findings(tree: Tree) -> Iterable[Finding]:
+    """What CRIU cannot dump in a container's processes."""
+    if tree.odd:
+        yield Finding("descriptors", REFUSED, f"CRIU cannot dump: {tree.odd[0]}")
+    for member in tree.members:
+        if member.tracer:
+            text = f"pid {member.pid} is traced by pid {member.tracer}"
+            yield Finding("tracer", REFUSED, text, "end the debugger: CRIU traces it itself")
+
+
+def connection_findings(tree: Tree, *, allowed: bool) -> Iterable[Finding]:
+    """Whether established connections stand against it."""
+    connections = established_connections(tree)
+    if connections and not allowed:
+        local, port, remote, remote_port = connections[0]
+        yield Finding(
+            "tcp",
+            REFUSED,
+            f"{len(connections)} TCP connections are established: "
+            f"{local}:{port} > {remote}:{remote_port}",
+            "--tcp-established carries them, if their address moves too",
+        )
 
 
 def describe(container: Container, tree: Tree) -> str:
@@ -112,26 +130,16 @@ def network_kind(container: Container) -> str:
     return "path" if namespaces["network"] else "own"
 
 
-def _network(container: Container, tree: Tree, options: RuncOptions) -> Iterable[Finding]:
-    kind = network_kind(container)
-    if kind == "own":
-        devices = [name for name in _devices(tree.root.pid) if name not in _FALLBACK_DEVICES]
-        if devices:
-            yield Finding(
-                "network",
-                REFUSED,
-                f"its network namespace has the device {devices[0]}, whose other end stays here",
-                "make the namespace with ip netns add, and name its path in config.json",
-            )
-    connections = established_connections(tree)
-    if connections and not options.tcp_established:
-        local, port, remote, remote_port = connections[0]
+def _network(container: Container, tree: Tree) -> Iterable[Finding]:
+    if network_kind(container) != "own":
+        return
+    devices = [name for name in _devices(tree.root.pid) if name not in _FALLBACK_DEVICES]
+    if devices:
         yield Finding(
-            "tcp",
+            "network",
             REFUSED,
-            f"{len(connections)} TCP connections are established: "
-            f"{local}:{port} > {remote}:{remote_port}",
-            "--tcp-established carries them, if their address moves too",
+            f"its network namespace has the device {devices[0]}, whose other end stays here",
+            "make the namespace with ip netns add, and name its path in config.json",
         )
 
 
@@ -217,12 +225,15 @@ def _mount_id(home: Path, number: int) -> str:
     return next((line.split()[1] for line in text.splitlines() if line.startswith("mnt_id:")), "")
 
 
-def _strangers(tree: Tree) -> Iterable[Finding]:
+def strangers(tree: Tree) -> list[int]:
     """Processes that were put into the container from outside: CRIU dumps only its init's tree."""
     others = set(cgroup_pids(cgroup_of(tree.root.pid))) - set(tree.pids)
-    for pid in sorted(others):
-        if not _came_in_from_outside(pid, tree.root.pid):
-            continue
+    return [pid for pid in sorted(others) if _came_in_from_outside(pid, tree.root.pid)]
+
+
+def stranger_findings(tree: Tree) -> Iterable[Finding]:
+    """What speaks against ending them."""
+    for pid in strangers(tree):
         yield Finding(
             "exec",
             REFUSED,

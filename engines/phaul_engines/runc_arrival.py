@@ -24,6 +24,7 @@ from phaul_engines.oci import (
     cgroup_directory,
     cgroup_of,
     cgroup_pids,
+    common_flags,
     is_bind,
     rootfs_of,
 )
@@ -307,16 +308,6 @@ def leave_bundle(bundle: Path) -> None:
         _write_mark(bundle, {})
 
 
-def common_flags(options: RuncOptions) -> list[str]:
-    """What checkpoint and restore must agree on."""
-    flags = {
-        "--tcp-established": options.tcp_established,
-        "--file-locks": options.file_locks,
-        "--ext-unix-sk": options.ext_unix_sk,
-    }
-    return [flag for flag, given in flags.items() if given]
-
-
 def _netns(manifest: Mapping[str, Any]) -> str:
     entries = manifest["config"].get("linux", {}).get("namespaces", [])
     return next((str(e.get("path", "")) for e in entries if e["type"] == "network"), "")
@@ -365,4 +356,4 @@ def _write_mark(bundle: Path, mark: Mapping[str, Any]) -> None:
     _mark_path(bundle).write_text(json.dumps(dict(mark)), encoding="utf-8")
 
 
-__all__ = ["RuncDestination", "common_flags", "leave_bundle"]
+__all__ = ["RuncDestination", "leave_bundle"]

@@ -1,0 +1,396 @@
+"""The destination half of the docker engine: a container of the same configuration, restored."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from phaul_hooks.gate import CONFIG, Gate, GateEvent
+
+from phaul_engines.docker_checks import destination_findings
+from phaul_engines.docker_config import CRIU_CONFIG, CreatePlan, create_body
+from phaul_engines.docker_daemon import Daemon
+from phaul_engines.docker_volumes import may_be_overwritten, unmark
+from phaul_engines.gated import deadline_in, failure
+from phaul_engines.oci import cgroup_of, cgroup_pids
+from phaul_runtime import cgroup
+from phaul_runtime.criu import Criu
+from phaul_runtime.engine import REFUSED, DestinationHalf, Finding
+from phaul_runtime.errors import DestinationError, MigrationFailed, PhaulError
+from phaul_runtime.images import remove_tree
+
+log = logging.getLogger(__name__)
+
+# One directory a migration; the container's annotation names the file in it, and so its migration.
+OURS = Path("/run/phaul-runtime/docker")
+RESTORE_WITHIN_S = 300.0
+_END_S = 60.0
+_DESCRIPTORS = "descriptors.json"
+_MADE = "made.json"
+_LEAKED = "ctrd-checkpoint*"
+
+
+def is_ours(path: str) -> bool:
+    """Whether a CRIU configuration that an annotation names is one of a move."""
+    return Path(path).is_relative_to(OURS)
+
+
+class DockerDestination(DestinationHalf):
+    """The destination half.
+
+    The container is created with its name, and with an annotation that names a file of this
+    migration: CRIU's configuration, by which the restore takes the images from where they lie (so
+    that nothing large goes through the daemon, and nothing at all can be restored without asking at
+    the gate), and by which it is found again.
+
+    Args:
+        hold_s: how long a restored container is held.
+    """
+
+    def __init__(self, hold_s: float) -> None:
+        self._hold_s = hold_s
+        self._manifest: Mapping[str, Any] = {}
+        self._id = ""
+        self._start: _Start | None = None
+        self._gate: Gate | None = None
+        self._held: GateEvent | None = None
+        self._numbers = itertools.count(1)
+        self._cgroup = ""
+
+    # -- before anything is touched --------------------------------------------------------
+
+    def check(self, manifest: Mapping[str, Any]) -> Sequence[Finding]:
+        """See `DestinationHalf`."""
+        try:
+            return destination_findings(_daemon(manifest), manifest)
+        except PhaulError as error:
+            return [Finding("docker", REFUSED, error.message, error.hint)]
+
+    # -- the container ---------------------------------------------------------------------
+
+    def prepare(self, manifest: Mapping[str, Any], migration_id: str) -> None:
+        """See `DestinationHalf`; without its image, the container is made when that has arrived."""
+        self._manifest, self._id = manifest, migration_id
+        self._daemon = _daemon(manifest)
+        if self._ours() is not None:
+            return  # an earlier agent was here
+        if self._image():
+            self._create()
+        elif not manifest["carry_image"]:
+            raise DestinationError(f"the image {manifest['image']} is missing")
+
+    def _image(self) -> str:
+        """What to name as the image here; empty if it is missing."""
+        name, image_id = str(self._manifest["image"]), str(self._manifest["image_id"])
+        if self._daemon.image_id(name) == image_id:
+            return name
+        return self._daemon.image_id(image_id)
+
+    @property
+    def _place(self) -> Path:
+        return OURS / self._id
+
+    def _ours(self) -> Mapping[str, Any] | None:
+        """The container of this migration, as docker describes it; None if there is none."""
+        facts = self._daemon.container(str(self._manifest["name"]))
+        if facts is None:
+            return None
+        annotations = facts["HostConfig"].get("Annotations") or {}
+        return facts if annotations.get(CRIU_CONFIG) == str(self._place / CONFIG) else None
+
+    def _there(self) -> Mapping[str, Any]:
+        facts = self._ours()
+        if facts is None:
+            raise DestinationError(f"the container {self._manifest['name']} is gone")
+        return facts
+
+    def _plan(self) -> CreatePlan:
+        manifest = self._manifest
+        return create_body(
+            manifest["facts"],
+            api_version=self._daemon.api_version,
+            image=self._image(),
+            annotations={CRIU_CONFIG: str(self._place / CONFIG)},
+            mounts={s: how for s, how in manifest["mounts"].items() if how.startswith("/")},
+            addresses=manifest["addresses"],
+            ours=is_ours,
+        )
+
+    def _create(self) -> None:
+        plan = self._plan()
+        made = []
+        for volume in self._named_volumes():
+            there = self._daemon.volume(volume)
+            if there is None:
+                made.append(volume)
+            elif not may_be_overwritten(Path(str(there["Mountpoint"]))):
+                raise DestinationError(f"the volume {volume} was filled there meanwhile")
+        try:
+            self._place.mkdir(mode=0o700, parents=True)
+            (self._place / _MADE).write_text(json.dumps(made), encoding="utf-8")
+        except OSError as error:
+            raise DestinationError(f"cannot make {self._place}: {error.strerror}") from error
+        container = self._daemon.create(str(self._manifest["name"]), plan.body)
+        for network, endpoint in plan.connect:
+            self._daemon.connect(container, network, endpoint)
+
+    def _named_volumes(self) -> list[str]:
+        return [v["name"] for v in self._manifest["volumes"] if v["name"] and v["tree"]]
+
+    def trees(self) -> Mapping[str, Path]:
+        """See `DestinationHalf`: the image alone, as long as it is missing."""
+        facts = self._ours()
+        if facts is None:
+            return {"image": self._image_place()}
+        at = {m["Destination"]: Path(m["Source"]) for m in facts["Mounts"]}
+        found = {"layer": Path(str(facts["GraphDriver"]["Data"]["UpperDir"]))}
+        found |= {v["tree"]: at[v["destination"]] for v in self._manifest["volumes"] if v["tree"]}
+        carried = [s for s, how in self._manifest["mounts"].items() if how == "rsync"]
+        found |= {f"mount-{number}": Path(source) for number, source in enumerate(carried, 1)}
+        if self._manifest["shm"]:
+            found["shm"] = self._place / "shm"
+        return found
+
+    def _image_place(self) -> Path:
+        return self._daemon.root / "tmp" / f"phaul-{self._id}"
+
+    def arrived(self, name: str) -> None:
+        """See `DestinationHalf`: `docker load`, and the container can be made."""
+        try:
+            self._daemon.load(self._image_place() / "image.tar")
+        finally:
+            remove_tree(self._image_place())
+        if not self._image():
+            raise DestinationError(
+                f"docker load has not made the image {self._manifest['image']}",
+                hint="docker save at the source and docker load here, by hand, say why",
+            )
+        self._create()
+
+    # -- the restore -----------------------------------------------------------------------
+
+    def restore(self, criu: Criu, images_dir: Path) -> int:
+        """See `DestinationHalf`."""
+        facts = self._there()
+        place = self._place / f"gate-{os.getpid()}-{next(self._numbers)}"
+        images = place / "images"
+        gate = self._gate = Gate(
+            place,
+            deadline_s=self._hold_s,
+            options=[
+                f"images-dir {images}",
+                f"work-dir {images}",
+                "log-file restore.log",
+                "verbosity 4",
+                *self._manifest["criu"],
+            ],
+            early=True,
+        )
+        try:
+            gate.open()
+            # CRIU reads this as a link, and nothing else.
+            images.symlink_to(images_dir)
+            self._point_at(gate)
+            checkpoint = self._checkpoint(facts, images_dir)
+            self._start = _Start(
+                _daemon(self._manifest),
+                str(facts["Id"]),
+                checkpoint,
+                self._hold_s + RESTORE_WITHIN_S,
+            )
+            deadline = deadline_in(RESTORE_WITHIN_S)
+            while event := gate.next(deadline, self._start.ended):
+                if event.action == "post-restore":
+                    self._held = event
+                    self._cgroup = cgroup_of(event.pid)
+                    return event.pid
+                if event.action == "pre-restore":
+                    self._fill_shm(facts)
+                gate.answer(event, yes=True)
+            reason = self._reason(images_dir)
+        except BaseException:
+            self.discard()
+            raise
+        self.discard()
+        raise reason
+
+    def _point_at(self, gate: Gate) -> None:
+        """The file that the annotation names is this gate's."""
+        path = self._place / CONFIG
+        path.unlink(missing_ok=True)
+        path.symlink_to(gate.directory / CONFIG)
+
+    def _checkpoint(self, facts: Mapping[str, Any], images_dir: Path) -> str:
+        """A checkpoint for the daemon; all that it needs, and copies, is what runc reads itself."""
+        name = f"phaul-{self._id}"
+        directory = self._daemon.directory(str(facts["Id"])) / "checkpoints" / name
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            shutil.copy(images_dir / _DESCRIPTORS, directory)
+            (directory / name).touch()
+        except OSError as error:
+            raise DestinationError(f"cannot make {directory}: {error.strerror}") from error
+        return name
+
+    def _fill_shm(self, facts: Mapping[str, Any]) -> None:
+        if not self._manifest["shm"]:
+            return
+        mounted = self._daemon.directory(str(facts["Id"])) / "mounts/shm"
+        try:
+            shutil.copytree(
+                self._place / "shm", mounted, symlinks=True, dirs_exist_ok=True, copy_function=_copy
+            )
+        except (OSError, shutil.Error) as error:
+            raise DestinationError(f"cannot fill /dev/shm: {error}") from error
+
+    def _reason(self, images_dir: Path) -> MigrationFailed:
+        said = [self._start.error.message] if self._start and self._start.error else []
+        return failure("docker", "RESTORE", images_dir / "restore.log", said)
+
+    def resume(self) -> float:
+        """See `DestinationHalf`."""
+        gate, start, held = self._gate, self._start, self._held
+        if gate is None or start is None or held is None:
+            raise MigrationFailed("nothing was restored")
+        if start.wait(0):
+            # CRIU or its runtime was killed, and docker has put the container away.
+            raise start.error or MigrationFailed("docker: the container ended while it was held")
+        deadline = deadline_in(self._hold_s)
+        gate.answer(held, yes=True)
+        resumed_at = 0.0
+        while event := gate.next(deadline, start.ended):
+            if event.action == "post-resume":
+                resumed_at = time.monotonic()
+            else:
+                gate.answer(event, yes=True)
+        ended = start.wait(max(0.0, deadline - time.monotonic()))
+        gate.close()
+        self._gate = self._start = self._held = None
+        error = start.error or (None if ended else MigrationFailed("docker: start gives no answer"))
+        if error is not None and not resumed_at:
+            raise error
+        if error is not None:
+            log.warning("%s: it runs, but %s", self._id, error.message)
+        self._settle()
+        return resumed_at or time.monotonic()
+
+    def _settle(self) -> None:
+        """It runs: what only the move needed goes; raises nothing."""
+        try:
+            facts = self._there()
+            policy = self._plan().restart_policy
+            if policy["Name"] not in ("", "no"):
+                self._daemon.set_restart_policy(str(facts["Id"]), policy)
+            self._clean(facts)
+            for mount in facts["Mounts"]:
+                unmark(Path(mount["Source"]))
+        except PhaulError as error:
+            log.warning("%s: it runs, but %s", self._id, error.message)
+        remove_tree(self._place)
+        _remove_if_empty(OURS)
+
+    def _clean(self, facts: Mapping[str, Any]) -> None:
+        """The checkpoint, and the copies of it that containerd leaves in /tmp."""
+        name = f"phaul-{self._id}"
+        remove_tree(self._daemon.directory(str(facts["Id"])) / "checkpoints" / name)
+        for leaked in Path("/tmp").glob(_LEAKED):  # noqa: S108 - that is where they are
+            if (leaked / name).exists():
+                remove_tree(leaked)
+
+    def wait_let_go(self) -> None:
+        """See `DestinationHalf`."""
+        facts = self._ours()  # docker answers once no start is under way
+        if facts is not None and facts["State"]["Running"]:
+            self._settle()
+
+    def discard(self) -> None:
+        """See `DestinationHalf`: the container stays, as created."""
+        if self._gate is not None:
+            self._gate.close()
+        if self._start is not None and not self._start.wait(_END_S):
+            log.warning("%s: docker start does not end", self._id)
+        self._gate = self._start = self._held = None
+        if not self._manifest:
+            return  # nothing was prepared
+        facts = self._ours()
+        if facts is None:
+            return
+        if facts["State"]["Running"]:
+            self._daemon.kill(str(facts["Id"]))
+        if self._cgroup.strip("/"):
+            # A CRIU that was killed leaves tasks that nobody lets go.
+            cgroup.kill_all(lambda: cgroup_pids(self._cgroup), within_s=_END_S)
+        self._clean(facts)
+
+    def undo(self) -> None:
+        """See `DestinationHalf`; an image that was carried stays."""
+        if not self._manifest:
+            return  # nothing was prepared
+        facts = self._ours()
+        if facts is not None:
+            self._daemon.remove(str(facts["Id"]), force=True)
+        with contextlib.suppress(OSError, ValueError):
+            for volume in json.loads((self._place / _MADE).read_text(encoding="utf-8")):
+                self._daemon.remove_volume(volume)
+        remove_tree(self._place)
+        _remove_if_empty(OURS)
+
+
+class _Start:
+    """`docker start --checkpoint` on a thread of its own: it lasts until the gate lets it.
+
+    Attributes:
+        ended: a descriptor that is readable once it has.
+        error: why it failed.
+    """
+
+    def __init__(self, daemon: Daemon, container: str, checkpoint: str, timeout_s: float) -> None:
+        self.error: PhaulError | None = None
+        self.ended, self._end = os.pipe()
+
+        def run() -> None:
+            try:
+                daemon.start(container, checkpoint, timeout_s)
+            except PhaulError as error:
+                self.error = error
+            finally:
+                os.close(self._end)
+
+        self._thread = threading.Thread(target=run, name="docker start", daemon=True)
+        self._thread.start()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether it has ended, within that time."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def __del__(self) -> None:
+        os.close(self.ended)
+
+
+def _daemon(manifest: Mapping[str, Any]) -> Daemon:
+    return Daemon(str(manifest["host"]), float(manifest["timeout_s"]))
+
+
+def _copy(source: str, target: str) -> str:
+    """With the owner, which a copy by shutil does not keep."""
+    shutil.copy2(source, target)
+    info = os.stat(source)
+    os.chown(target, info.st_uid, info.st_gid)
+    return target
+
+
+def _remove_if_empty(*paths: Path) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):
+            path.rmdir()
+            path.parent.rmdir()
