@@ -289,6 +289,13 @@ def test_whose_network_namespace_docker_makes() -> None:
     assert not private_netns(joined(document("rich"), "c" * 64))
 
 
+def test_the_priority_of_a_gateway_and_driver_options_are_kept() -> None:
+    rich = document("rich")
+    rich["NetworkSettings"]["Networks"]["back"].update(GwPriority=7, Links=["db:db"])
+    endpoint = plan_of(rich).body["NetworkingConfig"]["EndpointsConfig"]["back"]
+    assert endpoint == {**BACK, "GwPriority": 7, "Links": ["db:db"]}
+
+
 # -- volumes -----------------------------------------------------------------------------------
 
 
@@ -320,6 +327,18 @@ def test_a_container_equals_itself_after_a_restart(name: str) -> None:
     for endpoint in after["NetworkSettings"]["Networks"].values():
         endpoint.update(EndpointID="x", NetworkID="x", Gateway="x", IPAddress="x", DNSNames=["x"])
     after["NetworkSettings"].update(SandboxID="x", SandboxKey="x", Ports={})
+    assert differences(before, after) == []
+
+
+def test_what_api_versions_say_in_two_ways_is_no_difference() -> None:
+    before, after = document("bridge"), document("bridge")
+    after["HostConfig"]["NetworkMode"] = "default"
+    assert differences(before, after) == []
+    before, after = document("rich"), document("rich")
+    for inspect in (before, after):
+        inspect["NetworkSettings"]["Networks"]["front"]["MacAddress"] = "00:16:3e:01:02:03"
+    before["Config"]["MacAddress"] = "00:16:3e:01:02:03"
+    del after["Config"]["MacAddress"]  # as API 1.52
     assert differences(before, after) == []
 
 
@@ -397,6 +416,9 @@ def containers(draw: st.DrawFn) -> dict[str, Any]:
     other = document(draw(st.sampled_from(NAMES)))
     for key in draw(st.sets(st.sampled_from(sorted(other["HostConfig"].keys() - {"Links"})))):
         inspect["HostConfig"][key] = other["HostConfig"][key]
+    if not inspect["HostConfig"]["Privileged"]:  # docker fills them in, if they are not emptied
+        masked = st.sampled_from([[], ["/proc/kcore"]])
+        inspect["HostConfig"]["MaskedPaths"] = draw(masked)
     networks = draw(st.dictionaries(TEXTS, ENDPOINTS, min_size=1, max_size=3))
     mode = draw(st.sampled_from([*sorted(networks), "host", "none", "bridge", "default"]))
     if mode in ("host", "none"):
