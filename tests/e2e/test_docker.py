@@ -1,0 +1,163 @@
+"""Containers of docker move, whatever docker itself makes of checkpoints."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+from phaul_engines.docker_arrival import is_ours
+from phaul_engines.docker_config import differences
+
+from tests.e2e.conftest import wait_until
+from tests.e2e.docker_hosts import IMAGE, DockerHosts, docker_hosts, docker_lab
+
+__all__ = ["docker_hosts", "docker_lab"]
+
+RICH = (
+    "--env WHO=me --label tier=front --hostname web.example --memory 256m --pids-limit 100 "
+    "--cap-add NET_ADMIN --ulimit nofile=1000:2000 --workdir /data --add-host db:10.1.2.3 "
+    "--stop-signal SIGINT --stop-timeout 3 --log-opt max-size=1m --shm-size 32m "
+    "--tmpfs /scratch:size=1m --sysctl net.core.somaxconn=200 --restart on-failure:3 "
+    "--health-cmd true --health-interval 1h --volume rich-data:/store --volume /anonymous "
+    "--network none"
+)
+
+
+def test_a_container_moves_with_its_configuration_and_comes_back(docker_hosts: DockerHosts) -> None:
+    """Dirtier, volumes, limits, restart policy: the same there; docker can do all with it."""
+    docker_hosts.volumes.append("rich-data")
+    web = docker_hosts.dirtier("a", "rich", "--mib", "16", "--hot-mib", "2", flags=RICH)
+    wait_until("it tells", lambda: docker_hosts.sh("a", f"cat {web.file('a', '/data/status')}"))
+    web.exec("a", "sh", "-c", "echo kept > /store/file; echo new > /anonymous/file; rm /bin/nc")
+    before = web.inspect("a")
+    for host, to in (("a", "b"), ("b", "a")):
+        moved = web.migrate(host, to)
+        assert moved.code == 0, moved.stderr
+        assert web.dirtier(to).verified_on(to)["wrong"] == 0
+        assert web.status(host) == ""
+        assert differences(before, web.inspect(to), ours=is_ours) == []
+        assert web.exec(to, "cat", "/store/file", "/anonymous/file") == "kept\nnew\n"
+        assert "nc" not in web.exec(to, "ls", "/bin").split()
+        for both in ("a", "b"):
+            assert docker_hosts.leftovers(both) == ""
+    assert int(web.exec("a", "cat", "/sys/fs/cgroup/memory.max")) == 256 << 20
+    docker_hosts.sh("a", "docker stop -t 5 rich && docker start rich")
+    wait_until("it runs again", lambda: web.status("a") == "running")
+    assert web.exec("a", "cat", "/store/file") == "kept\n"
+
+
+def test_restart_always_leaves_no_second_copy(docker_hosts: DockerHosts) -> None:
+    """Its end at the source is no failure that docker would mend."""
+    web = docker_hosts.dirtier("a", "always", flags="--network none --restart always")
+    moved = web.migrate("a", "b", "--config", _config(docker_hosts, "{source: keep}"))
+    assert moved.code == 0, moved.stderr
+    assert web.inspect("b")["HostConfig"]["RestartPolicy"]["Name"] == "always"
+    kept = docker_hosts.sh("a", "docker ps -a --format '{{.Names}} {{.State}}'").splitlines()
+    assert [line.split()[1] for line in kept if line.startswith("always-moved-")] == ["exited"]
+    assert docker_hosts.sh("a", "pgrep -x piggie-dirty", check=False) == ""
+    # The policy works there: what it starts is a new one.
+    docker_hosts.sh("b", "kill -9 $1", str(web.pid("b")))
+    wait_until("docker restarts it", lambda: web.inspect("b")["RestartCount"] == 1)
+
+
+def _config(docker_hosts: DockerHosts, options: str) -> str:
+    path = "/var/tmp/docker.yaml"
+    docker_hosts.sh("a", 'printf "engines: {docker: %s}" "$1" > "$2"', options, path)
+    return path
+
+
+def test_a_failed_restore_leaves_the_source_running_and_a_retry_works(
+    docker_hosts: DockerHosts,
+) -> None:
+    """Docker agrees at both ends; the reason is CRIU's own."""
+    web = docker_hosts.dirtier("a", "fails", "--mib", "8", flags="--network none --restart always")
+    vetoes = "/etc/phaul-runtime/hooks/post_restore.d/50-veto"
+    docker_hosts.sh(
+        "b", 'printf "#!/bin/sh\\necho not today >&2; exit 3\\n" > $1; chmod 755 $1', vetoes
+    )
+    try:
+        failed = web.migrate("a", "b")
+    finally:
+        docker_hosts.sh("b", 'rm "$1"', vetoes)
+    assert failed.code == 4
+    assert "50-veto" in failed.stderr
+    assert "not today" in failed.stderr
+    _lives_only_on_a(docker_hosts, web.name)
+    # What the restore needs is gone: CRIU says so.
+    docker_hosts.sh("a", "docker exec fails sh -c 'cp /bin/piggie-dirty /data/x'", check=False)
+    docker_hosts.sh("b", "mount -t tmpfs -o size=4k none /run/phaul")
+    try:
+        failed = web.migrate("a", "b", "--ignore", "space")
+    finally:
+        docker_hosts.sh("b", "umount -l /run/phaul")
+    assert failed.code in (3, 4)
+    _lives_only_on_a(docker_hosts, web.name)
+    moved = web.migrate("a", "b")
+    assert moved.code == 0, moved.stderr
+    assert web.dirtier("b").verified_on("b")["wrong"] == 0
+    assert web.inspect("b")["HostConfig"]["RestartPolicy"]["Name"] == "always"
+
+
+def _lives_only_on_a(docker_hosts: DockerHosts, name: str) -> None:
+    docker = next(made for made in docker_hosts.made if made.name == name)
+    assert docker.status("a") == "running"
+    assert docker.inspect("a")["HostConfig"]["RestartPolicy"]["Name"] == "always"
+    assert docker.status("b") == ""
+    assert docker_hosts.leftovers("b") == ""
+    assert docker.dirtier("a").verified_on("a")["wrong"] == 0
+
+
+def test_an_image_that_is_missing_is_carried(docker_hosts: DockerHosts) -> None:
+    """By save and load, before anything is frozen."""
+    web = docker_hosts.dirtier("a", "carried", "--mib", "4")
+    docker_hosts.sh("b", f"docker rmi {IMAGE}")
+    moved = web.migrate("a", "b")
+    assert moved.code == 0, moved.stderr
+    assert next(event["name"] for event in moved.named("tree_synced")) == "image"
+    assert web.inspect("b")["Image"] == docker_hosts.sh("a", f"docker images -q --no-trunc {IMAGE}")
+    for host in ("a", "b"):
+        assert docker_hosts.leftovers(host) == ""
+
+
+def test_shared_memory_files_move(docker_hosts: DockerHosts) -> None:
+    """/dev/shm is docker's mount, which CRIU leaves to others."""
+    web = docker_hosts.dirtier("a", "shm", "--mib", "4")
+    web.exec("a", "sh", "-c", "echo in memory > /dev/shm/note")
+    moved = web.migrate("a", "b")
+    assert moved.code == 0, moved.stderr
+    assert web.exec("b", "cat", "/dev/shm/note") == "in memory\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ("--network none --volume /var/tmp:/host", "/var/tmp of this host is mounted"),
+        ("--network none --volume taken:/store", "no move left it"),
+        ("--network only-here", "the network only-here is missing there"),
+    ],
+)
+def test_what_cannot_move_is_refused_first(
+    docker_hosts: DockerHosts, flags: str, reason: str
+) -> None:
+    """Exit code 3, and nothing was touched."""
+    docker_hosts.sh("a", "docker network create only-here", check=False)
+    docker_hosts.sh("b", "docker volume create taken; touch /var/lib/docker/volumes/taken/_data/x")
+    docker_hosts.volumes.append("taken")
+    web = docker_hosts.dirtier("a", "refused", "--mib", "4", flags=flags)
+    refused = web.migrate("a", "b")
+    assert refused.code == 3
+    assert reason in refused.stderr
+    assert web.status("a") == "running"
+    assert web.status("b") == ""
+    docker_hosts.clear()
+    docker_hosts.sh("a", "docker network rm only-here", check=False)
+
+
+def test_a_name_that_is_none(docker_hosts: DockerHosts) -> None:
+    """It says which there are."""
+    web = docker_hosts.dirtier("a", "present", "--mib", "4")
+    done = docker_hosts.hosts.migrate("a", "absent", "ssh://root@b", "--engine", "docker")
+    assert done.code == 3
+    assert "absent" in done.stderr
+    assert "present" in done.stderr
+    wait_until("it runs", partial(lambda: web.status("a") == "running"))
