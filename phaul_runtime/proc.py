@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import selectors
+import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,8 @@ from phaul_runtime.errors import PhaulError, Refused
 Process = subprocess.Popen[bytes]
 Expired = subprocess.TimeoutExpired
 DEVNULL, PIPE = subprocess.DEVNULL, subprocess.PIPE
+
+_KILLED_S = 2.0
 
 
 def spawn(
@@ -50,31 +53,62 @@ def spawn(
 
 
 def run(
-    argv: Sequence[str], *, timeout_s: float, env: Mapping[str, str] | None = None
+    argv: Sequence[str],
+    *,
+    timeout_s: float,
+    env: Mapping[str, str] | None = None,
+    input: str | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run `argv` to its end and return what it printed; its exit code is for the caller to judge.
 
+    It runs in a session of its own. One that does not end in time is killed together with whatever
+    it started and has not left its process group: a shell's children too.
+
+    Args:
+        argv: the program and its arguments.
+        timeout_s: until it has ended and nobody holds its stdout and stderr any more.
+        env: the whole environment; None hands on this process's.
+        input: what it gets on stdin, which it may leave unread; None for an empty stdin.
+
     Raises:
         Refused: the program cannot be started.
-        PhaulError: it did not end within `timeout_s` seconds; it was killed.
+        PhaulError: it did not end within `timeout_s` seconds; `log` has its last words.
     """
+    process = spawn(
+        argv, stdin=DEVNULL if input is None else PIPE, stdout=PIPE, stderr=PIPE, env=env
+    )
     try:
-        return subprocess.run(
-            list(argv),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=timeout_s,
-            check=False,
-            env=env,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise PhaulError(f"{argv[0]} did not end within {timeout_s:g} s") from error
-    except OSError as error:
-        raise Refused(
-            f"cannot start {argv[0]}: {error.strerror}", hint=f"install {argv[0]} or put it on PATH"
+        out, err = process.communicate(None if input is None else input.encode(), timeout_s)
+    except Expired as error:
+        said = (error.stderr or error.stdout or b"").decode(errors="replace")
+        raise PhaulError(
+            f"{argv[0]} did not end within {timeout_s:g} s", log=last_lines(said)
         ) from error
+    finally:
+        if process.returncode is None:
+            _kill_group(process)
+    return subprocess.CompletedProcess(
+        list(argv), process.returncode, out.decode(errors="replace"), err.decode(errors="replace")
+    )
+
+
+def last_lines(said: str, count: int = 4) -> list[str]:
+    """The last lines of what a program printed, for an error's `log`."""
+    return said.strip().splitlines()[-count:]
+
+
+def _kill_group(process: Process) -> None:
+    """Kill a process started by `spawn` and its group, and close its pipes."""
+    # Not waited for yet: until then nobody else can have its number.
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        if pipe is not None:
+            with contextlib.suppress(OSError):
+                pipe.close()
+    # One that hangs in the kernel ends when it can.
+    with contextlib.suppress(Expired):
+        process.wait(_KILLED_S)
 
 
 def collect(
