@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from phaul_runtime.config_source import Key, Source, read_yaml
 from phaul_runtime.errors import ConfigError
-from phaul_runtime.lifecycle import Hooks
+from phaul_runtime.hookdir import HookDirectory
+from phaul_runtime.lifecycle import EVENTS, Hooks
 
 SYSTEM_CONFIG = Path("/etc/phaul-runtime/config.yaml")
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -105,11 +106,17 @@ class HooksConfig(_Section):
     )
     committed: _Commands = Field([], description="on both hosts, once the destination's copy runs")
     on_rollback: _Commands = Field([], description="on both hosts, when the source's runs on")
+    directory: str = Field(
+        "/etc/phaul-runtime/hooks",
+        pattern="^/",
+        description="has <event>.d directories, whose executables run after the lists",
+    )
     timeout_s: float = Field(30, gt=0, description="longest time for one program, seconds")
 
     def hooks(self) -> Hooks:
         """For whoever runs them."""
-        return Hooks(self.model_dump(exclude={"timeout_s"}), self.timeout_s)
+        commands = self.model_dump(include=set(EVENTS))
+        return Hooks(commands, self.timeout_s, HookDirectory(Path(self.directory)))
 
 
 class ChecksConfig(_Section):

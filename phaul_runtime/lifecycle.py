@@ -9,20 +9,28 @@ event                   host         when, and what a failure does
 ``on_rollback``         both         the source's copy runs on: a warning
 ======================  ===========  ============================================================
 
+At each event the commands of the configuration run, in their order, then what lies in
+`<directory>/<event>.d`, by name (`hookdir`), with TARGET EVENT ROLE as arguments. At the first two
+events the first failure ends it; at the others each runs, whatever became of those before it.
+
 They may be run more than once for a move (a recovery repeats the step that a crash cut short), so
 they have to be idempotent. The environment tells what it is about: PHAUL_EVENT, PHAUL_ROLE (source
 or destination), PHAUL_ID, PHAUL_ENGINE, PHAUL_TARGET, PHAUL_PEER (the other host), and PHAUL_PID
-where the root's pid on this host is known.
+where the root's pid on this host is known. stdin has the same as one JSON object.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from phaul_runtime import proc
 from phaul_runtime.errors import MigrationFailed, PhaulError
+from phaul_runtime.hookdir import Effect, HookDirectory, Program, configured
 from phaul_runtime.journal import Journal
 from phaul_runtime.states import Role
 
@@ -32,6 +40,9 @@ COMMITTED = "committed"
 ON_ROLLBACK = "on_rollback"
 EVENTS = (PRE_FREEZE, POST_RESTORE, COMMITTED, ON_ROLLBACK)
 
+# Of the JSON on a program's stdin; a key may be added without a new one.
+_SCHEMA = 1
+
 
 @dataclass(frozen=True)
 class Hooks:
@@ -40,35 +51,78 @@ class Hooks:
     Args:
         commands: event to the commands, each a list of arguments.
         timeout_s: longest time for one of them, seconds.
+        directory: where an operator's executables lie; None for nowhere.
     """
 
     commands: Mapping[str, Sequence[Sequence[str]]] = field(default_factory=dict)
     timeout_s: float = 30.0
+    directory: HookDirectory | None = None
+
+    def programs(self, event: str) -> list[Program]:
+        """Those of `event` in the order in which they run, and what is wrong with any."""
+        programs = [configured(command) for command in self.commands.get(event, ())]
+        return programs + (self.directory.programs(event) if self.directory else [])
 
     def run(self, event: str, move: Move, pid: int = 0) -> None:
         """Run those of `event`, in their order.
 
         Raises:
-            MigrationFailed: one failed; those after it were not run.
+            MigrationFailed: one failed; those after it were not run. Or one cannot or must not be
+                run: then none was.
         """
-        for command in self.commands.get(event, ()):
-            try:
-                done = proc.run(command, timeout_s=self.timeout_s, env=move.environment(event, pid))
-            except PhaulError as error:
-                raise MigrationFailed(f"hook {event}: {error.message}", hint=error.hint) from error
-            if done.returncode != 0:
-                said = (done.stderr.strip() or done.stdout.strip()).splitlines()
-                raise MigrationFailed(
-                    f"hook {event}: {command[0]} ended with {done.returncode}", log=said[-4:]
-                )
+        programs = self.programs(event)
+        for program in programs:
+            _guard(program, event)
+        for program in programs:
+            self._run(program, event, move, pid)
 
     def try_to(self, event: str, move: Move, pid: int = 0) -> list[str]:
-        """The same where a failure can change nothing any more; returns warnings."""
+        """Run each where a failure can change nothing any more; returns warnings."""
+        warnings = []
+        for program in self.programs(event):
+            try:
+                _guard(program, event)
+                self._run(program, event, move, pid)
+            except MigrationFailed as error:
+                warnings.append("; ".join((error.message, *error.log)))
+        return warnings
+
+    def _run(self, program: Program, event: str, move: Move, pid: int) -> None:
+        if program.effect is not Effect.RUNS:
+            return
+        told = (move.target, event, move.role.value) if program.listed else ()
         try:
-            self.run(event, move, pid)
-        except MigrationFailed as error:
-            return ["; ".join((error.message, *error.log))]
-        return []
+            done = proc.run(
+                [*program.argv, *told],
+                timeout_s=self.timeout_s,
+                env=move.environment(event, pid),
+                input=json.dumps(move.facts(event, pid)) + "\n",
+            )
+        except PhaulError as error:
+            hint = "does its first line name its interpreter?" if program.listed else error.hint
+            raise MigrationFailed(
+                f"hook {event}: {error.message}", hint=error.hint and hint, log=error.log
+            ) from error
+        if done.returncode != 0:
+            raise MigrationFailed(
+                f"hook {event}: {program.argv[0]} {_ended(done.returncode)}",
+                log=proc.last_lines(done.stderr.strip() or done.stdout),
+            )
+
+
+def _guard(program: Program, event: str) -> None:
+    """Raise what keeps a program from being run."""
+    if program.effect is Effect.FAILS:
+        raise MigrationFailed(f"hook {event}: {program.wrong}", hint=program.hint)
+
+
+def _ended(code: int) -> str:
+    if code >= 0:
+        return f"ended with {code}"
+    try:
+        return f"was killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was killed by signal {-code}"
 
 
 @dataclass(frozen=True)
@@ -92,6 +146,19 @@ class Move:
             "PHAUL_TARGET": self.target,
             "PHAUL_PEER": self.peer,
             "PHAUL_PID": str(pid or ""),
+        }
+
+    def facts(self, event: str, pid: int) -> dict[str, Any]:
+        """The same for stdin; JSON values."""
+        return {
+            "schema": _SCHEMA,
+            "event": event,
+            "role": self.role.value,
+            "id": self.id,
+            "engine": self.engine,
+            "target": self.target,
+            "peer": self.peer,
+            "pid": pid or None,
         }
 
 
