@@ -17,6 +17,7 @@ from phaul_runtime.hookdir import Effect, HookDirectory
 from phaul_runtime.lifecycle import COMMITTED, EVENTS, PRE_FREEZE, Hooks, Move
 from phaul_runtime.states import Role
 
+EXAMPLE = Path(__file__).resolve().parents[2] / "hooks/examples/pre_freeze.d/10-not-at-noon"
 MOVE = Move("1f1f1f1f", Role.SOURCE, "runc", "web", "ssh://root@b")
 
 
@@ -266,6 +267,24 @@ def test_no_directory_is_no_hooks_and_a_file_in_its_place_fails(tmp_path: Path) 
     (tmp_path / "pre_freeze.d").write_text("")
     with pytest.raises(MigrationFailed, match=r"cannot read .*pre_freeze.d: Not a directory"):
         Hooks({}, 30, HookDirectory(tmp_path)).run(PRE_FREEZE, MOVE)
+
+
+@pytest.mark.parametrize(("hour", "vetoes"), [("11", False), ("12", True), ("13", False)])
+def test_the_example_vetoes_at_noon(
+    directory: Directory, monkeypatch: pytest.MonkeyPatch, hour: str, vetoes: bool
+) -> None:
+    clock = directory.path / "date"
+    clock.write_text(f"#!/bin/sh\necho {hour}\n")
+    clock.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{directory.path}:{os.environ['PATH']}")
+    directory.add("10-not-at-noon").write_text(EXAMPLE.read_text())
+    assert EXAMPLE.stat().st_mode & stat.S_IXUSR
+    if not vetoes:
+        directory.hooks().run(PRE_FREEZE, MOVE)
+        return
+    with pytest.raises(MigrationFailed, match="10-not-at-noon ended with 1") as caught:
+        directory.hooks().run(PRE_FREEZE, MOVE)
+    assert caught.value.log == ("web is not moved between 12:00 and 13:00",)
 
 
 def test_the_configuration_names_the_directory() -> None:
