@@ -96,22 +96,9 @@ class DockerHost(HostHook):
         changed = found or _Changed()
         text = self._read()
         now = self._experimental(text)
-        argv = self._command_line()
-        other = _option(argv, "--config-file")
-        if other and Path(other) != self._link:
-            raise Refused(
-                f"dockerd was started with --config-file {other}: it does not read {self._link}",
-                hint=f'put "{_KEY}": true into {other} and restart dockerd',
-            )
-        flag = _option(argv, "--experimental", bare="true")
-        if flag is not None and flag.lower() in ("false", "f", "0"):
-            raise Refused(
-                "dockerd was started with --experimental=false",
-                hint="take the flag away and restart it, then try again",
-            )
-        lines: list[str] = []
+        flag = self._flag()
         missing = self._missing()
-        edit = now is not True and flag is None
+        edit = now is not True and not flag
         readme = _README.read_bytes()
         write_readme = self._may_write_readme(changed, readme)
         if edit:
@@ -130,20 +117,20 @@ class DockerHost(HostHook):
                 write_whole(self._readme, readme)
             if edit:
                 write_whole(self._file, _experimental_true(text).encode())
+        lines = [f"{path} was made" for path in missing]
+        if write_readme:
+            lines.append(f"{self._readme} was written")
         if edit:
             was = "was not set" if now is None else "was false"
             lines.append(f"{self._link}: {_KEY} is true now, it {was}")
-        elif found is None and flag is not None:
+        elif found is None and flag:
             lines.append(
                 f"{self._link} is left as it is: dockerd was started with --experimental, and does "
                 "not start if both say it"
             )
         elif found is None:
             lines.append(f"{self._link} says {_KEY} already")
-        lines += [f"{path} was made" for path in missing]
-        if write_readme:
-            lines.append(f"{self._readme} was written")
-        return (lines or ["is installed already"]) + self._to_do(flag)
+        return (lines or ["is installed already"]) + self._to_do(flag=flag)
 
     def remove(self) -> Sequence[str]:
         """As the interface says."""
@@ -157,8 +144,9 @@ class DockerHost(HostHook):
             if changed.ours and now is True and text is not None:
                 lines.append(self._put_back(changed, text))
             elif changed.ours:
-                said = "is gone" if text is None else f"says {_KEY} {json.dumps(now)}"
-                lines.append(f"{self._link} {said}: somebody changed it since, it is left so")
+                lines.append(
+                    f"{self._link} says {_says(now)}: it was changed since, and is left so"
+                )
             lines += self._tidy(changed)
         daemon = self._ask()
         if changed.ours and daemon is not None and daemon.experimental:
@@ -176,8 +164,7 @@ class DockerHost(HostHook):
             return Status(self._state.exists(), (error.message,))
         lines = []
         if changed.ours and now is not True:
-            said = "nothing of" if now is None else "false for"
-            lines.append(f"{self._link} was changed since: it says {said} {_KEY}")
+            lines.append(f"{self._link} was changed since: it says {_says(now)}")
         daemon = self._ask()
         if daemon is None:
             lines.append(f"no dockerd answers at {self._base_url}")
@@ -224,11 +211,11 @@ class DockerHost(HostHook):
             except OSError:
                 yield f"{made} stays: it is not empty"
 
-    def _to_do(self, flag: str | None) -> list[str]:
+    def _to_do(self, *, flag: bool) -> list[str]:
         daemon = self._ask()
         if daemon is None:
             lines = [f"no dockerd answers at {self._base_url}: once started, it is experimental"]
-            if flag is None:
+            if not flag:
                 lines.append("it must not be started with --experimental too: it refuses both")
             return lines
         if daemon.experimental:
@@ -256,6 +243,27 @@ class DockerHost(HostHook):
         except (DockerException, OSError):
             return None
         return _Daemon(bool(info.get("ExperimentalBuild")), bool(info.get("LiveRestoreEnabled")))
+
+    def _flag(self) -> bool:
+        """Whether the dockerd that runs is experimental by its command line.
+
+        Raises:
+            Refused: that says something which daemon.json cannot change.
+        """
+        argv = self._command_line()
+        other = _option(argv, "--config-file")
+        if other and Path(other) != self._link:
+            raise Refused(
+                f"dockerd was started with --config-file {other}: it does not read {self._link}",
+                hint=f'put "{_KEY}": true into {other} and restart dockerd',
+            )
+        said = _option(argv, "--experimental", bare="true")
+        if said is not None and said.lower() in ("false", "f", "0"):
+            raise Refused(
+                "dockerd was started with --experimental=false",
+                hint="take the flag away and restart it, then try again",
+            )
+        return said is not None
 
     def _command_line(self) -> list[str]:
         """Of the dockerd that runs; empty if none does."""
@@ -341,6 +349,12 @@ class DockerHost(HostHook):
     def _remember(self, changed: _Changed) -> None:
         said = json.dumps({"schema": _SCHEMA, **asdict(changed)}, indent=2) + "\n"
         write_whole(self._state, said.encode(), mode=0o600)
+
+
+def _says(experimental: bool | None) -> str:
+    if experimental is None:
+        return f"nothing of {_KEY}"
+    return f"{_KEY}: {json.dumps(experimental)}"
 
 
 def _experimental_true(text: str | None) -> str:

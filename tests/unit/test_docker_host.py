@@ -240,8 +240,10 @@ def test_what_was_changed_since_is_left(host: Host) -> None:
     host.has('{"z": 1}')
     host.install()
     host.has('{"z": 1, "experimental": false}')
-    assert "daemon.json was changed since: it says false" in host.hook.status().lines[0]
-    assert "is left so" in host.remove()
+    assert (
+        "daemon.json was changed since: it says experimental: false" in host.hook.status().lines[0]
+    )
+    assert "says experimental: false: it was changed since, and is left so" in host.remove()
     assert host.json.read_text() == '{"z": 1, "experimental": false}'
 
 
