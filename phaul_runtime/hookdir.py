@@ -126,7 +126,7 @@ class HookDirectory:
             if info.st_uid not in (_ROOT, self.owner):
                 return f"{place} belongs to uid {info.st_uid}, not to root", f"chown root {place}"
             # In a directory above, the sticky bit keeps others from what is not theirs (/tmp).
-            sticky = place not in (path, path.resolve()) and info.st_mode & stat.S_ISVTX
+            sticky = place != path and info.st_mode & stat.S_ISVTX
             if info.st_mode & _OTHERS_WRITE and not sticky:
                 return f"{place} is writable by others than root", f"chmod go-w {place}"
         return None
@@ -141,12 +141,9 @@ def _is_leftover(name: str) -> bool:
 
 
 def _chain(path: Path) -> Iterator[Path]:
-    """`path` and all above it, as it is written and as links lead."""
+    """`path` and all directories above it, as it is written and as links lead."""
     yield path
-    real = path.resolve()
-    if real != path:
-        yield real
-    yield from dict.fromkeys((*path.parents, *real.parents))
+    yield from dict.fromkeys((*path.parents, *path.resolve().parents))
 
 
 def _no_interpreter(path: Path) -> tuple[str, str] | None:
