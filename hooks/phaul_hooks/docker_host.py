@@ -105,7 +105,8 @@ class DockerHost(HostHook):
             changed.ours, changed.before = True, now
             changed.created = text is None
             changed.blank = text if text is not None and not text.strip() else None
-        if write_readme:
+        # One like ours is ours: an earlier `remove` left it to the hooks beside it.
+        if write_readme or _digest_of(self._readme) == _digest(readme):
             changed.readme = _digest(readme)
         changed.made += [str(path) for path in missing if str(path) not in changed.made]
         with _translated():

@@ -280,6 +280,7 @@ def test_an_operators_hooks_and_directories_stay(host: Host) -> None:
     script.unlink()
     host.install()
     host.remove()
+    assert not (host.hooks / "README").exists()
 
 
 def test_a_readme_of_the_operators_stays_and_an_old_one_is_renewed(
@@ -293,6 +294,8 @@ def test_a_readme_of_the_operators_stays_and_an_old_one_is_renewed(
         assert "README was written" in host.install()
     readme = host.hooks / "README"
     assert readme.read_text() == "newer"
+    readme.unlink()
+    assert "README was written" in host.install()
     readme.write_text("mine")
     host.install()
     host.remove()
