@@ -258,7 +258,7 @@ class DockerHost(HostHook):
                 f"dockerd was started with --config-file {other}: it does not read {self._link}",
                 hint=f'put "{_KEY}": true into {other} and restart dockerd',
             )
-        said = _option(argv, "--experimental", bare="true")
+        said = _option(argv, "--experimental")
         if said is not None and said.lower() in ("false", "f", "0"):
             raise Refused(
                 "dockerd was started with --experimental=false",
@@ -364,15 +364,12 @@ def _experimental_true(text: str | None) -> str:
     return with_member(text, _KEY, True)
 
 
-def _option(argv: Sequence[str], name: str, *, bare: str = "") -> str | None:
-    """The value of an option, after a = or the next argument; None if it is not there.
-
-    `bare` is that of one which takes no argument.
-    """
+def _option(argv: Sequence[str], name: str) -> str | None:
+    """What follows an option, after a = or as the next argument; None if it is not there."""
     for index, arg in enumerate(argv):
         option, equals, value = arg.partition("=")
         if option == name:
-            return value if equals else bare or "".join(argv[index + 1 : index + 2])
+            return value if equals else "".join(argv[index + 1 : index + 2])
     return None
 
 
