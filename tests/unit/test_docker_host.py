@@ -176,6 +176,8 @@ def test_a_new_member_looks_as_the_others() -> None:
     for text, looks in (
         ('{\n    "a": 1\n}', '{\n    "a": 1,\n    "experimental": true\n}'),
         ('{"a": 1}', '{"a": 1, "experimental": true}'),
+        ("{}", '{"experimental": true}'),
+        ("{\n}", '{\n  "experimental": true\n}'),
         ('{\n\t"a": 1,\n\t"b": 2\n}', '{\n\t"a": 1,\n\t"b": 2,\n\t"experimental": true\n}'),
     ):
         assert with_member(text, "experimental", True) == looks
