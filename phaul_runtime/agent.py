@@ -143,12 +143,13 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
                 request, self._workdir, self._state_dir, self._criu, self._hooks
             )
             self._migrations[request.id] = incoming
-        return pb.OpenReply(
-            trees=[
-                pb.TreePlace(name=name, path=os.fsencode(path))
-                for name, path in incoming.places.items()
-            ]
-        )
+        return pb.OpenReply(trees=_places(incoming))
+
+    @_answers(pb.ArrivedReply)
+    def Arrived(self, request: pb.ArrivedRequest, _context: object) -> pb.ArrivedReply:  # noqa: D102, N802
+        incoming = self.find(request.id)
+        incoming.arrived(request.name)
+        return pb.ArrivedReply(trees=_places(incoming))
 
     @_answers(pb.Done)
     def StartIter(self, request: pb.MigrationRef, _context: object) -> None:  # noqa: D102, N802
@@ -202,6 +203,12 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
             raise DestinationError(f"malformed request: {error}") from error
         settled = self._settler.settle(request.id, role, verdict)
         return pb.SettleReply(pid=settled.pid, warnings=settled.warnings)
+
+
+def _places(incoming: Incoming) -> list[pb.TreePlace]:
+    return [
+        pb.TreePlace(name=name, path=os.fsencode(path)) for name, path in incoming.places.items()
+    ]
 
 
 def _chain(first: _Reply, rest: Iterator[_Reply]) -> Iterator[_Reply]:

@@ -54,6 +54,8 @@ class Inspection:
         findings: what speaks against the move, and what was found good.
         trees: directories that are carried, unless the two hosts share their storage. The core
             tells which to both sides: the manifest that it sends has `rootfs`: shared | rsync.
+            A tree with `first` is carried in either case, wherever the destination's half has a
+            place for it: it is made for the move, and lies in no storage that the hosts share.
     """
 
     pid: int
@@ -114,6 +116,25 @@ class SourceHalf(ABC):
     @abstractmethod
     def recall(self, identity: Mapping[str, Any]) -> None:
         """Be the half that said `identity`, in another process: for the methods below."""
+
+    def stage(self, name: str, cancellation: Cancellation) -> None:  # noqa: B027 - most have none
+        """Make the contents of a tree with `first`, at its path; the target runs.
+
+        Called only if the destination has a place for it. May take long, and ends on a request.
+
+        Raises:
+            Cancelled: that was asked for.
+            PhaulError: it cannot be made; `unstage` follows as ever.
+        """
+
+    def unstage(self, name: str) -> None:  # noqa: B027 - most have none
+        """Remove what `stage` made, or began to make; idempotent, whatever came of it.
+
+        After this process's end a recovery calls it, of a half that has recalled an identity.
+
+        Raises:
+            PhaulError: something is left; that is a warning, the move goes on.
+        """
 
     def mapped(self) -> Mapping[str, Iterable[str]]:
         """In the freeze: files that are mapped shared and writable now; adds to `Tree.always`.
@@ -183,11 +204,27 @@ class DestinationHalf(ABC):
 
         A directory that is missing is made when its tree arrives, and removed after `undo` if the
         migration is given up; one that was there before keeps what was carried into it.
+
+        Asked after `prepare`, and again after each `arrived`. A tree with `first` that has no place
+        is not needed here. The others may get theirs as late as by the last `arrived`.
         """
         return {}
 
+    def arrived(self, name: str, cancellation: Cancellation) -> None:  # noqa: B027 - most have none
+        """A tree with `first` is whole at its place, and none of the others has been begun.
+
+        Make of it what it was carried for; then `trees` may know more places. May take long, and
+        ends on a request: the migration is given up. What was carried is this half's to remove.
+        `prepare`, where a recovery calls it again, may find what was done here.
+
+        Raises:
+            Cancelled: that was asked for.
+            PhaulError: it is of no use; the move fails, `discard` and `undo` follow.
+        """
+
     def undo(self) -> None:  # noqa: B027 - most engines make nothing
-        """After `discard`, when the migration is given up: remove what `prepare` made.
+        """After `discard`, when the migration is given up: remove what was made, by `prepare` or in
+        `arrived`.
 
         Idempotent; may come without `prepare`, or after one that failed. Nothing may be left
         mounted in a tree.

@@ -68,6 +68,13 @@ class TreeSynced(Event):
 
 
 @dataclass(frozen=True)
+class Staging(Event):
+    """A tree that goes before the others is being made, to be carried then."""
+
+    tree: str
+
+
+@dataclass(frozen=True)
 class IterationStarted(Event):
     """A pre-dump round begins."""
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from phaul_runtime.api import PhaulConfig
+from phaul_runtime.cancel import Cancellation
 from phaul_runtime.criu import Criu
 from phaul_runtime.engine import DestinationHalf, load_engine
 from phaul_runtime.errors import DestinationError, PhaulError
@@ -79,6 +80,7 @@ class Incoming:
         self._log_level = int(facts["log_level"])
         self._stage = FileStage(journal)
         self._trees = TreeServer(journal)
+        self._giving_up = Cancellation()
         engine = load_engine(facts["engine"])
         options = engine.options_model.model_validate(facts["options"])
         self._engine: DestinationHalf = engine.destination(
@@ -236,6 +238,20 @@ class Incoming:
                 channel.shutdown(socket.SHUT_RDWR)
             channel.close()
 
+    def arrived(self, name: str) -> None:
+        """A tree that goes first is whole: let the engine have it, and say all places anew.
+
+        Raises:
+            PhaulError: it is of no use to the engine; `abort` follows, which also ends this.
+        """
+        with self._step:
+            self._expect(State.ITERATING)
+            if name not in self._trees.places:
+                raise DestinationError(f"no tree {name[:40]!r} in this migration")
+            self._trees.wait_ended()
+            self._engine.arrived(name, self._giving_up)
+            self._trees.place(self._engine.trees())
+
     def prepare(self, parts: Iterable[pb.PreparePart]) -> pb.PrepareReply:
         """Take the final images, restore, hold.
 
@@ -342,6 +358,8 @@ class Incoming:
             with contextlib.suppress(OSError):
                 self._memory.shutdown(socket.SHUT_RDWR)
         self._trees.stop()
+        # Not before a step that takes its time has ended can anything be discarded.
+        self._giving_up.request()
         with self._step:
             if self.over:
                 return

@@ -11,7 +11,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,7 @@ from phaul_runtime.events import (
     Progress,
     Recovering,
     RolledBack,
+    Staging,
     Warned,
     nobody,
 )
@@ -61,7 +62,7 @@ from phaul_runtime.report import Iteration, MigrationReport
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.states import Role, State, Verdict
 from phaul_runtime.transport import Channel, Destination, load_transport
-from phaul_runtime.trees import trees_to_carry
+from phaul_runtime.trees import STAGED, Tree, trees_to_carry
 
 if TYPE_CHECKING:
     from phaul_runtime.config import Config
@@ -205,11 +206,11 @@ class Migration:
             HostFinding(there, Finding(f.check, f.level, f.text, f.hint)) for f in reply.findings
         ]
         findings.append(HostFinding(there, self._files_finding(reply.files, inspection)))
-        if self._carries_trees(inspection):
+        if trees := self._trees_of(inspection):
+            # Within one host they may be at their place already; the first may not be needed.
+            needed = not self._same_host and not all(tree.first for tree in trees)
             for host, facts in ((HERE, self._here), (there, self._there)):
-                # Within one host they may be at their place already.
-                found = check_rsync(facts, needed=not self._same_host)
-                findings.append(HostFinding(host, found))
+                findings.append(HostFinding(host, check_rsync(facts, needed=needed)))
         return findings, [verdict.path for verdict in reply.files]
 
     def _files_finding(self, verdicts: Sequence[pb.FileVerdict], inspection: Inspection) -> Finding:
@@ -230,8 +231,10 @@ class Migration:
             )
         return Finding("files", OK, f"{len(inspection.files)} files are there")
 
-    def _carries_trees(self, inspection: Inspection) -> bool:
-        return bool(inspection.trees) and self.config.filesystem.rootfs == "rsync"
+    def _trees_of(self, inspection: Inspection) -> list[Tree]:
+        """Those that are carried where the destination has a place for them."""
+        shared = self.config.filesystem.rootfs == "shared"
+        return [tree for tree in inspection.trees if tree.first or not shared]
 
     def _manifest(self, inspection: Inspection) -> dict[str, Any]:
         """What the engine's other half is told: its own, and what the core decides."""
@@ -283,9 +286,7 @@ class Migration:
             session.cut_memory,
         )
         carried = self._carry_files(agent, inspection, differing)
-        if self._carries_trees(inspection):
-            trees = trees_to_carry(inspection.trees, places, agent.name, same_host=self._same_host)
-            agent.carry_trees(trees, self.listener, self._source.mapped)
+        carried += self._carry_trees(agent, journal, self._trees_of(inspection), places)
         cut_over = self._cut_over = CutOver(
             agent,
             self.listener,
@@ -331,6 +332,39 @@ class Migration:
         if sender.files:
             self.listener(FilesCopied(sender.files, sender.bytes, final=False))
         return sender.bytes
+
+    def _carry_trees(
+        self,
+        agent: RemoteAgent,
+        journal: Journal,
+        trees: Sequence[Tree],
+        places: Mapping[str, str],
+    ) -> int:
+        """While the target runs; returns the bytes sent of those that go first."""
+        sent = 0
+        for tree in (tree for tree in trees if tree.first):
+            # Each may bring the places of those after it.
+            if trees_to_carry([tree], places, agent.name, same_host=self._same_host):
+                journal.add(STAGED, tree.name)
+                count, places = self._carry_first(agent, tree)
+                sent += count
+        rest = [tree for tree in trees if not tree.first]
+        if rest:
+            rest = trees_to_carry(rest, places, agent.name, same_host=self._same_host)
+            agent.carry_trees(rest, self.listener, self._source.mapped)
+        return sent
+
+    def _carry_first(self, agent: RemoteAgent, tree: Tree) -> tuple[int, dict[str, str]]:
+        """Have a tree made, and carry it; returns the bytes sent and all places from now on."""
+        self.listener(Staging(tree.name))
+        try:
+            self._source.stage(tree.name, self.cancellation)
+            return agent.carry_first(tree, self.listener)
+        finally:
+            try:
+                self._source.unstage(tree.name)
+            except PhaulError as error:
+                self.listener(Warned(f"tree {tree.name} is left on this host: {error.message}"))
 
     def _meaning(self, error: Exception) -> Exception:
         """What a failure means, whatever it is: that depends on which copy is alive."""

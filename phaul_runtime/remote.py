@@ -78,6 +78,8 @@ class RemoteAgent(PhaulRemote):
         self._sender: FileSender | None = None
         self._copy_files = False
         self._trees: TreeSender | None = None
+        self._first: TreeSender | None = None
+        self._silent: ChannelError | None = None
         self._beating = threading.Event()
         self.lost = False
         """The last call got no answer."""
@@ -177,7 +179,7 @@ class RemoteAgent(PhaulRemote):
         )
         reply: pb.OpenReply = self._call(self._stub.Open.future, request, self._call_s)
         self._id = migration_id
-        return {place.name: os.fsdecode(place.path) for place in reply.trees}
+        return _by_name(reply.trees)
 
     def _ref(self) -> pb.MigrationRef:
         return pb.MigrationRef(id=self._id)
@@ -205,12 +207,14 @@ class RemoteAgent(PhaulRemote):
                     reply = self._stub.Beat(self._ref(), timeout=lost_s, metadata=_VERSION)
                 except (grpc.RpcError, ValueError):
                     if time.monotonic() - heard > lost_s and not self._beating.is_set():
+                        self._silent = ChannelError(
+                            "the agent gives no sign of life", host=self.name
+                        )
                         self._grpc.close()
                         on_lost()
-                        if self._trees is not None:
-                            self._trees.stop(
-                                ChannelError("the agent gives no sign of life", host=self.name)
-                            )
+                        for sender in (self._first, self._trees):
+                            if sender is not None:
+                                sender.stop(self._silent)
                         return
                     continue
                 heard = time.monotonic()
@@ -277,6 +281,19 @@ class RemoteAgent(PhaulRemote):
     def _put(self, parts: Iterator[pb.FilePart]) -> None:
         self._call(self._stub.PutFiles.future, parts, self._prepare_s)
 
+    def carry_first(self, tree: Tree, listener: Listener) -> tuple[int, dict[str, str]]:
+        """While the target runs: carry a tree that goes first, and let the engine there have it.
+
+        Returns:
+            The bytes sent, and where each tree lies there from now on.
+        """
+        self._first = self._sender_of([tree], listener, dict)
+        self._stop_if_lost(self._first)
+        self._first.carry_once()
+        request = pb.ArrivedRequest(id=self._id, name=tree.name)
+        reply: pb.ArrivedReply = self._call(self._stub.Arrived.future, request, self._prepare_s)
+        return self._first.bytes, _by_name(reply.trees)
+
     def carry_trees(
         self,
         trees: Sequence[Tree],
@@ -290,7 +307,17 @@ class RemoteAgent(PhaulRemote):
             listener: told of each tree and pass.
             mapped: see `SourceHalf.mapped`.
         """
-        self._trees = TreeSender(
+        self._trees = self._sender_of(trees, listener, mapped)
+        self._stop_if_lost(self._trees)
+        self._trees.sync()
+
+    def _sender_of(
+        self,
+        trees: Sequence[Tree],
+        listener: Listener,
+        mapped: Callable[[], Mapping[str, Iterable[str]]],
+    ) -> TreeSender:
+        return TreeSender(
             trees,
             open_stream=lambda name: self._channel.open_stream(self._id, name),
             explain=self._tree_failure,
@@ -300,7 +327,11 @@ class RemoteAgent(PhaulRemote):
             listener=listener,
             mapped=mapped,
         )
-        self._trees.sync()
+
+    def _stop_if_lost(self, sender: TreeSender) -> None:
+        """The agent may have been lost while there was nothing to stop."""
+        if self._silent is not None:
+            sender.stop(self._silent)
 
     def freshen_trees(self) -> None:
         """Just before the freeze: leave less of the trees for it."""
@@ -389,6 +420,10 @@ class RemoteAgent(PhaulRemote):
         except PhaulError:
             return False
         return True
+
+
+def _by_name(places: Iterable[pb.TreePlace]) -> dict[str, str]:
+    return {place.name: os.fsdecode(place.path) for place in places}
 
 
 def _ignore(_value: object) -> None:

@@ -19,6 +19,7 @@ from phaul_runtime.journal import Journal, read_records, replay
 from phaul_runtime.leftovers import private_directories
 from phaul_runtime.lifecycle import COMMITTED, ON_ROLLBACK, Hooks, move_of
 from phaul_runtime.states import Role, Settled, Standing, State, Verdict
+from phaul_runtime.trees import STAGED
 
 log = logging.getLogger(__name__)
 
@@ -116,8 +117,14 @@ class Settler:
             raise MigrationFailed(f"the source's copy of {journal.id} is dead")
         if journal.state is not State.ABORTING:
             journal.enter(State.ABORTING)
+        warnings = []
+        for name in journal.facts.get(STAGED, []):
+            try:
+                source.unstage(name)
+            except PhaulError as error:
+                warnings.append(f"tree {name} is left on this host: {error.message}")
         source.rollback()
-        warnings = self.hooks.try_to(ON_ROLLBACK, move_of(journal))
+        warnings += self.hooks.try_to(ON_ROLLBACK, move_of(journal))
         journal.enter(State.ABORTED)
         return Settled(warnings=tuple(warnings))
 

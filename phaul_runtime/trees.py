@@ -2,7 +2,8 @@
 
 The source's rsync gets a connection to the agent in place of a remote shell (`channel-rsh`); the
 agent starts its rsync on the other end (`treeserver`). Trees are synchronised while the target
-runs, and once more, with what changed since, in the freeze.
+runs, and once more, with what changed since, in the freeze. A tree that is made for the move goes
+before all others, once.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from phaul_runtime.events import Listener, TreeSynced
 
 TREE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,19}")
 INSTALL_RSYNC = "apt-get install rsync, on both hosts"
+# In the source's journal: the trees of which `SourceHalf.stage` has begun.
+STAGED = "staged"
 _SHELL = Path(__file__).with_name("channel-rsh")
 # Without nanoseconds (-1), what was written twice within a second would be missed.
 _OPTIONS = (
@@ -58,11 +61,14 @@ class Tree:
         path: where it lies at the source, absolute.
         always: files, relative to it, whose contents are compared in the freeze whatever their
             times say: those that are mapped shared and writable.
+        first: carried once, before the trees that are not, if the destination has a place for it.
+            `SourceHalf.stage` makes it just before, so that its path need not exist until then.
     """
 
     name: str
     path: str
     always: tuple[str, ...] = ()
+    first: bool = False
 
     def __post_init__(self) -> None:
         if not TREE_NAME.fullmatch(self.name):
@@ -80,13 +86,17 @@ def trees_to_carry(
 ) -> list[Tree]:
     """Those of `trees` that are not at their place already; `places`: where each lies there.
 
+    One with `first` that has no place is not needed there.
+
     Raises:
-        DestinationError: the destination has no place for one.
+        DestinationError: the destination has no place for another.
         MigrationFailed: on one host, a tree and its place contain each other.
     """
     carried = []
     for tree in trees:
         if tree.name not in places:
+            if tree.first:
+                continue
             raise DestinationError(f"its engine has no place for the tree {tree.name}", host=there)
         if same_host:
             old, new = Path(tree.path).resolve(), Path(places[tree.name]).resolve()
@@ -153,14 +163,21 @@ class TreeSender:
             MigrationFailed: a tree cannot be carried.
             Cancelled: by the user.
         """
-        self._pass(final=False)
+        self._pass(self._sync_tree)
         if time.monotonic() - self._began > _LONG_S:
-            self._pass(final=False)
+            self._pass(self._sync_tree)
+
+    def carry_once(self) -> None:
+        """Carry all trees, of which nothing changes any more: all of it arrives.
+
+        Raises as `sync`.
+        """
+        self._pass(self._carry_tree)
 
     def freshen(self) -> None:
         """Just before the freeze: once more, if the last pass began some time ago."""
         if self._trees and time.monotonic() - self._began > _OLD_S:
-            self._pass(final=False)
+            self._pass(self._sync_tree)
 
     def finish(self) -> None:
         """In the freeze: what changed since, and `Tree.always` by contents. Raises as `sync`."""
@@ -169,7 +186,7 @@ class TreeSender:
             replace(tree, always=tuple(dict.fromkeys((*tree.always, *mapped.get(tree.name, ())))))
             for tree in self._trees
         )
-        self._pass(final=True)
+        self._pass(self._finish_tree, timeout_s=self._timeout_s)
 
     def stop(self, reason: PhaulError | None = None) -> None:
         """End what runs and refuse what comes, with that reason, if given; never raises."""
@@ -185,13 +202,17 @@ class TreeSender:
 
     # -- passes ----------------------------------------------------------------------------
 
-    def _pass(self, *, final: bool) -> None:
+    def _pass(
+        self,
+        carry: Callable[[Tree, float | None], TreeSynced],
+        *,
+        timeout_s: float | None = None,
+    ) -> None:
         """All trees, side by side; the first failure ends the others."""
         if not self._trees:
             return
         self._began = time.monotonic()
-        deadline = self._began + self._timeout_s if final else None
-        carry = self._finish_tree if final else self._sync_tree
+        deadline = None if timeout_s is None else self._began + timeout_s
         failures: list[BaseException] = []
 
         def done(future: Future[TreeSynced]) -> None:
@@ -213,6 +234,11 @@ class TreeSender:
             self.files += event.files
             self.bytes += event.bytes
             self._listener(event)
+
+    def _carry_tree(self, tree: Tree, _deadline: float | None) -> TreeSynced:
+        begun = time.monotonic()
+        files, count, _ = self._run(_Run(tree, ("--delete-during",)), None)
+        return TreeSynced(tree.name, files, count, (time.monotonic() - begun) * 1000, final=False)
 
     def _sync_tree(self, tree: Tree, _deadline: float | None) -> TreeSynced:
         begun = time.monotonic()

@@ -169,12 +169,8 @@ def describe(event: ev.Event) -> str:
             return f"  {_MARKS[event.level]:<4} {event.host}: {event.check}: {event.text}{hint}"
         case ev.FilesCopied():
             return f"files: {event.files} carried, {mib(event.bytes)}"
-        case ev.TreeSynced():
-            when = "in the freeze, " if event.final else ""
-            return (
-                f"tree {event.tree}: {event.files} files, {mib(event.bytes)} {when}"
-                f"in {event.duration_ms / 1000:.1f} s"
-            )
+        case ev.Staging() | ev.TreeSynced():
+            return _tree(event)
         case ev.PreCopySkipped():
             return f"no pre-copy: {event.reason}"
         case ev.IterationDone():
@@ -193,6 +189,16 @@ def describe(event: ev.Event) -> str:
         case ev.Warned():
             return f"warning: {event.text}"
     return ""
+
+
+def _tree(event: ev.Staging | ev.TreeSynced) -> str:
+    if isinstance(event, ev.Staging):
+        return f"preparing {event.tree}"
+    when = "in the freeze, " if event.final else ""
+    return (
+        f"tree {event.tree}: {event.files} files, {mib(event.bytes)} {when}"
+        f"in {event.duration_ms / 1000:.1f} s"
+    )
 
 
 def _iteration(event: ev.IterationDone) -> str:

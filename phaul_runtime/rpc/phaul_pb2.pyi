@@ -208,6 +208,22 @@ class OpenReply(_message.Message):
     trees: _containers.RepeatedCompositeFieldContainer[TreePlace]
     def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., trees: _Optional[_Iterable[_Union[TreePlace, _Mapping]]] = ...) -> None: ...
 
+class ArrivedRequest(_message.Message):
+    __slots__ = ("id", "name")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    name: str
+    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ...) -> None: ...
+
+class ArrivedReply(_message.Message):
+    __slots__ = ("error", "trees")
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    TREES_FIELD_NUMBER: _ClassVar[int]
+    error: Error
+    trees: _containers.RepeatedCompositeFieldContainer[TreePlace]
+    def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., trees: _Optional[_Iterable[_Union[TreePlace, _Mapping]]] = ...) -> None: ...
+
 class TreePlace(_message.Message):
     __slots__ = ("name", "path")
     NAME_FIELD_NUMBER: _ClassVar[int]

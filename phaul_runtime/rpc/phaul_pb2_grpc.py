@@ -49,6 +49,11 @@ class AgentStub(object):
                 request_serializer=phaul__runtime_dot_rpc_dot_phaul__pb2.OpenRequest.SerializeToString,
                 response_deserializer=phaul__runtime_dot_rpc_dot_phaul__pb2.OpenReply.FromString,
                 _registered_method=True)
+        self.Arrived = channel.unary_unary(
+                '/phaul.v1.Agent/Arrived',
+                request_serializer=phaul__runtime_dot_rpc_dot_phaul__pb2.ArrivedRequest.SerializeToString,
+                response_deserializer=phaul__runtime_dot_rpc_dot_phaul__pb2.ArrivedReply.FromString,
+                _registered_method=True)
         self.StartIter = channel.unary_unary(
                 '/phaul.v1.Agent/StartIter',
                 request_serializer=phaul__runtime_dot_rpc_dot_phaul__pb2.MigrationRef.SerializeToString,
@@ -116,6 +121,14 @@ class AgentServicer(object):
     def Open(self, request, context):
         """Begins a migration: its directory, its engine half. The memory channel is claimed by id, a
         tree's stream by id and name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Arrived(self, request, context):
+        """A tree that goes first is whole; the answer tells all places anew. Takes its time: the engine's
+        half makes of it what it needs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -201,6 +214,11 @@ def add_AgentServicer_to_server(servicer, server):
                     servicer.Open,
                     request_deserializer=phaul__runtime_dot_rpc_dot_phaul__pb2.OpenRequest.FromString,
                     response_serializer=phaul__runtime_dot_rpc_dot_phaul__pb2.OpenReply.SerializeToString,
+            ),
+            'Arrived': grpc.unary_unary_rpc_method_handler(
+                    servicer.Arrived,
+                    request_deserializer=phaul__runtime_dot_rpc_dot_phaul__pb2.ArrivedRequest.FromString,
+                    response_serializer=phaul__runtime_dot_rpc_dot_phaul__pb2.ArrivedReply.SerializeToString,
             ),
             'StartIter': grpc.unary_unary_rpc_method_handler(
                     servicer.StartIter,
@@ -329,6 +347,33 @@ class Agent(object):
             '/phaul.v1.Agent/Open',
             phaul__runtime_dot_rpc_dot_phaul__pb2.OpenRequest.SerializeToString,
             phaul__runtime_dot_rpc_dot_phaul__pb2.OpenReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Arrived(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/phaul.v1.Agent/Arrived',
+            phaul__runtime_dot_rpc_dot_phaul__pb2.ArrivedRequest.SerializeToString,
+            phaul__runtime_dot_rpc_dot_phaul__pb2.ArrivedReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -121,7 +121,7 @@ class Move:
     def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.here, self.there = tmp_path / "here", tmp_path / "made" / "there"
         self.here.mkdir()
-        self.half = FakeDestination({"rootfs": self.there, "data": tmp_path / "data there"})
+        self.half = self.destination(tmp_path)
         for module in (agent_module, incoming_module):
             monkeypatch.setattr(module, "load_engine", lambda _: FakeEngine(self.half))
         self.workdir = tmp_path / "work"
@@ -140,6 +140,9 @@ class Move:
             ID, engine="fake", target="web", manifest={"rootfs": "rsync"}, options={},
             lost_s=600, log_level=4,
         )  # fmt: skip
+
+    def destination(self, tmp_path: Path) -> FakeDestination:
+        return FakeDestination({"rootfs": self.there, "data": tmp_path / "data there"})
 
     def carry(self, *trees: Tree) -> None:
         trees = trees or (Tree("rootfs", str(self.here)),)

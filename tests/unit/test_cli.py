@@ -76,6 +76,7 @@ EVENTS: list[ev.Event] = [
     ev.Checked("cpu", "refused", "b", "text", "hint"),
     ev.FilesCopied(1, 2, final=False),
     ev.TreeSynced("rootfs", 1, 2, 3.0, final=True),
+    ev.Staging("image"),
     ev.IterationStarted(1),
     ev.Progress(1, 100),
     ev.IterationDone(1, 10, 0, 40960, 12.0, None, True, "why"),
