@@ -174,6 +174,7 @@ class Move:
         self.at_freezing: Callable[[], object] = lambda: None
         self.before_restore: Callable[[], object] = lambda: None
         self.after_restore: Callable[[Path], object] = lambda _: None
+        self._carry_first()
         self._carry()
         self._ours, self._theirs = socket.socketpair()
         criu = case.criu()
@@ -203,12 +204,29 @@ class Move:
         self.handover = RecordingHandover(self)
         self.client.local = self.source.local(self.handover, Cancellation())
 
-    def _carry(self) -> None:
-        if self.inspection.trees:
+    def _carry_first(self) -> None:
+        for tree in (tree for tree in self.inspection.trees if tree.first):
             places = self.destination.trees()
-            missing = [tree.name for tree in self.inspection.trees if tree.name not in places]
+            if tree.name not in places:
+                continue
+            try:
+                self.source.stage(tree.name, Cancellation())
+                expect(
+                    Path(tree.path).is_dir(),
+                    f"stage() made no directory for the tree {tree.name}: {tree.path}",
+                )
+                self.bench.case.carry([tree], places)
+                self.destination.arrived(tree.name, Cancellation())
+            finally:
+                self.source.unstage(tree.name)
+
+    def _carry(self) -> None:
+        trees = [tree for tree in self.inspection.trees if not tree.first]
+        if trees:
+            places = self.destination.trees()
+            missing = [tree.name for tree in trees if tree.name not in places]
             expect(not missing, f"the destination half has no place for the trees {missing}")
-            self.bench.case.carry(self.inspection.trees, places)
+            self.bench.case.carry(trees, places)
 
     def take(self, images_dir: Path) -> Path:
         """The final images, as an agent takes them; returns the directory to restore from."""

@@ -120,6 +120,9 @@ class Case(ABC):
         return None
 
     def carry(self, trees: Sequence[Tree], places: Mapping[str, Path]) -> None:
-        """Bring the target's directories to their places; called before the freeze and in it."""
+        """Bring the target's directories to their places; called before the freeze and in it.
+
+        Before all others, for one with `Tree.first` at a time, and not again.
+        """
         for tree in trees:
             shutil.copytree(tree.path, places[tree.name], symlinks=True, dirs_exist_ok=True)

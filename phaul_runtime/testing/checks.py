@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from phaul_runtime.engine import OK, REFUSED, WARNING, Finding
+from phaul_runtime.cancel import Cancellation
+from phaul_runtime.engine import OK, REFUSED, WARNING, Finding, SourceHalf
 from phaul_runtime.errors import Cancelled, DestinationError, NoSuchTarget, PhaulError
 from phaul_runtime.testing.bench import Bench, Move, as_json, read_line
 from phaul_runtime.testing.case import NotConforming, Place, expect
+from phaul_runtime.trees import Tree
 
 Check = Callable[[Bench], None]
 
@@ -63,7 +65,10 @@ def inspect_changes_nothing(bench: Bench) -> None:
     refused = [found.text for found in first.findings if found.level == REFUSED]
     expect(not refused, f"inspect() refuses the victim: {refused}")
     for tree in first.trees:
-        expect(Path(tree.path).is_dir(), f"the tree {tree.name} is no directory: {tree.path}")
+        if tree.first:
+            expect(not Path(tree.path).exists(), f"inspect() has made the tree {tree.name}")
+        else:
+            expect(Path(tree.path).is_dir(), f"the tree {tree.name} is no directory: {tree.path}")
     bench.is_whole(Place.SOURCE)
 
 
@@ -122,6 +127,40 @@ def check_says_what_is_taken(bench: Bench) -> None:
     bench.is_whole(Place.SOURCE)
 
 
+def what_is_staged_is_removed(bench: Bench) -> None:
+    """stage() makes each tree that goes first, and stops on request; unstage() removes all of it.
+
+    Also without stage(), after one that was cancelled, and by a successor.
+    """
+    half = bench.source()
+    trees = [tree for tree in half.inspect().trees if tree.first]
+    if not trees:
+        return
+    successor = bench.source()
+    successor.recall(as_json(half.identity(), "the identity"))
+    for tree in trees:
+
+        def removed(by: SourceHalf, after: str, tree: Tree = tree) -> None:
+            for _ in range(2):
+                by.unstage(tree.name)
+            expect(not Path(tree.path).exists(), f"unstage() after {after} has left {tree.path}")
+
+        removed(half, "nothing")
+        cancelled = Cancellation()
+        cancelled.request()
+        try:
+            half.stage(tree.name, cancelled)
+        except Cancelled:
+            removed(half, "a cancelled stage()")
+        else:
+            raise NotConforming("stage() returned although it was cancelled")
+        for by in (half, successor):
+            half.stage(tree.name, Cancellation())
+            expect(Path(tree.path).is_dir(), f"stage() made no directory {tree.path}")
+            removed(by, "stage()")
+    bench.runs_on()
+
+
 # -- the destination half by itself ------------------------------------------------------------
 
 
@@ -168,6 +207,9 @@ def it_moves(bench: Bench) -> None:
         move.run()
         steps = move.handover.steps
         expect(steps == ["freezing", "prepare", "commit"], f"the steps were {steps}")
+        for tree in move.inspection.trees:
+            if tree.first:
+                expect(not Path(tree.path).exists(), f"unstage() has left {tree.path}")
         bench.goes_on(Place.DESTINATION)
         successor = bench.source(target)
         successor.recall(move.handover.identity)
@@ -374,6 +416,7 @@ CHECKS: tuple[Check, ...] = (
     identity_finds_the_target,
     check_changes_nothing,
     check_says_what_is_taken,
+    what_is_staged_is_removed,
     undo_needs_no_prepare,
     prepare_is_repeated_and_undone,
     cancelled_in_time,

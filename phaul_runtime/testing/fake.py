@@ -1,9 +1,10 @@
 """An engine without CRIU that obeys the contract, and its case for the conformance suite.
 
-A target is the directory of a running `fakevictim`, a plain child process. For tests of what
-drives engines: it needs no root, no CRIU and no second host, and moves in milliseconds. It dumps no
-memory by CRIU: give its `PhaulClient` a `NoCriu`, and a `PhaulRemote` that does nothing. How a test
-makes a step fail: override it in a subclass, as tests/contract/test_fake.py does.
+A target is the directory of a running `fakevictim`, a plain child process. Its image is a tree that
+goes first; the destination half restores nothing without it. For tests of what drives engines: it
+needs no root, no CRIU and no second host, and moves in milliseconds. It dumps no memory by CRIU:
+give its `PhaulClient` a `NoCriu`, and a `PhaulRemote` that does nothing. How a test makes a step
+fail: override it in a subclass, as tests/contract/test_fake.py does.
 """
 
 from __future__ import annotations
@@ -45,13 +46,17 @@ from phaul_runtime.errors import (
     PhaulError,
     TargetGone,
 )
-from phaul_runtime.images import new_directory
+from phaul_runtime.images import new_directory, remove_tree
 from phaul_runtime.testing import fakevictim
 from phaul_runtime.testing.case import Case, Place, Told
+from phaul_runtime.trees import Tree
 
 IMAGE = "memory.img"
 HELD = "held.json"
 MADE = "made.json"
+IMAGE_TREE = "image"
+_STAGED = "staged"
+_LAYER = "layer"
 _PROGRAM = Path(fakevictim.__file__)
 _WITHIN_S = 20.0
 _POLL_S = 0.005
@@ -155,6 +160,7 @@ class FakeSource(SourceHalf):
             memory=fakevictim.PAGES * len(fakevictim.content(0, 0)),
             manifest={"path": str(self.directory)},
             findings=[Finding("target", OK, f"pid {process.pid}")],
+            trees=[Tree(IMAGE_TREE, str(self.directory.absolute() / _STAGED), first=True)],
         )
 
     def local(self, handover: Handover, cancellation: Cancellation) -> PhaulLocal:
@@ -168,6 +174,17 @@ class FakeSource(SourceHalf):
     def recall(self, identity: Mapping[str, Any]) -> None:
         """See `SourceHalf`."""
         self._process = _Process(int(identity["pid"]), int(identity["started"]))
+
+    def stage(self, name: str, cancellation: Cancellation) -> None:
+        """See `SourceHalf`."""
+        staged = self.directory / _STAGED
+        staged.mkdir(mode=0o700, exist_ok=True)
+        cancellation.check()
+        (staged / _LAYER).write_text(IMAGE_TREE, encoding="utf-8")
+
+    def unstage(self, name: str) -> None:
+        """See `SourceHalf`."""
+        remove_tree(self.directory / _STAGED)
 
     def gone(self) -> bool:
         """See `SourceHalf`."""
@@ -270,10 +287,29 @@ class FakeDestination(DestinationHalf):
         except OSError as error:
             raise DestinationError(f"cannot make {self.directory}: {error.strerror}") from error
 
+    def trees(self) -> Mapping[str, Path]:
+        """See `DestinationHalf`: the image, until it is there."""
+        if self.directory is None or _read(self.directory / MADE).get("image"):
+            return {}
+        return {IMAGE_TREE: self.directory / IMAGE_TREE}
+
+    def arrived(self, name: str, cancellation: Cancellation) -> None:
+        """See `DestinationHalf`."""
+        directory = self.directory or Path("/")
+        cancellation.check()
+        try:
+            image = (directory / IMAGE_TREE / _LAYER).read_text(encoding="utf-8")
+        except OSError as error:
+            raise DestinationError(f"the image is not whole: {error.strerror}") from error
+        remove_tree(directory / IMAGE_TREE)
+        (directory / MADE).write_text(json.dumps({"id": self._id, "image": image}), "utf-8")
+
     def restore(self, criu: Criu, images_dir: Path) -> int:
         """See `DestinationHalf`."""
         if self.directory is None:
             raise MigrationFailed("nothing was prepared")
+        if not _read(self.directory / MADE).get("image"):
+            raise DestinationError("the image did not arrive")
         self.process = _spawn(
             self.directory,
             *(str(images_dir / IMAGE), str(self.hold_s)),

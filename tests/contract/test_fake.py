@@ -125,6 +125,45 @@ class NeverGone(FakeSource):
         pass
 
 
+class MakesItAtOnce(FakeSource):
+    def inspect(self) -> Inspection:
+        found = super().inspect()
+        self.stage("image", Cancellation())
+        return found
+
+
+class StagesNothing(FakeSource):
+    def stage(self, name: str, cancellation: Cancellation) -> None:
+        cancellation.check()
+
+
+class CannotBeStopped(FakeSource):
+    def stage(self, name: str, cancellation: Cancellation) -> None:
+        super().stage(name, Cancellation())
+
+
+class LeavesWhatItMade(FakeSource):
+    def unstage(self, name: str) -> None:
+        pass
+
+
+class RemovesOnlyItsOwn(FakeSource):
+    staged = False
+
+    def stage(self, name: str, cancellation: Cancellation) -> None:
+        self.staged = True
+        super().stage(name, cancellation)
+
+    def unstage(self, name: str) -> None:
+        if self.staged:
+            super().unstage(name)
+
+
+class MissesTheArrival(FakeDestination):
+    def arrived(self, name: str, cancellation: Cancellation) -> None:
+        pass
+
+
 class RunsAtOnce(FakeDestination):
     def restore(self, criu: Criu, images_dir: Path) -> int:
         pid = super().restore(criu, images_dir)
@@ -229,6 +268,14 @@ class BrokenEngine(FakeEngine):
         (RefusesWhatIsMissing, "no_such_target", "nothing runs in"),
         (ForgetsWhoItWas, "identity_finds_the_target", "gone() says that it does not"),
         (NeverGone, "it_moves", "the source's copy is dead, in commit"),
+        (MakesItAtOnce, "inspect_changes_nothing", "has made the tree image"),
+        (StagesNothing, "what_is_staged_is_removed", "made no directory"),
+        (StagesNothing, "it_moves", "made no directory"),
+        (CannotBeStopped, "what_is_staged_is_removed", "although it was cancelled"),
+        (LeavesWhatItMade, "what_is_staged_is_removed", "after a cancelled stage() has left"),
+        (LeavesWhatItMade, "it_moves", "unstage() has left"),
+        (RemovesOnlyItsOwn, "what_is_staged_is_removed", "after stage() has left"),
+        (MissesTheArrival, "it_moves", "the image did not arrive"),
         (RunsAtOnce, "it_moves", "runs while it is held"),
         (RunsAtOnce, "a_failed_hold_lets_the_source_run", "runs while it is held"),
         (NeverRuns, "it_moves", "the destination's copy goes on"),
