@@ -75,6 +75,14 @@ class Staging(Event):
 
 
 @dataclass(frozen=True)
+class TreeProgress(Event):
+    """How much of a tree has been sent so far, bytes; told only of what takes its time."""
+
+    tree: str
+    bytes: int
+
+
+@dataclass(frozen=True)
 class IterationStarted(Event):
     """A pre-dump round begins."""
 

@@ -18,13 +18,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from phaul_runtime import proc
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.errors import DestinationError, MigrationFailed, PhaulError
-from phaul_runtime.events import Listener, TreeSynced
+from phaul_runtime.events import Listener, TreeProgress, TreeSynced
 
 TREE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,19}")
 INSTALL_RSYNC = "apt-get install rsync, on both hosts"
@@ -47,9 +48,11 @@ _NOT_FOUND = 127
 # A pass that took so long is worth another before pre-copy, and its results are old so soon.
 _LONG_S = 5.0
 _OLD_S = 2.0
+_TELL_S = 2.0
 _AT_ONCE = 4
 _END_S = 5.0
 _LOG_LINES = 5
+_WRITTEN = re.compile(r"^wchar: ([0-9]+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -148,8 +151,9 @@ class TreeSender:
         self._cancellation = cancellation
         self._listener = listener
         self._mapped = mapped
-        self._running: dict[int, tuple[proc.Process, socket.socket]] = {}
-        self._lock = threading.Lock()
+        self._running: dict[int, tuple[str, proc.Process, socket.socket]] = {}
+        # A signal may ask to stop in the thread that has it.
+        self._lock = threading.RLock()
         self._stopped = False
         self._reason: PhaulError | None = None
         self._began = 0.0
@@ -194,7 +198,7 @@ class TreeSender:
             self._stopped = True
             self._reason = self._reason or reason
             running = tuple(self._running.values())
-        for process, stream in running:
+        for _, process, stream in running:
             with contextlib.suppress(OSError):
                 stream.shutdown(socket.SHUT_RDWR)
             with contextlib.suppress(OSError):
@@ -227,6 +231,8 @@ class TreeSender:
             futures = [pool.submit(carry, tree, deadline) for tree in self._trees]
             for future in futures:
                 future.add_done_callback(done)
+            while wait_for(futures, _TELL_S).not_done:
+                self._tell()
         self._cancellation.check()
         if failures:
             raise self._reason or failures[0]
@@ -234,6 +240,15 @@ class TreeSender:
             self.files += event.files
             self.bytes += event.bytes
             self._listener(event)
+
+    def _tell(self) -> None:
+        """How far each rsync is that runs."""
+        with self._lock:
+            running = [(name, process.pid) for name, process, _ in self._running.values()]
+        for name, pid in running:
+            sent = _written(pid)
+            if sent is not None:
+                self._listener(TreeProgress(name, sent))
 
     def _carry_tree(self, tree: Tree, _deadline: float | None) -> TreeSynced:
         begun = time.monotonic()
@@ -278,7 +293,7 @@ class TreeSender:
                 env=rsync_environment(),
             )
             try:
-                self._enter(process, stream)
+                self._enter(tree.name, process, stream)
                 out, err = proc.collect(process, timeout_s=left)
                 if process.returncode not in run.good:
                     _await_end(stream)
@@ -297,11 +312,11 @@ class TreeSender:
             raise self._failure(tree, process.returncode, err)
         return *stats(out), process.returncode
 
-    def _enter(self, process: proc.Process, stream: socket.socket) -> None:
+    def _enter(self, name: str, process: proc.Process, stream: socket.socket) -> None:
         with self._lock:
             if self._stopped:
                 raise MigrationFailed("it was stopped")
-            self._running[process.pid] = (process, stream)
+            self._running[process.pid] = (name, process, stream)
 
     def _failure(self, tree: Tree, code: int, err: bytes) -> PhaulError:
         """What to tell: what the agent says of it, else what rsync printed."""
@@ -344,6 +359,20 @@ def _by_contents(tree: Tree) -> list[_Run]:
         # A new file in its place would leave its other names behind.
         runs.append(_Run(tree, ("--ignore-times", "--inplace"), tuple(linked)))
     return runs
+
+
+def _written(pid: int) -> int | None:
+    """Bytes that a process has written, of which an rsync that sends has sent nearly all.
+
+    None if it has ended, or if the kernel does not count them.
+    """
+    try:
+        # Not the process's own: that has what its ended children wrote, who passed on the same.
+        text = Path(f"/proc/{pid}/task/{pid}/io").read_text(encoding="ascii")
+    except OSError:
+        return None
+    found = _WRITTEN.search(text)
+    return int(found[1]) if found else None
 
 
 def _await_end(stream: socket.socket) -> None:

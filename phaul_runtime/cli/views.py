@@ -107,6 +107,9 @@ class TerminalView(PlainView):
         self._task: Any = None
         self._expected: float | None = None
         self._frozen = False
+        self._dumping = False
+        self._first = ""
+        self._sent: dict[str, int] = {}
 
     def __enter__(self) -> View:
         self._progress.start()
@@ -123,20 +126,44 @@ class TerminalView(PlainView):
     def __call__(self, event: ev.Event) -> None:
         """Show an event."""
         super().__call__(event)
-        if isinstance(event, ev.IterationStarted):
+        if isinstance(event, (ev.Staging, ev.TreeProgress, ev.TreeSynced)):
+            if not self._frozen:
+                self._dumping = False
+                self._tree(event)
+        elif isinstance(event, ev.IterationStarted):
+            self._dumping = True
             self._show(f"pre-dump {event.number}")
         elif isinstance(event, ev.IterationDone):
             self._expected = event.expected_freeze_ms
-        elif isinstance(event, ev.Progress) and self._task is not None and not self._frozen:
+        elif isinstance(event, ev.Progress) and self._dumping and self._task is not None:
             text = f"pre-dump {event.number}: {event.bytes // 4096} pages"
             if self._expected is not None:
                 text += f", expected freeze {self._expected:.0f} ms"
             self._progress.update(self._task, completed=event.bytes, description=text)
         elif isinstance(event, ev.Frozen):
-            self._frozen = True
+            self._frozen, self._dumping = True, False
             self._show("frozen: final dump, restore")
         elif isinstance(event, (ev.Committed, ev.RolledBack)):
             self._hide()
+
+    def _tree(self, event: ev.Staging | ev.TreeProgress | ev.TreeSynced) -> None:
+        """Trees go side by side: what all of them have sent, in one line."""
+        if isinstance(event, ev.Staging):
+            self._first = event.tree
+            self._show(f"preparing {event.tree}")
+        elif isinstance(event, ev.TreeProgress):
+            if not self._sent:
+                self._show("")
+            self._sent[event.tree] = event.bytes
+            text = f"tree {', '.join(sorted(self._sent))}"
+            self._progress.update(self._task, completed=sum(self._sent.values()), description=text)
+        else:
+            self._sent.clear()
+            if event.tree == self._first:
+                self._first = ""
+                self._show(f"{event.tree} is there, being taken in")
+            else:
+                self._hide()
 
     def _hide(self) -> None:
         if self._task is not None:

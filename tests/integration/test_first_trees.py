@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import threading
@@ -20,7 +21,7 @@ from phaul_runtime.config import Config, CriuConfig, FilesystemConfig
 from phaul_runtime.criu import Criu
 from phaul_runtime.engine import Inspection
 from phaul_runtime.errors import Cancelled, DestinationError, MigrationFailed, PhaulError
-from phaul_runtime.events import Staging, TreeSynced, Warned
+from phaul_runtime.events import Staging, TreeProgress, TreeSynced, Warned
 from phaul_runtime.journal import Journal
 from phaul_runtime.lifecycle import Hooks
 from phaul_runtime.migration import Migration
@@ -418,3 +419,30 @@ def test_a_recovery_removes_what_was_made(move: ImageMove, monkeypatch: pytest.M
     assert settled.warnings == ()
     assert not move.source.path.exists()
     assert move.half.calls == ["stage image", "unstage image", "rollback"]
+
+
+# -- progress ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_takes_its_time_tells_how_far_it_is(
+    move: ImageMove, monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
+    monkeypatch.setattr(trees_module, "_TELL_S", 0.01)
+    size = 96 << 20
+
+    def fill(directory: Path) -> None:
+        (directory / "big").write_bytes(os.urandom(size))
+
+    if first:
+        move.source.at_staging = lambda _: fill(move.source.path)
+    else:
+        fill(move.here)
+    move.run()
+    name = "image" if first else "rootfs"
+    events = [e for e in move.told if isinstance(e, (TreeProgress, TreeSynced)) and e.tree == name]
+    first_pass = itertools.takewhile(lambda e: isinstance(e, TreeProgress), events)
+    told = [event.bytes for event in first_pass]
+    assert len(told) > 1
+    assert told == sorted(told)
+    assert 1 << 20 < told[-1] < size * 1.1

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from phaul_runtime import events as ev
 from phaul_runtime.cli.main import cli
-from phaul_runtime.cli.views import JsonView, PlainView, describe
+from phaul_runtime.cli.views import JsonView, PlainView, TerminalView, describe
 from phaul_runtime.report import Iteration, MigrationReport
 
 
@@ -77,6 +77,7 @@ EVENTS: list[ev.Event] = [
     ev.FilesCopied(1, 2, final=False),
     ev.TreeSynced("rootfs", 1, 2, 3.0, final=True),
     ev.Staging("image"),
+    ev.TreeProgress("image", 100),
     ev.IterationStarted(1),
     ev.Progress(1, 100),
     ev.IterationDone(1, 10, 0, 40960, 12.0, None, True, "why"),
@@ -97,7 +98,7 @@ def test_every_event_has_its_json_line_and_its_text(capsys: pytest.CaptureFixtur
         JsonView()(event)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["event"] for line in lines] == [event.name for event in EVENTS]
-    silent = (ev.IterationStarted, ev.Progress, ev.SourceDead)
+    silent = (ev.TreeProgress, ev.IterationStarted, ev.Progress, ev.SourceDead)
     assert all(bool(describe(event)) != isinstance(event, silent) for event in EVENTS)
 
 
@@ -111,3 +112,33 @@ def test_the_report_in_json_and_in_text(capsys: pytest.CaptureFixture[str]) -> N
     assert shown["downtime_ms"] == 12.346
     PlainView().report(report)
     assert "downtime       12 ms" in capsys.readouterr().out
+
+
+def test_the_terminal_shows_what_is_under_way(capsys: pytest.CaptureFixture[str]) -> None:
+    view = TerminalView()
+
+    def shown(event: ev.Event) -> list[tuple[str, float]]:
+        view(event)
+        return [(task.description, task.completed) for task in view._progress.tasks]
+
+    assert shown(ev.Staging("image")) == [("preparing image", 0)]
+    # Of memory nothing is under way yet, whatever the heartbeats say.
+    assert shown(ev.Progress(1, 0)) == [("preparing image", 0)]
+    assert shown(ev.TreeProgress("image", 5)) == [("tree image", 5)]
+    synced = ev.TreeSynced("image", 1, 2, 3.0, final=False)
+    assert shown(synced) == [("image is there, being taken in", 0)]
+    assert shown(ev.TreeProgress("rootfs", 5)) == [("tree rootfs", 5)]
+    assert shown(ev.TreeProgress("data", 2)) == [("tree data, rootfs", 7)]
+    assert shown(ev.TreeProgress("rootfs", 6)) == [("tree data, rootfs", 8)]
+    assert shown(ev.TreeSynced("rootfs", 1, 2, 3.0, final=False)) == []
+    assert shown(ev.IterationStarted(1)) == [("pre-dump 1", 0)]
+    assert shown(ev.Progress(1, 8192)) == [("pre-dump 1: 2 pages", 8192)]
+    # The last pass before the freeze.
+    assert shown(ev.TreeProgress("rootfs", 3)) == [("tree rootfs", 3)]
+    assert shown(ev.Progress(2, 4096)) == [("tree rootfs", 3)]
+    frozen = [("frozen: final dump, restore", 0)]
+    assert shown(ev.Frozen()) == frozen
+    assert shown(ev.TreeProgress("rootfs", 5)) == frozen
+    assert shown(ev.TreeSynced("rootfs", 1, 2, 3.0, final=True)) == frozen
+    assert shown(ev.RolledBack("why", True)) == []
+    assert "preparing image" in capsys.readouterr().out
