@@ -92,6 +92,7 @@ class DockerSource(OciSource):
         self._restart: Mapping[str, Any] = _NEVER
         self._moving: list[str] = []
         self._carries_shm = False
+        self._stage: Path | None = None
 
     @property
     def runtime_name(self) -> str:
@@ -114,6 +115,8 @@ class DockerSource(OciSource):
             ) from error
         tree = self.look()
         self._carries_shm = self._shm_used()
+        # On docker's own disk, which has room for images.
+        self._stage = self.daemon.root / "tmp" / f"phaul-{self._id[:12]}"
         places = self._places(container)
         self._moving = [source for name, source in places.values() if name.startswith("volume-")]
         return Inspection(
@@ -121,6 +124,7 @@ class DockerSource(OciSource):
             memory=sum(member.memory for member in tree.members),
             files=single_files(self._binds()),
             trees=[
+                FileTree(IMAGE, str(self._stage), first=True),
                 *(FileTree(name, source) for name, source in places.values() if name),
             ],
             manifest=self._manifest(tree, places),
@@ -250,13 +254,10 @@ class DockerSource(OciSource):
             places["/dev/shm/"] = (SHM, str(self._shm))  # noqa: S108 - the container's
         return places
 
-    @property
-    def _stage(self) -> Path:
-        """Where the image is put for the journey: on docker's own disk."""
-        return self.daemon.root / "tmp" / f"phaul-{self._id[:12]}"
-
     def stage(self, name: str, cancellation: Cancellation) -> None:
         """See `SourceHalf`: `docker save`."""
+        if self._stage is None:
+            raise MigrationFailed("the container was not inspected")
         image = str(self._facts["Config"]["Image"])
         if self.daemon.image_id(image) != self._facts["Image"]:
             image = str(self._facts["Image"])  # its tag is another image's by now
@@ -269,7 +270,8 @@ class DockerSource(OciSource):
 
     def unstage(self, name: str) -> None:
         """See `SourceHalf`."""
-        remove_tree(self._stage)
+        if self._stage is not None:
+            remove_tree(self._stage)
 
     # -- the move --------------------------------------------------------------------------
 
@@ -305,6 +307,7 @@ class DockerSource(OciSource):
             "container": self._id,
             "restart": dict(self._restart),
             "volumes": self._moving,
+            "stage": str(self._stage or ""),
         }
 
     def recall(self, identity: Mapping[str, Any]) -> None:
@@ -313,6 +316,7 @@ class DockerSource(OciSource):
         self._id = str(identity.get("container", ""))
         self._restart = identity.get("restart") or _NEVER
         self._moving = list(identity.get("volumes", []))
+        self._stage = Path(identity["stage"]) if identity.get("stage") else None
 
     def finish(self) -> Sequence[str]:
         """See `SourceHalf`: docker's container goes, or stays under another name."""

@@ -23,6 +23,7 @@ from phaul_engines.docker_volumes import may_be_overwritten, unmark
 from phaul_engines.gated import deadline_in, failure
 from phaul_engines.oci import cgroup_of, cgroup_pids
 from phaul_runtime import cgroup
+from phaul_runtime.cancel import Cancellation
 from phaul_runtime.criu import Criu
 from phaul_runtime.engine import REFUSED, DestinationHalf, Finding
 from phaul_runtime.errors import DestinationError, MigrationFailed, PhaulError
@@ -163,10 +164,10 @@ class DockerDestination(DestinationHalf):
     def _image_place(self) -> Path:
         return self._daemon.root / "tmp" / f"phaul-{self._id}"
 
-    def arrived(self, name: str) -> None:
+    def arrived(self, name: str, cancellation: Cancellation) -> None:
         """See `DestinationHalf`: `docker load`, and the container can be made."""
         try:
-            self._daemon.load(self._image_place() / "image.tar")
+            self._daemon.load(self._image_place() / "image.tar", cancellation)
         finally:
             remove_tree(self._image_place())
         if not self._image():

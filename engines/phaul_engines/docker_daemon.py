@@ -10,13 +10,14 @@ import contextlib
 import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import docker
 import requests
 from docker.errors import APIError, DockerException, ImageNotFound, NotFound, NullResource
 
 from phaul_engines.docker_findings import parse_api_version
+from phaul_runtime.cancel import Cancellation
 from phaul_runtime.errors import MigrationFailed, Refused
 
 _CHUNK = 1 << 20
@@ -146,10 +147,14 @@ class Daemon:
                 file.write(part)
                 yield len(part)
 
-    def load(self, path: Path) -> None:
-        """`docker load`."""
+    def load(self, path: Path, cancellation: Cancellation) -> None:
+        """`docker load`.
+
+        Raises:
+            Cancelled: that was asked for before docker had read it all.
+        """
         with self._asked("load") as api, path.open("rb") as file:
-            for line in api.load_image(file, quiet=True):
+            for line in api.load_image(_parts(file, cancellation), quiet=True):
                 if "error" in line:
                     raise MigrationFailed(f"docker: load: {line['error']}")
 
@@ -216,3 +221,9 @@ class Daemon:
                 api.remove_volume(name)
             except NotFound:
                 return
+
+
+def _parts(file: BinaryIO, cancellation: Cancellation) -> Iterator[bytes]:
+    while part := file.read(_CHUNK):
+        cancellation.check()
+        yield part

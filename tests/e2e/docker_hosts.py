@@ -7,6 +7,7 @@ import json
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,7 @@ def start_docker(lab: Lab) -> None:
     for host in ("a", "b"):
         hosts.sh(host, START)
     for host in ("a", "b"):
-        wait_until(
-            f"dockerd on {host}",
-            lambda host=host: hosts.sh(
-                host, "docker version --format '{{.Server.Experimental}}'", check=False
-            ) == "true",
-            300,
-        )  # fmt: skip
+        wait_until(f"dockerd on {host}", partial(_answers, hosts, host), 300)
     ids = [
         hosts.sh(host, f"docker images -q --no-trunc {IMAGE}", check=False) for host in ("a", "b")
     ]
@@ -51,6 +46,11 @@ def start_docker(lab: Lab) -> None:
         hosts.sh("a", f"cd /var/tmp && python3 make_image.py {IMAGE} {names}")
     if not ids[0] or ids[0] != ids[1]:
         copy_image(hosts)
+
+
+def _answers(hosts: Hosts, host: str) -> bool:
+    script = "docker version --format '{{.Server.Experimental}}'"
+    return hosts.sh(host, script, check=False) == "true"
 
 
 def copy_image(hosts: Hosts) -> None:

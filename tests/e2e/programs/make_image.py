@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from make_bundle import TOOLS, copy_program
+from make_bundle import TOOLS, copy_program  # type: ignore[import-not-found]
 
 
 def main(name: str, programs: list[str]) -> None:
