@@ -114,7 +114,7 @@ class Docker:
             ' && [ -z "$some" ] || docker network rm $some;'
             "some=$(docker volume ls -q --filter name=^cfg-)"
             ' && [ -z "$some" ] || docker volume rm $some;'
-            "rm -rf /var/tmp/cfg-bind",
+            "rm -rf /var/tmp/cfg-bind; rmdir /sys/fs/cgroup/cfg",
             check=False,
         )
 
