@@ -148,8 +148,8 @@ class Recovery:
                     hint=f"phaul-runtime recover {journal.id} once it does; its images are kept",
                 ) from error
             warning = (
-                f"the destination was not reached ({error.message}); it discards by itself, "
-                "or run recover there"
+                f"the destination was not reached ({error.message}); what it may hold of this "
+                f"migration stays until phaul-runtime recover {journal.id} puts it away"
             )
             return self._finish(journal, source, decision, Settled(warnings=(warning,)))
 

@@ -21,7 +21,7 @@ from phaul_engines.docker_config import CRIU_CONFIG, CreatePlan, create_body
 from phaul_engines.docker_daemon import Daemon
 from phaul_engines.docker_volumes import may_be_overwritten, unmark
 from phaul_engines.gated import deadline_in, failure
-from phaul_engines.oci import cgroup_of, cgroup_pids
+from phaul_engines.oci import cgroup_pids
 from phaul_runtime import cgroup
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.criu import Criu
@@ -182,6 +182,7 @@ class DockerDestination(DestinationHalf):
     def restore(self, criu: Criu, images_dir: Path) -> int:
         """See `DestinationHalf`."""
         facts = self._there()
+        self._cgroup = self._daemon.cgroup(facts)
         place = self._place / f"gate-{os.getpid()}-{next(self._numbers)}"
         images = place / "images"
         gate = self._gate = Gate(
@@ -192,6 +193,8 @@ class DockerDestination(DestinationHalf):
                 f"work-dir {images}",
                 "log-file restore.log",
                 "verbosity 4",
+                # Else CRIU puts it into the group that it had at the source, where no limit is.
+                f"cgroup-root {self._cgroup}",
                 *self._manifest["criu"],
             ],
             early=True,
@@ -212,7 +215,6 @@ class DockerDestination(DestinationHalf):
             while event := gate.next(deadline, self._start.ended):
                 if event.action == "post-restore":
                     self._held = event
-                    self._cgroup = cgroup_of(event.pid)
                     return event.pid
                 if event.action == "pre-restore":
                     self._fill_shm(facts)

@@ -92,6 +92,16 @@ class Daemon:
         """Where it keeps what it knows of a container."""
         return self.root / "containers" / container_id
 
+    def cgroup(self, facts: Mapping[str, Any]) -> str:
+        """The cgroup that docker makes for a container (`GET /containers/{id}/json`)."""
+        parent = str(facts["HostConfig"].get("CgroupParent") or "")
+        if self.info().get("CgroupDriver") != "systemd":
+            return f"/{(parent or 'docker').strip('/')}/{facts['Id']}"
+        slices = (parent or "system.slice").removesuffix(".slice").split("-")
+        # a-b.slice lies in a.slice (systemd.slice(5)).
+        path = "/".join("-".join(slices[:n]) + ".slice" for n in range(1, len(slices) + 1))
+        return f"/{path}/docker-{facts['Id']}.scope"
+
     def container(self, name: str) -> dict[str, Any] | None:
         """`GET /containers/{name}/json`; None if there is none.
 

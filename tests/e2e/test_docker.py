@@ -35,6 +35,9 @@ def test_a_container_moves_with_its_configuration_and_comes_back(docker_hosts: D
         assert web.dirtier(to).verified_on(to)["wrong"] == 0
         assert web.status(host) == ""
         assert differences(before, web.inspect(to), ours=is_ours) == []
+        # CRIU would put it where it was at the source: out of its limits and of docker's reach.
+        cgroup = docker_hosts.sh(to, "cat /proc/$1/cgroup", str(web.pid(to)))
+        assert cgroup.endswith(web.inspect(to)["Id"])
         assert web.exec(to, "cat", "/store/file", "/anonymous/file") == "kept\nnew\n"
         assert "nc" not in web.exec(to, "ls", "/bin").split()
         for both in ("a", "b"):
