@@ -197,7 +197,7 @@ class DockerDestination(DestinationHalf):
                 f"cgroup-root {self._cgroup}",
                 *self._manifest["criu"],
             ],
-            early=True,
+            early=bool(self._manifest["shm"]),
         )
         try:
             gate.open()
