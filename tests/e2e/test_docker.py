@@ -7,7 +7,7 @@ from phaul_engines.docker_arrival import is_ours
 from phaul_engines.docker_config import differences
 
 from tests.e2e.conftest import wait_until
-from tests.e2e.docker_hosts import IMAGE, DockerHosts, docker_hosts, docker_lab
+from tests.e2e.docker_hosts import IMAGE, DockerContainer, DockerHosts, docker_hosts, docker_lab
 
 __all__ = ["docker_hosts", "docker_lab"]
 
@@ -72,41 +72,63 @@ def test_a_failed_restore_leaves_the_source_running_and_a_retry_works(
     docker_hosts: DockerHosts,
 ) -> None:
     """Docker agrees at both ends; the reason is CRIU's own."""
-    web = docker_hosts.dirtier("a", "fails", "--mib", "8", flags="--network none --restart always")
-    vetoes = "/etc/phaul-runtime/hooks/post_restore.d/50-veto"
-    docker_hosts.sh(
-        "b", 'printf "#!/bin/sh\\necho not today >&2; exit 3\\n" > $1; chmod 755 $1', vetoes
-    )
-    try:
-        failed = web.migrate("a", "b")
-    finally:
-        docker_hosts.sh("b", 'rm "$1"', vetoes)
-    assert failed.code == 4
-    assert "50-veto" in failed.stderr
-    assert "not today" in failed.stderr
-    _lives_only_on_a(docker_hosts, web.name)
-    # What the restore needs is gone: CRIU says so.
-    docker_hosts.sh("a", "docker exec fails sh -c 'cp /bin/piggie-dirty /data/x'", check=False)
-    docker_hosts.sh("b", "mount -t tmpfs -o size=4k none /run/phaul")
-    try:
-        failed = web.migrate("a", "b", "--ignore", "space")
-    finally:
-        docker_hosts.sh("b", "umount -l /run/phaul")
-    assert failed.code in (3, 4)
-    _lives_only_on_a(docker_hosts, web.name)
-    moved = web.migrate("a", "b")
+    for host in ("a", "b"):
+        docker_hosts.sh(host, "mkdir -p /srv/same")
+    docker_hosts.sh("a", "touch /srv/same/file")
+    script = "exec 3</same/file; exec piggie-dirty --status /data/status --verifies 4000 --mib 8"
+    flags = "--network none --restart always --volume /srv/same:/same"
+    web = docker_hosts.run("a", "fails", "sh", "-c", script, flags=flags)
+    config = _config(docker_hosts, "{mounts: {/srv/same: shared}}")
+    failed = web.migrate("a", "b", "--config", config)
+    assert failed.code == 4, failed.stderr
+    assert "docker's restore failed" in failed.stderr
+    assert "same/file" in failed.stderr
+    _lives_only_on_a(docker_hosts, web)
+    docker_hosts.sh("b", "touch /srv/same/file")
+    moved = web.migrate("a", "b", "--config", config)
+    docker_hosts.sh("a", "rm -r /srv/same")
     assert moved.code == 0, moved.stderr
     assert web.dirtier("b").verified_on("b")["wrong"] == 0
     assert web.inspect("b")["HostConfig"]["RestartPolicy"]["Name"] == "always"
 
 
-def _lives_only_on_a(docker_hosts: DockerHosts, name: str) -> None:
-    docker = next(made for made in docker_hosts.made if made.name == name)
-    assert docker.status("a") == "running"
-    assert docker.inspect("a")["HostConfig"]["RestartPolicy"]["Name"] == "always"
-    assert docker.status("b") == ""
+def test_the_hook_is_installed_when_containers_run_already(docker_hosts: DockerHosts) -> None:
+    """They migrate like any other; an operator's programs veto that, or follow it."""
+    for host in ("a", "b"):
+        docker_hosts.sh(host, "phaul-runtime hook remove docker")
+    web = docker_hosts.dirtier("a", "before", "--mib", "8", flags="--network none --restart always")
+    hooks = "/etc/phaul-runtime/hooks"
+    for host in ("a", "b"):
+        docker_hosts.sh(host, "phaul-runtime hook install docker; phaul-runtime hook list")
+        docker_hosts.sh(
+            host,
+            'printf \'#!/bin/sh\\necho "$PHAUL_ROLE $@" >/var/tmp/followed\\n\' >"$1"; chmod 755 "$1"',
+            f"{hooks}/committed.d/50-follow",
+        )
+    veto = f"{hooks}/post_restore.d/50-veto"
+    docker_hosts.sh(
+        "b", 'printf "#!/bin/sh\\necho not today >&2; exit 3\\n" > "$1"; chmod 755 "$1"', veto
+    )
+    failed = web.migrate("a", "b")
+    docker_hosts.sh("b", 'rm "$1"', veto)
+    assert failed.code == 4
+    assert "50-veto" in failed.stderr
+    assert "not today" in failed.stderr
+    _lives_only_on_a(docker_hosts, web)
+    moved = web.migrate("a", "b")
+    assert moved.code == 0, moved.stderr
+    for host, role in (("a", "source"), ("b", "destination")):
+        docker_hosts.sh(host, f"rm {hooks}/committed.d/50-follow")
+        followed = docker_hosts.sh(host, "cat /var/tmp/followed; rm /var/tmp/followed")
+        assert followed == f"{role} before committed {role}"
+
+
+def _lives_only_on_a(docker_hosts: DockerHosts, web: DockerContainer) -> None:
+    assert web.status("a") == "running"
+    assert web.inspect("a")["HostConfig"]["RestartPolicy"]["Name"] == "always"
+    assert web.status("b") == ""
     assert docker_hosts.leftovers("b") == ""
-    assert docker.dirtier("a").verified_on("a")["wrong"] == 0
+    assert web.dirtier("a").verified_on("a")["wrong"] == 0
 
 
 def test_an_image_that_is_missing_is_carried(docker_hosts: DockerHosts) -> None:
