@@ -18,13 +18,16 @@ from tests.e2e.conftest import Dirtier, Hosts, Moved, wait_until
 
 IMAGE = "phaul-test:1"
 PROGRAMS = Path(__file__).parent / "programs"
+DOCKERD = """
+setsid dockerd --containerd=/run/containerd/containerd.sock </dev/null >>/var/log/dockerd.log 2>&1 &
+"""
 # The command that an operator gives once for each host; dockerd is started after it.
-START = """
+START = f"""
 set -e
 docker version >/dev/null 2>&1 && exit 0
 phaul-runtime hook install docker
 setsid containerd </dev/null >/var/log/containerd.log 2>&1 &
-setsid dockerd --containerd=/run/containerd/containerd.sock </dev/null >/var/log/dockerd.log 2>&1 &
+{DOCKERD}
 """
 IN_IMAGE = ("redis-server", "redis-cli", "piggie-dirty", "ip", "nc")
 
@@ -51,6 +54,12 @@ def start_docker(lab: Lab) -> None:
 def _answers(hosts: Hosts, host: str) -> bool:
     script = "docker version --format '{{.Server.Experimental}}'"
     return hosts.sh(host, script, check=False) == "true"
+
+
+def restart_dockerd(hosts: Hosts, host: str) -> None:
+    """Start one that was killed, and wait until it answers."""
+    hosts.sh(host, DOCKERD)
+    wait_until(f"dockerd on {host}", partial(_answers, hosts, host), 300)
 
 
 def copy_image(hosts: Hosts) -> None:

@@ -33,6 +33,11 @@ FAULTS: dict[str, tuple[str, ...]] = {
     "kill-runtime-a": ("dump", "copy", "prepared"),
     "kill-runtime-b": ("restore", "prepared", "committing"),
     "restore-refused": ("between",),
+    "criu-refuses-b": ("copy",),
+    # Docker's: what runs the runtime. A dockerd that is killed is started again.
+    "kill-shim-b": ("restore", "prepared", "committing"),
+    "kill-dockerd-b": ("restore", "prepared", "committing"),
+    "kill-dockerd-a": ("committing",),
     "clock-forward": ("predump", "prepared", "committing"),
     "clock-back": ("between", "restore", "committing"),
 }
@@ -61,6 +66,21 @@ QUICK_CONTAINER = {
     ("kill-runtime-b", "committing"),
     ("restore-refused", "between"),
 }
+# Underneath its daemon: everything that could lose the copy between the two hosts' daemons.
+QUICK_DOCKER = {
+    ("kill-cli", "committing"),
+    ("kill-agent", "restore"),
+    ("kill-criu-a", "copy"),
+    ("kill-criu-b", "prepared"),
+    ("kill-runtime-a", "prepared"),
+    ("kill-runtime-b", "committing"),
+    ("kill-shim-b", "prepared"),
+    ("kill-dockerd-b", "prepared"),
+    ("restore-refused", "between"),
+    ("cut-for-good", "committing"),
+}
+QUICK_BY_ENGINE = {"process": QUICK, "docker": QUICK_DOCKER}
+DOCKERS = ("kill-shim-b", "kill-dockerd-a", "kill-dockerd-b")
 
 
 @dataclass(frozen=True)
@@ -77,11 +97,12 @@ class Cell:
 
 def cells(engine: str, *, quick: bool) -> list[Cell]:
     """All cells of an engine, or those that CI runs."""
-    chosen = QUICK if engine == "process" else QUICK_CONTAINER
+    chosen = QUICK_BY_ENGINE.get(engine, QUICK_CONTAINER)
     return [
         Cell(engine, fault, moment)
         for fault, moments in FAULTS.items()
         for moment in moments
         if (not quick or (fault, moment) in chosen)
         and (engine != "process" or "runtime" not in fault)
+        and (engine == "docker" or fault not in DOCKERS)
     ]

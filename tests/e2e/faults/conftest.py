@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import Hosts
+from tests.e2e.docker_hosts import docker_lab
 from tests.e2e.faults.stage import Stage, Stagehand
+
+__all__ = ["docker_lab", "pytest_terminal_summary", "stage"]
 
 _ROWS: list[tuple[str, str, str, str]] = []
 

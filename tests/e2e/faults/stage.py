@@ -1,4 +1,4 @@
-"""Two hosts with a stagehand each, a victim that tells an observer where it runs, and verdicts."""
+"""Two hosts with a stagehand each, an observer of the victim, and verdicts."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import Dirtier, Hosts, wait_until
-from tests.e2e.containers import Container, Containers
+from tests.e2e.conftest import Hosts, wait_until
+from tests.e2e.faults.victims import Victim, start
 
 PYTHON = "/opt/phaul-runtime/bin/python3"
 STAGEHAND = Path(__file__).parent / "stagehand.py"
@@ -106,25 +106,6 @@ class Observer:
 
 
 @dataclass
-class Victim(Dirtier):
-    """A dirtier that is moved by some engine, and found again by its own status file's name."""
-
-    engine: str
-    target: str
-    container: Container | None = None
-
-    def migrate(self) -> list[str]:
-        """The command that moves it to b."""
-        return ["migrate", self.target, "--engine", self.engine, "--to", "ssh://root@b"]
-
-    def pids(self, host: str) -> list[int]:
-        """Its processes there."""
-        name = Path(self.status_file).name
-        found = self.hosts.sh(host, f"pgrep -x -f 'piggie-dirty .*{name} .*'", check=False)
-        return [int(pid) for pid in found.split()]
-
-
-@dataclass
 class Stage:
     """The laboratory set for faults."""
 
@@ -138,23 +119,7 @@ class Stage:
         """A new victim on host a that the observer hears."""
         self.number += 1
         name = f"fault{self.number}"
-        flags = ("--mib", "20", "--hot-mib", "2", "--writes", "200",
-                 "--udp", f"10.0.2.2:{observer.port}")  # fmt: skip
-        if engine == "process":
-            dirtier = self.hosts.dirtier("a", name, *flags)
-            victim = Victim(self.hosts, dirtier.pid, dirtier.status_file, engine, str(dirtier.pid))
-        else:
-            container = Containers(self.hosts).dirtier(
-                "a",
-                name,
-                *flags,
-                runtime=engine,
-                network="host",
-                uts="host",
-                status=f"/data/{name}.status",
-            )
-            path = f"{container.rootfs}/data/{name}.status"
-            victim = Victim(self.hosts, 0, path, engine, name, container)
+        victim = start(self.hosts, engine, name, observer.port)
         wait_until("the observer hears the victim", lambda: len(observer.heard) > 5)
         return victim
 
@@ -176,10 +141,7 @@ class Stage:
             hand.do("unfill", directory="/run/phaul")
             hand.do("unfill", directory="/var/lib")
         for host in ("a", "b"):
-            for pid in victim.pids(host):
-                self.hosts.sh(host, "kill -9 $1", str(pid), check=False)
-            if victim.container is not None:
-                victim.container.remove(host)
+            victim.remove(host)
             self.hosts.sh(host, "sleep 0.2; rmdir /sys/fs/cgroup/phaul-runtime/*/", check=False)
             if self.hosts.leftovers(host):
                 self.hosts.sh(host, "sleep 15; rm -rf /run/phaul/*", check=False)
@@ -198,28 +160,17 @@ class Stage:
         assert observer.complaints() == []
         for host in ("a", "b"):
             try:
-                wait_until("clean", partial(self.clean, host), 2 * LOST_S)
+                wait_until("clean", partial(self.clean, victim, host), 2 * LOST_S)
             except pytest.fail.Exception:
-                pytest.fail(f"left on {host}: {self.hosts.leftovers(host)}")
+                left = self.hosts.leftovers(host) + victim.traces(host)
+                pytest.fail(f"left on {host}: {left}")
             assert self.unsettled(host) == []
-        if victim.container is not None:
-            self.judge_container(victim.container, copies[0])
+        victim.judge(copies[0])
         return copies[0]
 
-    def judge_container(self, container: Container, host: str) -> None:
-        """It is the runtime's own where it runs, and the other host knows nothing of it."""
-        assert container.state(host) == "running"
-        assert container.exec(host, "cat", "/proc/1/comm") == "piggie-dirty\n"
-        other = "b" if host == "a" else "a"
-        assert container.state(other) == ""
-        traces = f"/sys/fs/cgroup/{container.name} /run/{container.runtime}/{container.name}"
-        if host == "a":
-            traces += f" {container.bundle}"
-        assert self.hosts.sh(other, f"ls -d {traces} 2>/dev/null", check=False) == ""
-
-    def clean(self, host: str) -> bool:
+    def clean(self, victim: Victim, host: str) -> bool:
         """Whether nothing of a move is left there."""
-        return self.hosts.leftovers(host) == ""
+        return self.hosts.leftovers(host) == "" and victim.traces(host) == ""
 
     def unsettled(self, host: str) -> list[str]:
         """What `history` lists and is neither done nor aborted."""

@@ -9,7 +9,7 @@ for it, the child stops at a moment of its migration until it is told to go on.
     {"do": "await", "seconds": 60}                         {"stopped": true} | {"code": 0, ...}
     {"do": "go"}
     {"do": "when", "glob": "...", "bytes": 1, "then": {...}}
-    {"do": "kill", "what": "cli" | "ssh" | "criu" | "runc" | "agent"}
+    {"do": "kill", "what": "cli" | "ssh" | "criu" | "runc" | "agent" | ...}
     {"do": "fill" | "unfill", "directory": "..."}
     {"do": "clock", "seconds": 3600}
 """
@@ -36,6 +36,8 @@ from phaul_runtime.states import State
 
 POLL_S = 0.002
 FILLER = ".filler"
+# As the kernel names them, in 15 characters.
+BY_NAME = ("criu", "runc", "crun", "dockerd", "containerd-shim")
 EVENTS: dict[str, Callable[[events.Event], bool]] = {
     "opened": lambda e: isinstance(e, events.IterationStarted) and e.number == 1,
     "between": lambda e: isinstance(e, events.IterationDone) and e.number == 1,
@@ -203,7 +205,7 @@ def victims(what: str, child: Child | None) -> list[int]:
     found = []
     for pid, name, line, parent in processes():
         if (
-            (what in ("criu", "runc", "crun") and name == what)
+            (what in BY_NAME and name == what)
             or (what == "ssh" and name == "ssh" and parent == cli_pid)
             or (what == "agent" and "agent --sockets" in line and name.startswith("phaul"))
         ):

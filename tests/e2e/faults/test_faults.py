@@ -16,14 +16,17 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import wait_until
+from tests.e2e.docker_hosts import restart_dockerd
 from tests.e2e.faults.cells import Cell, cells
-from tests.e2e.faults.stage import CONFIG, Observer, Stage, Victim
+from tests.e2e.faults.stage import CONFIG, Observer, Stage
+from tests.e2e.faults.victims import Victim
 
 FULL = os.environ.get("FAULTS") == "full"
 SEED = int(os.environ.get("SEED", "1"))
 COUNT = int(os.environ.get("COUNT", "2"))
 ENGINE = os.environ.get("ENGINE", "process")
 ENDS_WITHIN_S = 180
+EVERY_CRIU = "/etc/criu/default.conf"
 # What is seen from outside to be happening, by the host on which it is seen.
 SEEN: dict[str, tuple[str, dict[str, Any]]] = {
     "predump": ("b", {"glob": "/run/phaul/*/1/pages-*.img", "bytes": 2 << 20}),
@@ -43,7 +46,10 @@ def observer() -> Iterator[Observer]:
 def victim(stage: Stage, observer: Observer, request: pytest.FixtureRequest) -> Iterator[Victim]:
     cell = getattr(request.node, "callspec", None)
     cell = cell.params.get("cell") if cell else None
-    found = stage.victim(observer, cell.engine if cell else ENGINE)
+    engine = cell.engine if cell else ENGINE
+    if engine == "docker":
+        request.getfixturevalue("docker_lab")
+    found = stage.victim(observer, engine)
     yield found
     stage.clear(found)
 
@@ -53,7 +59,7 @@ def victim(stage: Stage, observer: Observer, request: pytest.FixtureRequest) -> 
     "cell",
     cells(ENGINE, quick=False)
     if FULL
-    else [*cells("process", quick=True), *cells("runc", quick=True)],
+    else [cell for engine in ("process", "runc", "docker") for cell in cells(engine, quick=True)],
     ids=str,
 )
 def test_one_copy_whatever_fails(
@@ -105,7 +111,7 @@ def strike(stage: Stage, cell: Cell, victim: Victim) -> Any:
             assert stage.a.do("kill", what=cell.fault.removeprefix("kill-"))["killed"]
         case "kill-runtime-a" | "kill-runtime-b":
             hand = stage.a if cell.fault.endswith("a") else stage.b
-            assert hand.do("kill", what=cell.engine)["killed"]
+            assert hand.do("kill", what=victim.runtime)["killed"]
         case "kill-agent":
             assert stage.b.do("kill", what="agent")["killed"]
         case "kill-criu-a":
@@ -131,25 +137,19 @@ def strike(stage: Stage, cell: Cell, victim: Victim) -> Any:
             directory = "/run/phaul" if "tmpfs" in cell.fault else "/var/lib"
             stage.b.do("fill", directory=directory)
             return lambda: stage.b.do("unfill", directory=directory)
-        case "restore-refused" if victim.container is not None:
-            # Somebody takes the container's name at the destination after the check.
-            taken = f"/run/{cell.engine}/{victim.target}"
-            stage.hosts.sh("b", f"mkdir -p {taken}")
-            return lambda: stage.hosts.sh("b", f"rmdir {taken}")
         case "restore-refused":
-            # Somebody takes the pid at the destination after the check.
-            last = stage.hosts.sh("b", "cat /proc/sys/kernel/ns_last_pid")
-            take = "echo $(($1 - 1)) > /proc/sys/kernel/ns_last_pid;"
-            take += " sleep 300 </dev/null >/dev/null 2>&1 & echo $!"
-            for _ in range(50):
-                pid = stage.hosts.sh("b", take, str(victim.pid))
-                if int(pid) == victim.pid:
-                    break
-                stage.hosts.sh("b", "kill $1", pid)
-            assert int(pid) == victim.pid
-            # What b starts from now on must not get the pids of the victims to come.
-            stage.hosts.sh("b", "echo $1 > /proc/sys/kernel/ns_last_pid", last)
-            return lambda: stage.hosts.sh("b", "kill $1", pid)
+            return victim.refuse()
+        case "criu-refuses-b":
+            # Every CRIU of that host reads this, and ends on a word that it does not know.
+            stage.hosts.sh("b", f"mkdir -p /etc/criu; echo no-such-option > {EVERY_CRIU}")
+            return lambda: stage.hosts.sh("b", f"rm {EVERY_CRIU}")
+        case "kill-shim-b":
+            assert stage.b.do("kill", what="containerd-shim")["killed"]
+        case "kill-dockerd-a" | "kill-dockerd-b":
+            host = cell.fault[-1]
+            hand = stage.a if host == "a" else stage.b
+            assert hand.do("kill", what="dockerd")["killed"]
+            restart_dockerd(stage.hosts, host)
         case "clock-forward" | "clock-back":
             seconds = 3600 if cell.fault == "clock-forward" else -3600
             for hand in (stage.a, stage.b):
