@@ -12,10 +12,13 @@ from phaul_lab import Lab
 
 from phaul_runtime.testing import CHECKS
 from tests.e2e.conftest import Hosts
+from tests.e2e.docker_hosts import docker_lab
 from tests.e2e.test_library_use import PYTHON
 
+__all__ = ["docker_lab"]
+
 PROGRAMS = Path(__file__).parent / "programs"
-ENGINES = ("process", "runc", "crun")
+ENGINES = ("process", "runc", "crun", "docker")
 
 
 @dataclass
@@ -53,7 +56,11 @@ def results(lab: Lab) -> Results:
 
 @pytest.mark.parametrize("check", [check.__name__ for check in CHECKS])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_conforms(results: Results, engine: str, check: str) -> None:
+def test_conforms(
+    results: Results, request: pytest.FixtureRequest, engine: str, check: str
+) -> None:
+    if engine == "docker":
+        request.getfixturevalue("docker_lab")
     found = results.of(engine)
     assert check in found, f"{check} was not run: {list(found)}"
     assert found[check] is None, found[check]

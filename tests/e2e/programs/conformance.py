@@ -1,8 +1,9 @@
 """The conformance suite on the engines shipped here; both halves on one host of the laboratory.
 
-    conformance.py ENGINE DIRECTORY       prints a JSON line for each check
+    conformance.py ENGINE DIRECTORY [CHECK...]      prints a JSON line for each check
 
-The name of a check and null, or why the engine failed it. make_bundle.py lies beside it.
+The name of a check and null, or why the engine failed it. make_bundle.py lies beside it; for docker
+its daemon runs, and has the image phaul-test:1.
 """
 
 from __future__ import annotations
@@ -30,6 +31,13 @@ PAUSE_S = 1.0
 MAKER = Path(__file__).with_name("make_bundle.py")
 CGROUPS = Path("/sys/fs/cgroup")
 PROC = Path("/proc")
+DOCKER = Path("/var/lib/docker")
+DOCKER_IMAGE = "phaul-test:1"
+# Where its runtime and its containerd keep what they know of a container that runs.
+DOCKER_STATE = (
+    Path("/run/docker/runtime-runc/moby"),
+    Path("/run/containerd/io.containerd.runtime.v2.task/moby"),
+)
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -241,11 +249,134 @@ class ContainerCase(Case):
         return manifest
 
 
+class DockerCase(Case):
+    """A container of docker with a dirtier; its copy has another name and cgroup.
+
+    Everything is looked up in the file system: docker itself answers nothing about a container that
+    is being started, and so about none that is held.
+    """
+
+    pause_s = PAUSE_S
+    within_s = 120.0
+
+    def __init__(self, directory: Path) -> None:
+        self.engine = load_engine("docker")
+        self._directory = directory
+        self._count = 0
+
+    def _name(self, place: Place) -> str:
+        name = f"conform-docker-{self._count}"
+        return name if place is Place.SOURCE else f"{name}-there"
+
+    def _ids(self, place: Place) -> list[str]:
+        """Of the containers of that name; one that moved away was removed, or has another."""
+        found = []
+        for path in (DOCKER / "containers").glob("*/config.v2.json"):
+            with contextlib.suppress(OSError, ValueError):
+                facts = json.loads(path.read_text())
+                if facts["Name"] == f"/{self._name(place)}":
+                    found.append(facts["ID"])
+        return found
+
+    def _layers(self, place: Place) -> list[str]:
+        mounts = DOCKER / "image/overlay2/layerdb/mounts"
+        found = []
+        for container in self._ids(place):
+            with contextlib.suppress(OSError):
+                layer = (mounts / container / "mount-id").read_text()
+                found.append(str(DOCKER / "overlay2" / layer / "diff"))
+        return found
+
+    def start(self) -> str:
+        self._count += 1
+        name = self._name(Place.SOURCE)
+        argv = ["docker", "run", "--detach", "--name", name, "--network", "none", DOCKER_IMAGE]
+        words = ["piggie-dirty", "--status", "/data/status", *VICTIM]
+        done = subprocess.run(
+            [*argv, *words], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            raise RuntimeError(done.stderr)
+        return name
+
+    def missing(self) -> str:
+        return "conform-missing"
+
+    def told(self, place: Place) -> Told | None:
+        return next((read_status(Path(at, "data/status")) for at in self._layers(place)), None)
+
+    def _pids(self, place: Place) -> list[int]:
+        """What has a layer of that copy for its root, wherever its cgroup is."""
+        layers = self._layers(place)
+        found = []
+        for pid, name, _ in names_and_words():
+            with contextlib.suppress(OSError):
+                root = (PROC / str(pid) / "mountinfo").read_text().partition("\n")[0]
+                if name.startswith("piggie") and any(f"upperdir={at}" in root for at in layers):
+                    found.append(pid)
+        return found
+
+    def alive(self, place: Place) -> bool:
+        return bool(self._pids(place))
+
+    def leftovers(self, *, undone: bool) -> Sequence[str]:
+        there = Place.DESTINATION
+        found = [f"pid {pid} with its root" for pid in self._pids(there)]
+        found += [str(path) for path in (DOCKER / "containers").glob("*/checkpoints/*")]
+        found += [str(path) for path in Path("/tmp").glob("ctrd-checkpoint*")]
+        found += [str(path) for path in (DOCKER / "tmp").glob("phaul-*")]
+        for container in self._ids(there):
+            found += [f"container {container}"] if undone else []
+            found += [str(at / container) for at in DOCKER_STATE if (at / container).exists()]
+        group = CGROUPS / self._name(there)
+        found += [str(group)] if group.exists() else []
+        if undone:
+            found += [str(path) for path in Path("/run/phaul-runtime/docker").glob("*")]
+            found += criu_runs()
+        return found
+
+    def clear(self) -> None:
+        for place in Place:
+            for container in self._ids(place):
+                subprocess.run(
+                    ["docker", "rm", "--force", "--volumes", container],
+                    stdin=subprocess.DEVNULL, capture_output=True, check=False,
+                )  # fmt: skip
+        shutil.rmtree("/run/phaul-runtime/docker", ignore_errors=True)
+        for group in CGROUPS.glob("conform-docker-*"):
+            for path in (*group.glob("docker/*/"), group / "docker", group):
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+
+    def there(self, manifest: Mapping[str, Any]) -> Mapping[str, Any]:
+        name = self._name(Place.DESTINATION)
+        return {
+            **manifest,
+            "name": name,
+            # Create is told what inspect said.
+            "facts": {**manifest["facts"], "Name": f"/{name}"},
+            # CRIU rebuilds the cgroup of the images, which the source's copy has.
+            "criu": [*manifest["criu"], f"cgroup-root /{name}"],
+        }
+
+    def taken(self, manifest: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        return manifest
+
+
+def case_of(engine: str, directory: Path) -> Case:
+    match engine:
+        case "process":
+            return ProcessCase(directory)
+        case "docker":
+            return DockerCase(directory)
+    return ContainerCase(directory, engine)
+
+
 def main(engine: str, directory: Path) -> None:
     directory.mkdir(mode=0o700)
     victims = directory / "victims"
     victims.mkdir()
-    case = ProcessCase(victims) if engine == "process" else ContainerCase(victims, engine)
+    case = case_of(engine, victims)
     only = sys.argv[3:]
     with small_pages(), Bench(case, directory / "bench") as bench:
         for check in CHECKS:
