@@ -76,7 +76,7 @@ class DockerEngine(Engine):
 
     def destination(self, options: Any, *, criu_log_level: int, hold_s: float) -> DestinationHalf:
         """See `Engine`."""
-        return DockerDestination(hold_s)
+        return DockerDestination(Runtime("runc", options.runtime_root), hold_s)
 
 
 class DockerSource(OciSource):

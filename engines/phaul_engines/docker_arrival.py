@@ -19,14 +19,16 @@ from phaul_hooks.gate import CONFIG, Gate, GateEvent
 from phaul_engines.docker_checks import destination_findings
 from phaul_engines.docker_config import CRIU_CONFIG, CreatePlan, create_body
 from phaul_engines.docker_daemon import Daemon
+from phaul_engines.docker_layer import Layer, let_go
 from phaul_engines.docker_volumes import may_be_overwritten, unmark
 from phaul_engines.gated import deadline_in, failure
-from phaul_engines.oci import cgroup_pids
+from phaul_engines.oci import Runtime, cgroup_pids
+from phaul_engines.proctree import Member, ancestors
 from phaul_runtime import cgroup
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.criu import Criu
 from phaul_runtime.engine import REFUSED, DestinationHalf, Finding
-from phaul_runtime.errors import DestinationError, MigrationFailed, PhaulError
+from phaul_runtime.errors import DestinationError, MigrationFailed, NoSuchTarget, PhaulError
 from phaul_runtime.images import remove_tree
 
 log = logging.getLogger(__name__)
@@ -37,6 +39,9 @@ RESTORE_WITHIN_S = 300.0
 _END_S = 60.0
 _DESCRIPTORS = "descriptors.json"
 _MADE = "made.json"
+# There once something was held: from then on the source's copy may be dead.
+_HELD = "held"
+_RUNTIME_AND_SHIM = 2
 _LEAKED = "ctrd-checkpoint*"
 
 
@@ -54,16 +59,19 @@ class DockerDestination(DestinationHalf):
     the gate), and by which it is found again.
 
     Args:
+        runtime: whose directory has the state of docker's containers.
         hold_s: how long a restored container is held.
     """
 
-    def __init__(self, hold_s: float) -> None:
+    def __init__(self, runtime: Runtime, hold_s: float) -> None:
+        self._runtime = runtime
         self._hold_s = hold_s
         self._manifest: Mapping[str, Any] = {}
         self._id = ""
         self._start: _Start | None = None
         self._gate: Gate | None = None
         self._held: GateEvent | None = None
+        self._holders: list[Member] = []
         self._numbers = itertools.count(1)
         self._cgroup = ""
 
@@ -153,7 +161,7 @@ class DockerDestination(DestinationHalf):
         if facts is None:
             return {"image": self._image_place()}
         at = {m["Destination"]: Path(m["Source"]) for m in facts["Mounts"]}
-        found = {"layer": Path(str(facts["GraphDriver"]["Data"]["UpperDir"]))}
+        found = {"layer": _layer(facts).path}
         found |= {v["tree"]: at[v["destination"]] for v in self._manifest["volumes"] if v["tree"]}
         carried = [s for s, how in self._manifest["mounts"].items() if how == "rsync"]
         found |= {f"mount-{number}": Path(source) for number, source in enumerate(carried, 1)}
@@ -183,6 +191,9 @@ class DockerDestination(DestinationHalf):
         """See `DestinationHalf`."""
         facts = self._there()
         self._cgroup = self._daemon.cgroup(facts)
+        if (self._place / _HELD).exists():
+            # The source's copy may be dead by now: whatever happens, this can be repeated.
+            _layer(facts).secure()
         place = self._place / f"gate-{os.getpid()}-{next(self._numbers)}"
         images = place / "images"
         gate = self._gate = Gate(
@@ -214,7 +225,7 @@ class DockerDestination(DestinationHalf):
             deadline = deadline_in(RESTORE_WITHIN_S)
             while event := gate.next(deadline, self._start.ended):
                 if event.action == "post-restore":
-                    self._held = event
+                    self._hold(facts, event)
                     return event.pid
                 if event.action == "pre-restore":
                     self._fill_shm(facts)
@@ -225,6 +236,23 @@ class DockerDestination(DestinationHalf):
             raise
         self.discard()
         raise reason
+
+    def _hold(self, facts: Mapping[str, Any], held: GateEvent) -> None:
+        """Everything is restored: from here on the death of who did it harms nothing.
+
+        Raises:
+            PhaulError: it is too late for that.
+        """
+        try:
+            holders = ancestors(held.pid)
+        except NoSuchTarget as error:
+            raise _holders_died() from error
+        let_go(self._runtime.directory(str(facts["Id"])))
+        # The runtime and its shim, of which another runtime is told to clean up after them.
+        if len(holders) < _RUNTIME_AND_SHIM or not all(holder.alive() for holder in holders):
+            raise _holders_died()
+        (self._place / _HELD).touch()
+        self._holders, self._held = holders, held
 
     def _point_at(self, gate: Gate) -> None:
         """The file that the annotation names is this gate's."""
@@ -264,17 +292,25 @@ class DockerDestination(DestinationHalf):
         gate, start, held = self._gate, self._start, self._held
         if gate is None or start is None or held is None:
             raise MigrationFailed("nothing was restored")
-        if start.wait(0):
-            # CRIU or its runtime was killed, and docker has put the container away.
-            raise start.error or MigrationFailed("docker: the container ended while it was held")
+        try:
+            runtime = os.pidfd_open(self._holders[0].pid)
+        except ProcessLookupError:
+            raise start.error or _holders_died() from None
         deadline = deadline_in(self._hold_s)
-        gate.answer(held, yes=True)
         resumed_at = 0.0
-        while event := gate.next(deadline, start.ended):
-            if event.action == "post-resume":
-                resumed_at = time.monotonic()
-            else:
-                gate.answer(event, yes=True)
+        try:
+            if start.wait(0) or not all(holder.alive() for holder in self._holders):
+                # Docker has put the container away, or does so as soon as it notices.
+                raise start.error or _holders_died()
+            gate.answer(held, yes=True)
+            # Not until docker's start ends: a daemon that dies now ends it, and CRIU goes on.
+            while event := gate.next(deadline, runtime):
+                if event.action == "post-resume":
+                    resumed_at = time.monotonic()
+                else:
+                    gate.answer(event, yes=True)
+        finally:
+            os.close(runtime)
         ended = start.wait(max(0.0, deadline - time.monotonic()))
         gate.close()
         self._gate = self._start = self._held = None
@@ -294,6 +330,7 @@ class DockerDestination(DestinationHalf):
             if policy["Name"] not in ("", "no"):
                 self._daemon.set_restart_policy(str(facts["Id"]), policy)
             self._clean(facts)
+            _layer(facts).forget()
             for mount in facts["Mounts"]:
                 unmark(Path(mount["Source"]))
         except PhaulError as error:
@@ -324,15 +361,24 @@ class DockerDestination(DestinationHalf):
         self._gate = self._start = self._held = None
         if not self._manifest:
             return  # nothing was prepared
+        # Before docker is asked, which may not answer; what it believes is another matter.
+        self._end_half_built()
         facts = self._ours()
         if facts is None:
             return
         if facts["State"]["Running"]:
             self._daemon.kill(str(facts["Id"]))
-        if self._cgroup.strip("/"):
-            # A CRIU that was killed leaves tasks that nobody lets go.
-            cgroup.kill_all(lambda: cgroup_pids(self._cgroup), within_s=_END_S)
+        # Of a process before this one, too.
+        self._cgroup = self._daemon.cgroup(facts)
+        self._end_half_built()
+        # A runtime that was killed leaves a directory that the next would stumble over.
+        remove_tree(self._runtime.directory(str(facts["Id"])))
         self._clean(facts)
+
+    def _end_half_built(self) -> None:
+        """A CRIU that was killed leaves tasks that nobody lets go."""
+        if self._cgroup.strip("/"):
+            cgroup.kill_all(lambda: cgroup_pids(self._cgroup), within_s=_END_S)
 
     def undo(self) -> None:
         """See `DestinationHalf`; an image that was carried stays."""
@@ -382,6 +428,14 @@ class _Start:
 
 def _daemon(manifest: Mapping[str, Any]) -> Daemon:
     return Daemon(str(manifest["host"]), float(manifest["timeout_s"]))
+
+
+def _layer(facts: Mapping[str, Any]) -> Layer:
+    return Layer(Path(str(facts["GraphDriver"]["Data"]["UpperDir"])))
+
+
+def _holders_died() -> MigrationFailed:
+    return MigrationFailed("docker: the runtime or its shim ended while the container was held")
 
 
 def _copy(source: str, target: str) -> str:

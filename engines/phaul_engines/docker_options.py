@@ -21,7 +21,7 @@ class DockerOptions(BaseModel):
     )
     runtime_root: AbsolutePath = Field(
         "/run/docker/runtime-runc/moby",
-        description="where its runc keeps the containers' state, at the source",
+        description="where its runc keeps the containers' state, on both hosts",
     )
     timeout_s: float = Field(120, gt=0, description="longest wait for an answer of the daemon")
     tcp_established: bool = Field(

@@ -132,6 +132,19 @@ def _stat(pid: int) -> tuple[str, int, str, list[str]]:
     return rest[0], int(rest[19]), name, rest
 
 
+def ancestors(pid: int) -> list[Member]:
+    """Its parent, that one's parent, and so on up to the init, which is not among them.
+
+    Raises:
+        NoSuchTarget: one of them is gone.
+    """
+    found: list[Member] = []
+    while (parent := int(_stat(pid)[3][1])) > 1:
+        found.append(Member(parent, _stat(parent)[1]))
+        pid = parent
+    return found
+
+
 def tracer_of(pid: int) -> int:
     """The pid that traces it; 0 if nobody does, or it is gone."""
     return _status_number(pid, "TracerPid", 10)

@@ -250,7 +250,7 @@ class ContainerCase(Case):
 
 
 class DockerCase(Case):
-    """A container of docker with a dirtier; its copy has another name and cgroup.
+    """A container of docker with a dirtier; its copy has another name.
 
     Everything is looked up in the file system: docker itself answers nothing about a container that
     is being started, and so about none that is held.
@@ -327,9 +327,8 @@ class DockerCase(Case):
         found += [str(path) for path in (DOCKER / "tmp").glob("phaul-*")]
         for container in self._ids(there):
             found += [f"container {container}"] if undone else []
-            found += [str(at / container) for at in DOCKER_STATE if (at / container).exists()]
-        group = CGROUPS / self._name(there)
-        found += [str(group)] if group.exists() else []
+            state = [at / container for at in (*DOCKER_STATE, CGROUPS / "docker")]
+            found += [str(path) for path in state if path.exists()]
         if undone:
             found += [str(path) for path in Path("/run/phaul-runtime/docker").glob("*")]
             found += criu_runs()
@@ -343,10 +342,6 @@ class DockerCase(Case):
                     stdin=subprocess.DEVNULL, capture_output=True, check=False,
                 )  # fmt: skip
         shutil.rmtree("/run/phaul-runtime/docker", ignore_errors=True)
-        for group in CGROUPS.glob("conform-docker-*"):
-            for path in (*group.glob("docker/*/"), group / "docker", group):
-                with contextlib.suppress(OSError):
-                    path.rmdir()
 
     def there(self, manifest: Mapping[str, Any]) -> Mapping[str, Any]:
         name = self._name(Place.DESTINATION)
@@ -355,8 +350,6 @@ class DockerCase(Case):
             "name": name,
             # Create is told what inspect said.
             "facts": {**manifest["facts"], "Name": f"/{name}"},
-            # CRIU rebuilds the cgroup of the images, which the source's copy has.
-            "criu": [*manifest["criu"], f"cgroup-root /{name}"],
         }
 
     def taken(self, manifest: Mapping[str, Any]) -> Mapping[str, Any] | None:
