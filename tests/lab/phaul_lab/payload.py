@@ -99,7 +99,8 @@ def _make(image: Image, tar: Path) -> None:
         )
         programs = stage / "usr/local/bin"
         programs.mkdir(parents=True)
-        shutil.copy2(packages / "bin/phaul-move-address", programs)
+        for hook in (packages / "bin").glob("phaul-move-*"):
+            shutil.copy2(hook, programs)
         shutil.rmtree(packages / "bin")
         run(
             [
