@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
-from functools import partial
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.e2e.conftest import Hosts, wait_until
 from tests.e2e.containers import Containers, containers
+from tests.e2e.outside import Outside
 
 __all__ = ["containers"]
 
 ADDRESS = "10.77.9.50"
-CLIENT = Path(__file__).parent / "programs/sequence_client.py"
-STATUS = "/var/tmp/sequence.status"
 # The same namespace and address on both hosts; the route to it only where the container runs, which
-# is also the host that answers for it (proxy ARP).
+# is also the host that answers for it (proxy ARP). Docker, if a test has started it, lets nothing
+# be forwarded but its own.
 NAMESPACE = f"""
 set -e
 ip netns add app
@@ -34,17 +30,8 @@ ip -n app route add 169.254.1.1 dev eth0
 ip -n app route add default via 169.254.1.1
 ip route add 10.77.9.0/24 dev eth1
 sysctl -qw net.ipv4.ip_forward=1 net.ipv4.conf.eth1.proxy_arp=1 net.ipv4.neigh.eth1.proxy_delay=0
-"""
-# A third namespace, on host a, with an address that b reaches through a.
-OUTSIDE = """
-set -e
-ip netns add client
-ip link add veth-c type veth peer name eth0 netns client
-ip addr add 10.77.8.1/24 dev veth-c
-ip link set veth-c up
-ip -n client link set eth0 up
-ip -n client addr add 10.77.8.2/24 dev eth0
-ip -n client route add default via 10.77.8.1
+iptables -I FORWARD -d {ADDRESS} -j ACCEPT
+iptables -I FORWARD -s {ADDRESS} -j ACCEPT
 """
 HOOK = f"[[phaul-move-address, {ADDRESS}, veth-app, eth1]]"
 CONFIG = f"""
@@ -53,10 +40,11 @@ hooks:
   committed: {HOOK}
   on_rollback: {HOOK}
 """
-CLEAR = """
-for n in app client; do ip netns pids $n 2>/dev/null | xargs -r kill -9; ip netns del $n; done
-ip link del veth-app; ip link del veth-c; ip route del 10.77.9.0/24; ip route del 10.77.8.0/24
-sysctl -qw net.ipv4.ip_forward=0 net.ipv4.conf.eth1.proxy_arp=0
+CLEAR = f"""
+ip netns pids app 2>/dev/null | xargs -r kill -9; ip netns del app
+ip link del veth-app; ip route del 10.77.9.0/24
+iptables -D FORWARD -d {ADDRESS} -j ACCEPT; iptables -D FORWARD -s {ADDRESS} -j ACCEPT
+sysctl -qw net.ipv4.conf.eth1.proxy_arp=0
 rm -f /etc/phaul-runtime/config.yaml
 """
 
@@ -71,26 +59,15 @@ def network(hosts: Hosts, containers: Containers) -> Iterator[Containers]:
             host, 'mkdir -p /etc/phaul-runtime; printf "%s" "$1" > $2', CONFIG,
             "/etc/phaul-runtime/config.yaml",
         )  # fmt: skip
-    hosts.sh("a", OUTSIDE)
+    Outside(hosts).make()
     hosts.sh("a", f"ip route add {ADDRESS}/32 dev veth-app")
-    hosts.sh("b", "ip route add 10.77.8.0/24 via 10.77.0.1")
     yield containers
     containers.clear()
+    with contextlib.suppress(Exception):
+        Outside(hosts).clear()
     for host in ("a", "b"):
         with contextlib.suppress(Exception):
             hosts.sh(host, CLEAR, check=False)
-
-
-def client_status(hosts: Hosts) -> dict[str, Any]:
-    text = hosts.sh("a", f"cat {STATUS}", check=False)
-    found: dict[str, Any] = json.loads(text or '{"acknowledged": 0, "ended": ""}')
-    return found
-
-
-def writes_on(hosts: Hosts, number: int) -> bool:
-    """It has got so far, or has ended."""
-    status = client_status(hosts)
-    return bool(status["acknowledged"] > number or status["ended"])
 
 
 def cli(hosts: Hosts, host: str, *argv: str) -> str:
@@ -107,26 +84,18 @@ def test_redis_moves_there_and_back_with_its_connection(hosts: Hosts, network: C
     )  # fmt: skip
     wait_until("redis answers", lambda: cli(hosts, "a", "PING") == "PONG")
     assert cli(hosts, "a", "DEBUG", "POPULATE", "60000", "key", "1024") == "OK"
-    hosts.lab.push("a", CLIENT, "/var/tmp/sequence_client.py")
-    hosts.sh(
-        "a",
-        f"rm -f {STATUS}; nsenter --net=/run/netns/client setsid python3 "
-        f"/var/tmp/sequence_client.py {ADDRESS} {STATUS} </dev/null >/dev/null 2>&1 &",
-    )
-    wait_until("the client writes", lambda: client_status(hosts)["acknowledged"] > 20)
+    client = Outside(hosts)
+    client.start(ADDRESS)
     # Without the option its connection is a reason to refuse.
     refused = redis.migrate("a", "b")
     assert refused.code == 3
     assert f"{ADDRESS}:6379 > 10.77.8.2:" in refused.stderr
     for source, destination in (("a", "b"), ("b", "a")):
-        before = client_status(hosts)["acknowledged"]
         moved = redis.migrate(source, destination, "--tcp-established")
         assert moved.code == 0, moved.stderr
         assert moved.report["warnings"] == [] or "budget" in moved.report["warnings"][0]
         assert moved.report["iterations"][0]["bytes"] > 60 << 20
-        wait_until("the client writes on", partial(writes_on, hosts, before + 50))
-        status = client_status(hosts)
-        assert status["ended"] == ""
+        status = client.wait_writes(50)
         print(f"{source} > {destination}: downtime {moved.report['downtime_ms']:.0f} ms, "
               f"longest wait of the client so far {status['worst_ms']} ms")  # fmt: skip
         numbers = cli(hosts, destination, "LRANGE", "seq", "0", "-1").split()
