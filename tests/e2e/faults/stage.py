@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import socket
 import subprocess
 import threading
-import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,6 +14,7 @@ import pytest
 
 from tests.e2e.conftest import Hosts, wait_until
 from tests.e2e.faults.victims import Victim, start
+from tests.e2e.observer import Observer
 
 PYTHON = "/opt/phaul-runtime/bin/python3"
 STAGEHAND = Path(__file__).parent / "stagehand.py"
@@ -61,48 +59,6 @@ class Stagehand:
         if self._process.stdin:
             self._process.stdin.close()
         self._process.wait(30)
-
-
-class Observer:
-    """Hears every tick of the victim, from outside of both hosts (they reach it as 10.0.2.2)."""
-
-    def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
-        self._socket.bind(("127.0.0.1", 0))
-        self._socket.settimeout(0.2)
-        self.port = self._socket.getsockname()[1]
-        self.heard: list[tuple[float, int, str]] = []
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._listen, daemon=True)
-        self._thread.start()
-
-    def _listen(self) -> None:
-        while not self._done.is_set():
-            try:
-                tick, _time, host = self._socket.recv(200).decode().split()
-            except TimeoutError:
-                continue
-            self.heard.append((time.monotonic(), int(tick), host))
-
-    def close(self) -> None:
-        """Listen no more."""
-        self._done.set()
-        self._thread.join()
-        self._socket.close()
-
-    def complaints(self) -> list[str]:
-        """What two copies would sound like: a tick told twice, or two hosts in turns."""
-        found = []
-        for (_, before, _), (_, after, host) in itertools.pairwise(self.heard):
-            if after <= before:
-                found.append(f"tick {after} from {host} after tick {before}")
-        switches = [
-            f"{a} > {b}" for (_, _, a), (_, _, b) in itertools.pairwise(self.heard) if a != b
-        ]
-        if len(switches) > 1:
-            found.append(f"the victim spoke from both hosts in turns: {switches}")
-        return found[:3]
 
 
 @dataclass

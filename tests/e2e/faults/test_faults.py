@@ -18,8 +18,9 @@ import pytest
 from tests.e2e.conftest import wait_until
 from tests.e2e.docker_hosts import restart_dockerd
 from tests.e2e.faults.cells import Cell, cells
-from tests.e2e.faults.stage import CONFIG, Observer, Stage
+from tests.e2e.faults.stage import CONFIG, Stage
 from tests.e2e.faults.victims import Victim
+from tests.e2e.observer import Observer
 
 FULL = os.environ.get("FAULTS") == "full"
 SEED = int(os.environ.get("SEED", "1"))

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from tests.e2e.conftest import Hosts, wait_until
-from tests.e2e.faults.stage import CONFIG, Observer, Stage
+from tests.e2e.faults.stage import CONFIG, Stage
 from tests.e2e.faults.victims import Victim
+from tests.e2e.observer import Observer
 from tests.e2e.test_move import SELF_TALKER
 
 
