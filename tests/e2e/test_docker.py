@@ -100,11 +100,8 @@ def test_the_hook_is_installed_when_containers_run_already(docker_hosts: DockerH
     hooks = "/etc/phaul-runtime/hooks"
     for host in ("a", "b"):
         docker_hosts.sh(host, "phaul-runtime hook install docker; phaul-runtime hook list")
-        docker_hosts.sh(
-            host,
-            'printf \'#!/bin/sh\\necho "$PHAUL_ROLE $@" >/var/tmp/followed\\n\' >"$1"; chmod 755 "$1"',
-            f"{hooks}/committed.d/50-follow",
-        )
+        follow = 'printf "#!/bin/sh\\necho \\$PHAUL_ROLE \\$@ >/tmp/follow\\n" >$1; chmod 755 $1'
+        docker_hosts.sh(host, follow, f"{hooks}/committed.d/50-follow")
     veto = f"{hooks}/post_restore.d/50-veto"
     docker_hosts.sh(
         "b", 'printf "#!/bin/sh\\necho not today >&2; exit 3\\n" > "$1"; chmod 755 "$1"', veto
@@ -119,7 +116,7 @@ def test_the_hook_is_installed_when_containers_run_already(docker_hosts: DockerH
     assert moved.code == 0, moved.stderr
     for host, role in (("a", "source"), ("b", "destination")):
         docker_hosts.sh(host, f"rm {hooks}/committed.d/50-follow")
-        followed = docker_hosts.sh(host, "cat /var/tmp/followed; rm /var/tmp/followed")
+        followed = docker_hosts.sh(host, "cat /tmp/follow; rm /tmp/follow")
         assert followed == f"{role} before committed {role}"
 
 

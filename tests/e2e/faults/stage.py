@@ -75,7 +75,7 @@ class Stage:
         """A new victim on host a that the observer hears."""
         self.number += 1
         name = f"fault{self.number}"
-        victim = start(self.hosts, engine, name, observer.port)
+        victim = start(self.hosts, engine, name, observer)
         wait_until("the observer hears the victim", lambda: len(observer.heard) > 5)
         return victim
 

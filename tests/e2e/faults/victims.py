@@ -10,6 +10,7 @@ from typing import Any
 from tests.e2e.conftest import Dirtier, Hosts
 from tests.e2e.containers import Container, Containers
 from tests.e2e.docker_hosts import IMAGE, DockerContainer, DockerHosts
+from tests.e2e.observer import Observer
 
 FLAGS = ("--mib", "20", "--hot-mib", "2", "--writes", "200")
 ALWAYS = "--network host --uts host --restart always"
@@ -147,9 +148,9 @@ class DockerVictim(Victim):
         return lambda: self.hosts.sh("b", f"docker rm {name}")
 
 
-def start(hosts: Hosts, engine: str, name: str, port: int) -> Victim:
-    """A new victim on host a, that tells the observer who listens on that port."""
-    flags = (*FLAGS, "--udp", f"10.0.2.2:{port}")
+def start(hosts: Hosts, engine: str, name: str, observer: Observer) -> Victim:
+    """A new victim on host a, that tells the observer."""
+    flags = (*FLAGS, "--udp", observer.address)
     if engine == "process":
         dirtier = hosts.dirtier("a", name, *flags)
         return Victim(hosts, dirtier.pid, dirtier.status_file, engine, str(dirtier.pid))
