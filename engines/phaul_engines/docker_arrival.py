@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from phaul_hooks.gate import CONFIG, Gate, GateEvent
+from phaul_hooks.heldconfig import HeldConfig
 
 from phaul_engines.docker_checks import destination_findings
 from phaul_engines.docker_config import CRIU_CONFIG, CreatePlan, create_body
@@ -90,6 +91,8 @@ class DockerDestination(DestinationHalf):
         """See `DestinationHalf`; without its image, the container is made when that has arrived."""
         self._manifest, self._id = manifest, migration_id
         self._daemon = _daemon(manifest)
+        self._config = HeldConfig(self._place / CONFIG)
+        self._config.release()  # docker says nothing of a container whose start hangs
         if self._ours() is not None:
             return  # an earlier agent was here
         if self._image():
@@ -194,36 +197,10 @@ class DockerDestination(DestinationHalf):
         if (self._place / _HELD).exists():
             # The source's copy may be dead by now: whatever happens, this can be repeated.
             _layer(facts).secure()
-        place = self._place / f"gate-{os.getpid()}-{next(self._numbers)}"
-        images = place / "images"
-        gate = self._gate = Gate(
-            place,
-            deadline_s=self._hold_s,
-            options=[
-                f"images-dir {images}",
-                f"work-dir {images}",
-                "log-file restore.log",
-                "verbosity 4",
-                # Else CRIU puts it into the group that it had at the source, where no limit is.
-                f"cgroup-root {self._cgroup}",
-                *self._manifest["criu"],
-            ],
-            early=bool(self._manifest["shm"]),
-        )
         try:
-            gate.open()
-            # CRIU reads this as a link, and nothing else.
-            images.symlink_to(images_dir)
-            self._point_at(gate)
-            checkpoint = self._checkpoint(facts, images_dir)
-            self._start = _Start(
-                _daemon(self._manifest),
-                str(facts["Id"]),
-                checkpoint,
-                self._hold_s + RESTORE_WITHIN_S,
-            )
+            gate, start = self._begin(facts, images_dir)
             deadline = deadline_in(RESTORE_WITHIN_S)
-            while event := gate.next(deadline, self._start.ended):
+            while event := gate.next(deadline, start.ended):
                 if event.action == "post-restore":
                     self._hold(facts, event)
                     return event.pid
@@ -254,11 +231,40 @@ class DockerDestination(DestinationHalf):
         (self._place / _HELD).touch()
         self._holders, self._held = holders, held
 
-    def _point_at(self, gate: Gate) -> None:
-        """The file that the annotation names is this gate's."""
-        path = self._place / CONFIG
-        path.unlink(missing_ok=True)
-        path.symlink_to(gate.directory / CONFIG)
+    def _begin(self, facts: Mapping[str, Any], images_dir: Path) -> tuple[Gate, _Start]:
+        """Start it, up to CRIU, and then CRIU."""
+        place = self._place / f"gate-{os.getpid()}-{next(self._numbers)}"
+        images = place / "images"
+        gate = self._gate = Gate(
+            place,
+            deadline_s=self._hold_s,
+            options=[
+                f"images-dir {images}",
+                f"work-dir {images}",
+                "log-file restore.log",
+                "verbosity 4",
+                # Else CRIU puts it into the group that it had at the source, where no limit is.
+                f"cgroup-root {self._cgroup}",
+                *self._manifest["criu"],
+            ],
+            early=bool(self._manifest["shm"]),
+        )
+        gate.open()
+        # CRIU reads this as a link, and nothing else.
+        images.symlink_to(images_dir)
+        checkpoint = self._checkpoint(facts, images_dir)
+        self._config.hold()
+        start = self._start = _Start(
+            _daemon(self._manifest), str(facts["Id"]), checkpoint, self._hold_s + RESTORE_WITHIN_S
+        )
+        script, *options = (place / CONFIG).read_text(encoding="utf-8").splitlines(keepends=True)
+        self._config.give(
+            "".join([script, *options]),
+            "".join(options),
+            over=lambda: start.wait(0),
+            within_s=RESTORE_WITHIN_S,
+        )
+        return gate, start
 
     def _checkpoint(self, facts: Mapping[str, Any], images_dir: Path) -> str:
         """A checkpoint for the daemon; all that it needs, and copies, is what runc reads itself."""
@@ -356,6 +362,8 @@ class DockerDestination(DestinationHalf):
         """See `DestinationHalf`: the container stays, as created."""
         if self._gate is not None:
             self._gate.close()
+        if self._manifest:
+            self._config.release()
         if self._start is not None and not self._start.wait(_END_S):
             log.warning("%s: docker start does not end", self._id)
         self._gate = self._start = self._held = None

@@ -134,7 +134,7 @@ def test_an_image_that_is_missing_is_carried(docker_hosts: DockerHosts) -> None:
     docker_hosts.sh("b", f"docker rmi {IMAGE}")
     moved = web.migrate("a", "b")
     assert moved.code == 0, moved.stderr
-    assert next(event["name"] for event in moved.named("tree_synced")) == "image"
+    assert moved.named("tree_synced")[0]["tree"] == "image"
     assert web.inspect("b")["Image"] == docker_hosts.sh("a", f"docker images -q --no-trunc {IMAGE}")
     for host in ("a", "b"):
         assert docker_hosts.leftovers(host) == ""
