@@ -56,15 +56,11 @@ QUICK = {
 }
 # A container's own way through the same moments: its runtime, its gate, its files.
 QUICK_CONTAINER = {
-    ("kill-cli", "prepared"),
     ("kill-cli", "committing"),
     ("kill-agent", "restore"),
     ("kill-criu-a", "copy"),
-    ("kill-criu-b", "prepared"),
     ("kill-runtime-a", "prepared"),
-    ("kill-runtime-b", "prepared"),
     ("kill-runtime-b", "committing"),
-    ("restore-refused", "between"),
 }
 # Underneath its daemon: everything that could lose the copy between the two hosts' daemons.
 QUICK_DOCKER = {
