@@ -141,12 +141,14 @@ def test_an_image_that_is_missing_is_carried(docker_hosts: DockerHosts) -> None:
 
 
 def test_shared_memory_files_move(docker_hosts: DockerHosts) -> None:
-    """/dev/shm is docker's mount, which CRIU leaves to others."""
-    web = docker_hosts.dirtier("a", "shm", "--mib", "4")
+    """/dev/shm is docker's mount, which CRIU leaves to others; the network is the default one."""
+    web = docker_hosts.dirtier("a", "shm", "--mib", "4", flags="--publish 8099:80")
     web.exec("a", "sh", "-c", "echo in memory > /dev/shm/note")
     moved = web.migrate("a", "b")
     assert moved.code == 0, moved.stderr
     assert web.exec("b", "cat", "/dev/shm/note") == "in memory\n"
+    assert web.dirtier("b").verified_on("b")["wrong"] == 0
+    assert docker_hosts.sh("b", "docker port shm").splitlines()[0] == "80/tcp -> 0.0.0.0:8099"
 
 
 @pytest.mark.parametrize(
