@@ -71,6 +71,12 @@ faults: lab
 faults-random: lab
 	SEED=$(SEED) COUNT=$(COUNT) ENGINE=$(ENGINE) $(FAULTS) -k random
 
+# Moves side by side with docker's and podman's own ways (tests/bench/README.md).
+RUNS := 3
+
+bench-docker: lab
+	PYTHONPATH=tests/lab $(PYTHON) -m tests.bench.docker --runs $(RUNS)
+
 # -- the rest ----------------------------------------------------------------------------
 
 proto: venv
@@ -83,4 +89,4 @@ down:
 clean: down
 	rm -rf $(VENV) build dist *.egg-info
 
-.PHONY: all system venv lab demo test lint unit e2e faults faults-random proto down clean
+.PHONY: all system venv lab demo test lint unit e2e faults faults-random bench-docker proto down clean
