@@ -3,7 +3,7 @@
 #   make demo    move a process that dirties its memory from host a to host b
 #   make test    lint, types, and all tests, unit to e2e
 #   make faults  every fault at every moment; make faults-random SEED=1 COUNT=100;
-#                ENGINE=runc for containers
+#                ENGINE=runc or docker for containers
 #
 # The laboratory (two emulated hosts, tests/lab) needs root, about 6 GiB of disk under
 # ~/.cache/phaul-runtime-lab and a few minutes for the first image.
