@@ -8,16 +8,23 @@ is the daemon's (`docker start --checkpoint`), which has to know the new contain
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from phaul_engines import netlock
 from phaul_engines.docker_arrival import DockerDestination
-from phaul_engines.docker_config import container_name, is_user_defined, networks_of, volumes_of
+from phaul_engines.docker_config import (
+    DEFAULT_BRIDGE,
+    container_name,
+    is_user_defined,
+    networks_of,
+    volumes_of,
+)
 from phaul_engines.docker_config import private_netns as has_private_netns
 from phaul_engines.docker_daemon import Daemon
 from phaul_engines.docker_findings import daemon_findings, findings
@@ -31,10 +38,11 @@ from phaul_engines.oci_checks import (
     tree_findings,
 )
 from phaul_engines.oci_source import OciSource
-from phaul_engines.proctree import Tree
+from phaul_engines.proctree import Tree, established_connections
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.engine import (
     OK,
+    REFUSED,
     WARNING,
     DestinationHalf,
     Engine,
@@ -202,6 +210,7 @@ class DockerSource(OciSource):
             destination=False,
         )
         found += connection_findings(tree, allowed=options.tcp_established)
+        found += self._address_findings(tree)
         if self._has_health_check:
             found += [
                 Finding(
@@ -213,6 +222,21 @@ class DockerSource(OciSource):
             found += stranger_findings(tree)
         found += tree_findings(tree)
         return found
+
+    def _address_findings(self, tree: Tree) -> Iterator[Finding]:
+        """Connections that lead out, on the one network where no address can be asked for."""
+        if not self.options.tcp_established or DEFAULT_BRIDGE not in networks_of(self._facts):
+            return
+        for connection in established_connections(tree):
+            if not ipaddress.ip_address(connection[0]).is_loopback:
+                yield Finding(
+                    "docker-network",
+                    REFUSED,
+                    f"its connection {connection[0]}:{connection[1]} is on the default bridge, "
+                    "which gives it another address there",
+                    "a network of your own, with --subnet and --ip",
+                )
+                return
 
     @property
     def _has_health_check(self) -> bool:
