@@ -412,9 +412,12 @@ class RemoteAgent(PhaulRemote):
                 return Running(reply.pid, reply.since_resume_ms)
 
     def abort(self) -> bool:
-        """Discard the migration at the destination; True if it confirmed. Idempotent."""
+        """Discard the migration at the destination; True if it confirmed. Idempotent.
+
+        One that was not opened is none, unless nobody lived to say so.
+        """
         if not self._id:
-            return True
+            return not self.lost
         try:
             self._call(self._stub.Abort.future, self._ref(), self._call_s, cancellable=False)
         except PhaulError:

@@ -7,17 +7,21 @@ import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
 
 from phaul_runtime.agent import Agent
+from phaul_runtime.cancel import Cancellation
 from phaul_runtime.criu import Criu
+from phaul_runtime.errors import ChannelError, PhaulError
 from phaul_runtime.hostfacts import PROTOCOL
+from phaul_runtime.remote import RemoteAgent
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.rpc import phaul_pb2_grpc
 from phaul_runtime.states import State
+from phaul_runtime.transport import Channel
 from phaul_runtime.wire import CONTROL, ID_BYTES, MEMORY, VERSION_KEY
 
 ID = "1f" * 8
@@ -155,3 +159,47 @@ def test_a_migration_under_way_is_not_settled(client: Client) -> None:
         ("Settle", pb.SettleRequest(id=ID, role="destination", verdict="discard")),
     ):
         assert client.call(name, request).error.kind == "StillUnderWay"
+
+
+class Sockets:
+    """The channel of a client to an agent's sockets."""
+
+    name = "there"
+
+    def __init__(self, sockets: Path) -> None:
+        self.sockets = sockets
+
+    def control_target(self) -> str:
+        return f"unix:{self.sockets / CONTROL}"
+
+    def trouble(self) -> str:
+        return ""
+
+
+@pytest.mark.parametrize("dead", [True, False])
+def test_an_agent_that_dies_at_the_opening_may_have_left_something(
+    client: Client, dead: bool
+) -> None:
+    remote = RemoteAgent(
+        cast(Channel, Sockets(client.sockets)),
+        call_s=10,
+        prepare_s=10,
+        commit_s=1,
+        cancellation=Cancellation(),
+    )
+    remote.hello()
+    if dead:
+        client.agent.stop()
+    with pytest.raises(ChannelError if dead else PhaulError):
+        remote.open(
+            ID if dead else "malformed",
+            engine="process",
+            target="1",
+            manifest={},
+            options={},
+            lost_s=30,
+            log_level=0,
+        )
+    # Told by the agent itself, a failure has left nothing.
+    assert remote.abort() is not dead
+    remote.close()
