@@ -83,10 +83,10 @@ class Stage:
         """The hosts on which it exists."""
         return [host for host in ("a", "b") if victim.pids(host)]
 
-    def recover(self, host: str = "a") -> dict[str, Any]:
-        """`phaul-runtime recover` to its end."""
+    def recover(self, host: str = "a", *ids: str) -> dict[str, Any]:
+        """`phaul-runtime recover [ID]` to its end."""
         hand = self.a if host == "a" else self.b
-        hand.do("run", argv=["recover", "--config", CONFIG])
+        hand.do("run", argv=["recover", *ids, "--config", CONFIG])
         return hand.do("await", seconds=150)
 
     def clear(self, victim: Victim) -> None:

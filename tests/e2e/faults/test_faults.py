@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -89,10 +90,10 @@ def test_one_copy_whatever_fails(
         outcome += ", recovered"
     else:
         assert ended["code"] in (0, 4), ended
-        if "puts it away" in ended["out"]:
+        if told := re.search(r"recover ([0-9a-f]+) puts it away", ended["out"]):
             # It could not be reached any more, and may have been prepared: only this host knows.
             assert cell.fault == "cut-for-good"
-            recovered = stage.recover()
+            recovered = stage.recover("a", told[1])
             assert recovered["code"] == 0, recovered
             outcome += ", recovered"
     runs = stage.judge(victim, observer)
