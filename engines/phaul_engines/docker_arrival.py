@@ -24,7 +24,7 @@ from phaul_engines.docker_layer import Layer, let_go
 from phaul_engines.docker_volumes import may_be_overwritten, unmark
 from phaul_engines.gated import deadline_in, failure
 from phaul_engines.oci import Runtime, cgroup_pids
-from phaul_engines.proctree import Member, ancestors
+from phaul_engines.proctree import PROC, Member, ancestors
 from phaul_runtime import cgroup
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.criu import Criu
@@ -395,6 +395,8 @@ class DockerDestination(DestinationHalf):
         facts = self._ours()
         if facts is not None:
             self._daemon.remove(str(facts["Id"]), force=True)
+            # A daemon that was killed in a start knows nothing of the shim, which would stay.
+            cgroup.kill_all(lambda: _shims(str(facts["Id"])), within_s=_END_S)
         with contextlib.suppress(OSError, ValueError):
             for volume in json.loads((self._place / _MADE).read_text(encoding="utf-8")):
                 self._daemon.remove_volume(volume)
@@ -440,6 +442,18 @@ def _daemon(manifest: Mapping[str, Any]) -> Daemon:
 
 def _layer(facts: Mapping[str, Any]) -> Layer:
     return Layer(Path(str(facts["GraphDriver"]["Data"]["UpperDir"])))
+
+
+def _shims(container: str) -> list[int]:
+    """The processes by which containerd holds on to a container."""
+    found = []
+    for path in PROC.glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            program, *words = path.read_bytes().split(b"\0")
+            name = os.path.basename(program)
+            if name.startswith(b"containerd-shim") and container.encode() in words:
+                found.append(int(path.parent.name))
+    return found
 
 
 def _holders_died() -> MigrationFailed:
