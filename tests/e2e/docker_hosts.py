@@ -18,16 +18,22 @@ from tests.e2e.conftest import Dirtier, Hosts, Moved, wait_until
 
 IMAGE = "phaul-test:1"
 PROGRAMS = Path(__file__).parent / "programs"
-DOCKERD = """
-setsid dockerd --containerd=/run/containerd/containerd.sock </dev/null >>/var/log/dockerd.log 2>&1 &
-"""
 # The command that an operator gives once for each host; dockerd is started after it.
-START = f"""
+START = """
 set -e
 docker version >/dev/null 2>&1 && exit 0
 phaul-runtime hook install docker
 setsid containerd </dev/null >/var/log/containerd.log 2>&1 &
-{DOCKERD}
+setsid dockerd --containerd=/run/containerd/containerd.sock </dev/null >/var/log/dockerd.log 2>&1 &
+"""
+# As a supervisor does: with the same words, once it is dead.
+RESTART = """
+set -e
+pid=$(pgrep -x dockerd)
+words=$(tr '\\0' ' ' </proc/$pid/cmdline)
+kill -9 $pid
+while kill -0 $pid 2>/dev/null; do sleep 0.1; done
+setsid $words </dev/null >>/var/log/dockerd.log 2>&1 &
 """
 IN_IMAGE = ("redis-server", "redis-cli", "piggie-dirty", "ip", "nc")
 
@@ -57,8 +63,8 @@ def _answers(hosts: Hosts, host: str) -> bool:
 
 
 def restart_dockerd(hosts: Hosts, host: str) -> None:
-    """Start one that was killed, and wait until it answers."""
-    hosts.sh(host, DOCKERD)
+    """Kill it (SIGKILL), start it again, and wait until it answers."""
+    hosts.sh(host, RESTART)
     wait_until(f"dockerd on {host}", partial(_answers, hosts, host), 300)
 
 

@@ -37,7 +37,7 @@ from phaul_runtime.states import State
 POLL_S = 0.002
 FILLER = ".filler"
 # As the kernel names them, in 15 characters.
-BY_NAME = ("criu", "runc", "crun", "dockerd", "containerd-shim")
+BY_NAME = ("criu", "runc", "crun", "containerd-shim")
 EVENTS: dict[str, Callable[[events.Event], bool]] = {
     "opened": lambda e: isinstance(e, events.IterationStarted) and e.number == 1,
     "between": lambda e: isinstance(e, events.IterationDone) and e.number == 1,

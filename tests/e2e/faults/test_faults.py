@@ -148,10 +148,7 @@ def strike(stage: Stage, cell: Cell, victim: Victim) -> Any:
         case "kill-shim-b":
             assert stage.b.do("kill", what="containerd-shim")["killed"]
         case "kill-dockerd-a" | "kill-dockerd-b":
-            host = cell.fault[-1]
-            hand = stage.a if host == "a" else stage.b
-            assert hand.do("kill", what="dockerd")["killed"]
-            restart_dockerd(stage.hosts, host)
+            restart_dockerd(stage.hosts, cell.fault[-1])
         case "clock-forward" | "clock-back":
             seconds = 3600 if cell.fault == "clock-forward" else -3600
             for hand in (stage.a, stage.b):
