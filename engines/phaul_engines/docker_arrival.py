@@ -450,7 +450,7 @@ def _shims(container: str) -> list[int]:
     for path in PROC.glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             program, *words = path.read_bytes().split(b"\0")
-            name = os.path.basename(program)
+            name = program.rpartition(b"/")[2]
             if name.startswith(b"containerd-shim") and container.encode() in words:
                 found.append(int(path.parent.name))
     return found
