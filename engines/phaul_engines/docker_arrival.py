@@ -371,6 +371,7 @@ class DockerDestination(DestinationHalf):
             return  # nothing was prepared
         # Before docker is asked, which may not answer; what it believes is another matter.
         self._end_half_built()
+        self._daemon.wait(_END_S)
         facts = self._ours()
         if facts is None:
             return
@@ -392,6 +393,7 @@ class DockerDestination(DestinationHalf):
         """See `DestinationHalf`; an image that was carried stays."""
         if not self._manifest:
             return  # nothing was prepared
+        self._daemon.wait(_END_S)
         facts = self._ours()
         if facts is not None:
             self._daemon.remove(str(facts["Id"]), force=True)

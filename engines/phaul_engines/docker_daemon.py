@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -18,9 +19,10 @@ from docker.errors import APIError, DockerException, ImageNotFound, NotFound, Nu
 
 from phaul_engines.docker_findings import parse_api_version
 from phaul_runtime.cancel import Cancellation
-from phaul_runtime.errors import MigrationFailed, Refused
+from phaul_runtime.errors import MigrationFailed, PhaulError, Refused
 
 _CHUNK = 1 << 20
+_POLL_S = 0.5
 
 
 class Daemon:
@@ -77,6 +79,17 @@ class Daemon:
         """`GET /version`."""
         with self._asked("version") as api:
             return cast(Mapping[str, Any], api.version(api_version=False))
+
+    def wait(self, within_s: float) -> None:
+        """Wait until it answers, or that time is over; a daemon that died is soon started again."""
+        deadline = time.monotonic() + within_s
+        while time.monotonic() < deadline:
+            try:
+                self.version()
+            except PhaulError:
+                time.sleep(_POLL_S)
+            else:
+                return
 
     def info(self) -> Mapping[str, Any]:
         """`GET /info`."""
