@@ -447,14 +447,19 @@ def _layer(facts: Mapping[str, Any]) -> Layer:
 
 
 def _shims(container: str) -> list[int]:
-    """The processes by which containerd holds on to a container."""
+    """The processes by which containerd holds on to a container.
+
+    Once one is dead, containerd has the same program clean up (`delete`), which must not be ended.
+    """
     found = []
-    for path in PROC.glob("[0-9]*/cmdline"):
+    for entry in os.listdir(PROC):
         with contextlib.suppress(OSError):
-            program, *words = path.read_bytes().split(b"\0")
-            name = program.rpartition(b"/")[2]
-            if name.startswith(b"containerd-shim") and container.encode() in words:
-                found.append(int(path.parent.name))
+            if entry.isdigit():
+                text = (PROC / entry / "cmdline").read_text(errors="replace")
+                program, *words = text.rstrip("\0").split("\0")
+                shim = Path(program).name.startswith("containerd-shim")
+                if shim and container in words and "delete" not in words:
+                    found.append(int(entry))
     return found
 
 
