@@ -257,10 +257,14 @@ class DockerDestination(DestinationHalf):
         start = self._start = _Start(
             _daemon(self._manifest), str(facts["Id"]), checkpoint, self._hold_s + RESTORE_WITHIN_S
         )
-        script, *options = (place / CONFIG).read_text(encoding="utf-8").splitlines(keepends=True)
+        text = (place / CONFIG).read_text(encoding="utf-8")
+        # CRIU takes the images from its first reading alone: should anybody else have had that one,
+        # it finds none, instead of restoring without asking.
+        first = ("action-script ", "images-dir ", "work-dir ")
+        again = [line for line in text.splitlines(keepends=True) if not line.startswith(first)]
         self._config.give(
-            "".join([script, *options]),
-            "".join(options),
+            text,
+            "".join(again),
             over=lambda: start.wait(0),
             within_s=RESTORE_WITHIN_S,
         )
