@@ -82,7 +82,7 @@ class Journal:
             fcntl.flock(fd, fcntl.LOCK_EX)  # at most somebody looks whether it is locked
             os.posix_fallocate(fd, 0, _RESERVED)
             for place in (directory, state_dir):
-                _sync_directory(place)
+                sync_directory(place)
         except OSError as error:
             os.close(fd)
             path.unlink(missing_ok=True)
@@ -189,7 +189,8 @@ def _try_lock(fd: int) -> bool:
     return True
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Wait until the names in a directory are on the disk."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

@@ -350,10 +350,9 @@ class DockerSource(OciSource):
             if facts is not None and self.options.source == "remove":
                 self.daemon.remove(self._id)
             elif facts is not None:
-                name = container_name(facts)
-                kept = f"{name}-moved-{self._id[:8]}"
-                if not name.endswith(f"-moved-{self._id[:8]}"):
-                    self.daemon.rename(self._id, kept)
+                name, mark = container_name(facts), f"-moved-{self._id[:8]}"
+                if not name.endswith(mark):
+                    self.daemon.rename(self._id, name + mark)
         except PhaulError as error:
             warnings.append(f"{error.message}: {self._target} is still there, stopped")
         mark_moved(Path(path) for path in self._moving)

@@ -18,7 +18,7 @@ from phaul_hooks.gate import CONFIG, Gate, GateEvent
 from phaul_hooks.heldconfig import HeldConfig
 
 from phaul_engines.docker_checks import destination_findings
-from phaul_engines.docker_config import CRIU_CONFIG, CreatePlan, create_body
+from phaul_engines.docker_config import CRIU_CONFIG, CreatePlan, create_body, restart_policy
 from phaul_engines.docker_daemon import Daemon
 from phaul_engines.docker_layer import Layer, let_go
 from phaul_engines.docker_volumes import may_be_overwritten, unmark
@@ -283,8 +283,6 @@ class DockerDestination(DestinationHalf):
         return name
 
     def _fill_shm(self, facts: Mapping[str, Any]) -> None:
-        if not self._manifest["shm"]:
-            return
         mounted = self._daemon.directory(str(facts["Id"])) / "mounts/shm"
         try:
             shutil.copytree(
@@ -336,7 +334,7 @@ class DockerDestination(DestinationHalf):
         """It runs: what only the move needed goes; raises nothing."""
         try:
             facts = self._there()
-            policy = self._plan().restart_policy
+            policy = restart_policy(self._manifest["facts"])
             if policy["Name"] not in ("", "no"):
                 self._daemon.set_restart_policy(str(facts["Id"]), policy)
             self._clean(facts)
@@ -345,8 +343,7 @@ class DockerDestination(DestinationHalf):
                 unmark(Path(mount["Source"]))
         except PhaulError as error:
             log.warning("%s: it runs, but %s", self._id, error.message)
-        remove_tree(self._place)
-        _remove_if_empty(OURS)
+        self._leave()
 
     def _clean(self, facts: Mapping[str, Any]) -> None:
         """The checkpoint, and the copies of it that containerd leaves in /tmp."""
@@ -406,8 +403,14 @@ class DockerDestination(DestinationHalf):
         with contextlib.suppress(OSError, ValueError):
             for volume in json.loads((self._place / _MADE).read_text(encoding="utf-8")):
                 self._daemon.remove_volume(volume)
+        self._leave()
+
+    def _leave(self) -> None:
+        """Remove this migration's directory, and those above it with the last."""
         remove_tree(self._place)
-        _remove_if_empty(OURS)
+        with contextlib.suppress(OSError):
+            OURS.rmdir()
+            OURS.parent.rmdir()
 
 
 class _Start:
@@ -477,10 +480,3 @@ def _copy(source: str, target: str) -> str:
     info = os.stat(source)
     os.chown(target, info.st_uid, info.st_gid)
     return target
-
-
-def _remove_if_empty(*paths: Path) -> None:
-    for path in paths:
-        with contextlib.suppress(OSError):
-            path.rmdir()
-            path.parent.rmdir()

@@ -124,7 +124,7 @@ def create_body(
         body=body,
         connect=tuple(endpoints[first:]),
         volumes=tuple(volumes_of(inspect)),
-        restart_policy=_restart_policy(inspect),
+        restart_policy=restart_policy(inspect),
     )
 
 
@@ -286,7 +286,8 @@ def _link(link: str) -> str:
     return f"{name.lstrip('/')}:{alias.rpartition('/')[2]}"
 
 
-def _restart_policy(inspect: Mapping[str, Any]) -> dict[str, Any]:
+def restart_policy(inspect: Mapping[str, Any]) -> dict[str, Any]:
+    """Its restart policy, complete."""
     policy = inspect.get("HostConfig", {}).get("RestartPolicy") or {}
     return {
         "Name": policy.get("Name") or "no",
@@ -348,7 +349,7 @@ def comparable(
     """
     host_config = _host_config(inspect, mounts or {}, ours)
     host_config["NetworkMode"] = _same_bridge(host_config["NetworkMode"])
-    host_config["RestartPolicy"] = _restart_policy(inspect)
+    host_config["RestartPolicy"] = restart_policy(inspect)
     config = _config(inspect)
     config["Env"] = dict(_variable(entry) for entry in config.get("Env", ()))
     config.pop("MacAddress", None)  # with its network's

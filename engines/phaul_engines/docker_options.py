@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-AbsolutePath = Annotated[str, Field(pattern="^/")]
+from phaul_engines.runc_options import AbsolutePath
 
 
 class DockerOptions(BaseModel):

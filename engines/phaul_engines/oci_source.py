@@ -18,10 +18,11 @@ from phaul_engines.gated import GatedCommand
 from phaul_engines.members import Members
 from phaul_engines.oci import Container, Runtime
 from phaul_engines.proctree import Tree, established_connections, read_tree
+from phaul_engines.tracked import TrackedSource
 from phaul_runtime.api import Outcome, PhaulConfig, PhaulLocal
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.criu import Criu
-from phaul_runtime.engine import Handover, SourceHalf
+from phaul_runtime.engine import Handover
 from phaul_runtime.errors import PhaulError, TargetGone
 from phaul_runtime.images import new_directory, relative_parent
 from phaul_runtime.stats import DumpStats, read_dump_stats
@@ -37,7 +38,7 @@ VERDICT_WITHIN_S = 900.0
 DUMP_WITHIN_S = 3600.0
 
 
-class OciSource(SourceHalf):
+class OciSource(TrackedSource):
     """A source half over an OCI runtime.
 
     Args:
@@ -46,12 +47,11 @@ class OciSource(SourceHalf):
     """
 
     def __init__(self, runtime: Runtime, flags: Sequence[str]) -> None:
+        super().__init__()
         self.runtime = runtime
         self.flags = tuple(flags)
         self._container: Container | None = None
         self._tree: Tree | None = None
-        self._members = Members()
-        self._connections: list[netlock.Connection] = []
         self._netns = ""
 
     @property
@@ -103,31 +103,12 @@ class OciSource(SourceHalf):
 
     def identity(self) -> Mapping[str, Any]:
         """See `SourceHalf`."""
-        return {
-            **self._members.identity(),
-            "connections": [list(c) for c in self._connections],
-            "netns": self._netns,
-        }
+        return {**super().identity(), "netns": self._netns}
 
     def recall(self, identity: Mapping[str, Any]) -> None:
         """See `SourceHalf`."""
-        self._members = Members.recall(identity)
-        self._connections = [
-            (str(a), int(b), str(c), int(d)) for a, b, c, d in identity.get("connections", [])
-        ]
+        super().recall(identity)
         self._netns = str(identity.get("netns", ""))
-
-    def gone(self) -> bool:
-        """See `SourceHalf`."""
-        return self._members.gone()
-
-    def dead(self) -> bool:
-        """Whether nothing of the container is left."""
-        return self._members.dead()
-
-    def end_rest(self) -> None:
-        """See `SourceHalf`."""
-        self._members.kill()
 
     def rollback(self) -> None:
         """See `SourceHalf`: CRIU lets the container run; killed, it leaves it frozen and locked."""

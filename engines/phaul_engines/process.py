@@ -22,6 +22,7 @@ from phaul_engines.proctree import (
     read_process,
     read_tree,
 )
+from phaul_engines.tracked import TrackedSource
 from phaul_runtime import cgroup
 from phaul_runtime.api import Outcome, PhaulConfig, PhaulLocal
 from phaul_runtime.cancel import Cancellation
@@ -85,16 +86,15 @@ class ProcessEngine(Engine):
         return ProcessDestination(options, criu_log_level, hold_s)
 
 
-class ProcessSource(SourceHalf):
+class ProcessSource(TrackedSource):
     """The source half."""
 
     def __init__(self, pid: int, options: ProcessOptions, log_level: int) -> None:
+        super().__init__()
         self._pid = pid
         self._options = options
         self._log_level = log_level
         self._tree: Tree | None = None
-        self._members = Members()
-        self._connections: list[Connection] = []
 
     def inspect(self) -> Inspection:
         """See `SourceHalf`."""
@@ -143,32 +143,6 @@ class ProcessSource(SourceHalf):
             **_common_opts(self._options, self._shell_job(self._tree or self.look())),
         )
         return ProcessLocal(self, opts, handover)
-
-    def identity(self) -> Mapping[str, Any]:
-        """See `SourceHalf`."""
-        return {
-            **self._members.identity(),
-            "connections": [list(c) for c in self._connections],
-        }
-
-    def recall(self, identity: Mapping[str, Any]) -> None:
-        """See `SourceHalf`."""
-        self._members = Members.recall(identity)
-        self._connections = [
-            (str(a), int(b), str(c), int(d)) for a, b, c, d in identity.get("connections", [])
-        ]
-
-    def gone(self) -> bool:
-        """See `SourceHalf`."""
-        return self._members.gone()
-
-    def dead(self) -> bool:
-        """Whether nothing of the tree is left."""
-        return self._members.dead()
-
-    def end_rest(self) -> None:
-        """See `SourceHalf`."""
-        self._members.kill()
 
     def finish(self) -> Sequence[str]:
         """See `SourceHalf`."""

@@ -17,10 +17,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from phaul_hooks.hostfile import sync_directory, write_whole
+from phaul_hooks.hostfile import write_whole
 from phaul_hooks.jsontext import members, with_member, without_member
 from phaul_runtime.errors import Refused
 from phaul_runtime.hosthooks import HostHook, Status
+from phaul_runtime.journal import sync_directory
 from phaul_runtime.lifecycle import EVENTS
 
 DAEMON_JSON = Path("/etc/docker/daemon.json")

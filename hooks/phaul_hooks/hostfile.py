@@ -6,6 +6,8 @@ import contextlib
 import os
 from pathlib import Path
 
+from phaul_runtime.journal import sync_directory
+
 
 def write_whole(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     """Put `data` into `path`, on the disk on return; whoever looks sees the old or the new.
@@ -41,12 +43,3 @@ def write_whole(path: Path, data: bytes, *, mode: int = 0o644) -> None:
             new.unlink()
         raise
     sync_directory(path.parent)
-
-
-def sync_directory(path: Path) -> None:
-    """Wait until the names in a directory are on the disk."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

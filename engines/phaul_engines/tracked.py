@@ -1,0 +1,44 @@
+"""A source half that knows its target by its processes, and their connections."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from phaul_engines.members import Members
+from phaul_engines.netlock import Connection
+from phaul_runtime.engine import SourceHalf
+
+
+class TrackedSource(SourceHalf):
+    """What the source halves of all engines here say of a target, and how it is found again."""
+
+    def __init__(self) -> None:
+        self._members = Members()
+        self._connections: list[Connection] = []
+
+    def identity(self) -> Mapping[str, Any]:
+        """See `SourceHalf`."""
+        return {
+            **self._members.identity(),
+            "connections": [list(c) for c in self._connections],
+        }
+
+    def recall(self, identity: Mapping[str, Any]) -> None:
+        """See `SourceHalf`."""
+        self._members = Members.recall(identity)
+        self._connections = [
+            (str(a), int(b), str(c), int(d)) for a, b, c, d in identity.get("connections", [])
+        ]
+
+    def gone(self) -> bool:
+        """See `SourceHalf`."""
+        return self._members.gone()
+
+    def dead(self) -> bool:
+        """Whether nothing of the target is left."""
+        return self._members.dead()
+
+    def end_rest(self) -> None:
+        """See `SourceHalf`."""
+        self._members.kill()
