@@ -14,30 +14,11 @@ from phaul_engines.docker_findings import daemon_findings, findings, parse_api_v
 from phaul_lab import Lab
 
 from phaul_runtime.engine import OK
-from tests.e2e.conftest import wait_until
+from tests.e2e.conftest import Hosts
+from tests.e2e.docker_hosts import IMAGE, DockerHosts, docker_lab
 
-IMAGE = "phaul-test:1"
-START = """
-docker version >/dev/null 2>&1 && exit
-setsid containerd >/var/log/containerd.log 2>&1 </dev/null &
-setsid dockerd --experimental --containerd=/run/containerd/containerd.sock \
-    -H unix:///var/run/docker.sock >/var/log/dockerd.log 2>&1 </dev/null &
-"""
-# A root file system of a few programs with their libraries.
-IMPORT = """
-docker image inspect phaul-test:1 >/dev/null 2>&1 && exit
-root=$(mktemp -d)
-mkdir -p "$root/usr/bin" "$root/tmp" "$root/etc" "$root/proc" "$root/sys" "$root/dev"
-ln -s usr/bin "$root/bin"
-for program in sh sleep cat ls; do
-    cp "/usr/bin/$program" "$root/usr/bin/"
-    for file in $(ldd "/usr/bin/$program" | grep -o '/[^ )]*'); do
-        mkdir -p "$root$(dirname "$file")"; cp -L "$file" "$root$file"
-    done
-done
-tar -C "$root" -c . | docker import - phaul-test:1
-rm -rf "$root"
-"""
+__all__ = ["docker_lab"]
+
 # The Engine API without a client of docker's: method, path, body.
 API = """
 import http.client, socket, sys
@@ -56,25 +37,10 @@ print(text)
 """
 
 
-@dataclass
-class DockerHosts:
-    """Hosts on which a dockerd runs."""
-
-    lab: Lab
-
-    def sh(self, host: str, script: str, check: bool = True) -> str:
-        done = self.lab.exec(host, ["sh", "-c", script], check=check, timeout=300)
-        return done.stdout.strip()
-
-
 @pytest.fixture(scope="module")
-def docker_hosts(lab: Lab) -> DockerHosts:
-    found = DockerHosts(lab)
-    found.sh("a", START)
-    answers = "docker version >/dev/null 2>&1 && echo yes"
-    wait_until("dockerd answers", lambda: found.sh("a", answers, check=False) == "yes", 300)
-    found.sh("a", IMPORT)
-    return found
+def docker_hosts(docker_lab: Lab) -> DockerHosts:
+    """The daemons that all docker tests share."""
+    return DockerHosts(Hosts(docker_lab))
 
 
 @dataclass
