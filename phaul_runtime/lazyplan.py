@@ -1,0 +1,123 @@
+"""Which pages a restored process gets after it runs, and where they lie: the pager's work list.
+
+Written at the destination when the final images are there, read by the pager (`pager`).
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from phaul_runtime.errors import DestinationError
+
+PAGE = 4096
+_NUMBERS = "Q"
+_FIELDS = 4
+
+
+class Run(NamedTuple):
+    """Adjacent pages of a process that lie side by side in one file.
+
+    Attributes:
+        vaddr: of the first, bytes.
+        pages: how many.
+        file: index in `LazyPlan.files`.
+        offset: of the first in that file, bytes.
+    """
+
+    vaddr: int
+    pages: int
+    file: int
+    offset: int
+
+
+class Runs:
+    """The runs of one process, sorted by address, without overlaps; 32 bytes each."""
+
+    def __init__(self, numbers: array[int] | None = None) -> None:
+        self._numbers = array(_NUMBERS) if numbers is None else numbers
+
+    def append(self, run: Run) -> None:
+        """Add a run behind the last; one that continues it, in memory and file, is merged."""
+        numbers = self._numbers
+        if numbers:
+            vaddr, pages, file, offset = numbers[-_FIELDS:]
+            size = pages * PAGE
+            if (vaddr + size, file, offset + size) == (run.vaddr, run.file, run.offset):
+                numbers[-3] += run.pages
+                return
+        numbers.extend(run)
+
+    def __len__(self) -> int:
+        return len(self._numbers) // _FIELDS
+
+    def __getitem__(self, index: int) -> Run:
+        at = index * _FIELDS
+        return Run(*self._numbers[at : at + _FIELDS])
+
+    def __iter__(self) -> Iterator[Run]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def pages(self) -> int:
+        """Pages in all runs."""
+        return sum(self._numbers[1::_FIELDS])
+
+    def to_bytes(self) -> bytes:
+        """In this machine's byte order."""
+        return self._numbers.tobytes()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Runs:
+        """What `to_bytes` made."""
+        numbers = array(_NUMBERS)
+        numbers.frombytes(data)
+        return cls(numbers)
+
+
+@dataclass
+class LazyPlan:
+    """The lazy pages of a process tree.
+
+    Attributes:
+        files: the pages files that the runs name, absolute paths.
+        tasks: by pid, as CRIU's images name it: in the tree's own pid namespace.
+    """
+
+    files: list[str] = field(default_factory=list)
+    tasks: dict[int, Runs] = field(default_factory=dict)
+
+    @property
+    def pages(self) -> int:
+        """Pages of all tasks."""
+        return sum(runs.pages for runs in self.tasks.values())
+
+    def save(self, path: Path) -> None:
+        """Write it: a line of JSON with files and sizes, then the runs; complete or not at all."""
+        tasks = {str(pid): runs.to_bytes() for pid, runs in self.tasks.items()}
+        head = {"files": self.files, "tasks": {pid: len(data) for pid, data in tasks.items()}}
+        new = path.with_name(f"{path.name}.new")
+        new.write_bytes(json.dumps(head).encode() + b"\n" + b"".join(tasks.values()))
+        new.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> LazyPlan:
+        """Read what `save` wrote.
+
+        Raises:
+            DestinationError: it is not there, or malformed.
+        """
+        try:
+            first, _, rest = path.read_bytes().partition(b"\n")
+            head = json.loads(first)
+            tasks = {}
+            for pid, size in head["tasks"].items():
+                tasks[int(pid)] = Runs.from_bytes(rest[:size])
+                rest = rest[size:]
+            return cls(list(head["files"]), tasks)
+        except (OSError, ValueError, KeyError) as error:
+            raise DestinationError(f"cannot read the plan of lazy pages {path}: {error}") from error
