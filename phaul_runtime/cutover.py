@@ -5,8 +5,10 @@ The states and why they suffice: `states`. Each is journaled before its step is 
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +23,8 @@ from phaul_runtime.states import State
 # CRIU has said that it killed the tree; the kernel may take a moment to reap it.
 DEAD_WITHIN_S = 10.0
 _POLL_S = 0.002
+# CRIU's list of files without a name; it may have given some a new one (link-remap).
+REMAPPED = "remap-fpath.img"
 RECOVER = "phaul-runtime recover {} finishes it or undoes it"
 
 
@@ -45,7 +49,13 @@ class Destination(Protocol):
     """What the cut-over asks of the other side."""
 
     def sync_files(self) -> tuple[int, int]:
-        """Send what changed in the target's files and trees; returns files and bytes sent."""
+        """Send what changed in the target's files and trees; returns files and bytes sent.
+
+        May be repeated; the sums are of all that was sent.
+        """
+
+    def stop_files(self) -> None:
+        """End a `sync_files` of another thread, soon."""
 
     def prepare(self, images_dir: Path) -> tuple[Held, int]:
         """Send the images, restore, hold; returns the answer and the bytes sent."""
@@ -68,6 +78,7 @@ class CutOver:
     files_sent: int = 0
     downtime_ms: float | None = None
     _frozen_at: float = 0.0
+    _early: Future[tuple[int, int]] | None = None
 
     @property
     def committing(self) -> bool:
@@ -86,11 +97,41 @@ class CutOver:
         self._frozen_at = time.monotonic()
         self.listener(Frozen())
 
+    def stopped(self) -> None:
+        """Beside the dump; see `engine.Handover`."""
+        early: Future[tuple[int, int]] = Future()
+
+        def sync() -> None:
+            try:
+                early.set_result(self.destination.sync_files())
+            except Exception as error:  # noqa: BLE001 - raised where it is waited for
+                early.set_exception(error)
+
+        threading.Thread(target=sync, name="last files", daemon=True).start()
+        self._early = early
+
+    def _sync_files(self, images_dir: Path) -> tuple[int, int]:
+        """The last of the target's files; returns their number, and the bytes sent."""
+        early, self._early = self._early, None
+        if early is None:
+            return self.destination.sync_files()
+        files, sent = early.result()
+        if not (images_dir / REMAPPED).exists():
+            return files, sent
+        return self.destination.sync_files()
+
+    def end(self) -> None:
+        """The dump has failed: nothing is left that works on the target's files; idempotent."""
+        early, self._early = self._early, None
+        if early is not None:
+            self.destination.stop_files()
+            early.exception()
+
     def prepare(self, images_dir: Path) -> int:
         """Inside post-dump; see `engine.Handover`."""
         dumped = time.monotonic()
         self.freeze["dump_ms"] = (dumped - self._frozen_at) * 1000
-        self.files_sent, sent = self.destination.sync_files()
+        self.files_sent, sent = self._sync_files(images_dir)
         synced = time.monotonic()
         held, images_bytes = self.destination.prepare(images_dir)
         self.bytes_sent += sent + images_bytes

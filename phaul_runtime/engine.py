@@ -79,6 +79,11 @@ class Handover(Protocol):
         Raises `Cancelled` if that was asked for.
         """
 
+    def stopped(self) -> None:
+        """All of the tree is known to stand still, and the dump goes on: what can be carried beside
+        it is. From any thread; need not be called.
+        """
+
     def prepare(self, images_dir: Path) -> int:
         """With the tree frozen: carry files and images over, have it restored and held.
 

@@ -448,6 +448,8 @@ class Migration:
     def roll_back(self, session: _Session, reason: BaseException) -> None:
         """Undo everything on both sides; the source runs already or still."""
         self._journal_quietly(State.ABORTING)
+        if self._cut_over is not None:
+            self._cut_over.end()
         self._source.rollback()
         if self._journal is not None:
             for warning in self._hooks.try_to(ON_ROLLBACK, move_of(self._journal)):

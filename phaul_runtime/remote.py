@@ -77,6 +77,7 @@ class RemoteAgent(PhaulRemote):
         self._id = ""
         self._sender: FileSender | None = None
         self._copy_files = False
+        self._staged = 0
         self._trees: TreeSender | None = None
         self._first: TreeSender | None = None
         self._silent: ChannelError | None = None
@@ -271,6 +272,7 @@ class RemoteAgent(PhaulRemote):
         self._sender = FileSender(self._id, facts, differing)
         self._copy_files = True
         self._put(self._sender.first())
+        self._staged = self._sender.bytes
         return self._sender
 
     def watch_files(self, facts: Iterable[pb.FileFact]) -> None:
@@ -356,18 +358,22 @@ class RemoteAgent(PhaulRemote):
         self._trees.finish()
         return files, sent + self._trees.bytes
 
+    def stop_files(self) -> None:
+        """See `cutover.Destination`."""
+        if self._trees is not None:
+            self._trees.stop()
+
     def _sync_changed(self) -> tuple[int, int]:
         if self._sender is None:
             return 0, 0
         changed = self._sender.changed()
         if not changed:
-            return self._sender.files, 0
+            return self._sender.files, self._sender.bytes - self._staged
         if not self._copy_files:
             self._refuse_changed(changed)
             return 0, 0
-        before = self._sender.bytes
         self._put(self._sender.again(changed))
-        return self._sender.files, self._sender.bytes - before
+        return self._sender.files, self._sender.bytes - self._staged
 
     def _refuse_changed(self, changed: list[pb.FileFact]) -> None:
         facts = [fact for fact in (gather(c.path) for c in changed) if fact is not None]

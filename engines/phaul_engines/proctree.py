@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import signal
@@ -209,6 +210,26 @@ def _children(pid: int) -> Iterator[int]:
         except OSError:
             continue
         yield from (int(child) for child in text.split())
+
+
+def tasks_below(pid: int) -> dict[int, int]:
+    """All threads of a tree, as this pid namespace numbers them, each with its process."""
+    found: dict[int, int] = {}
+    processes = [pid]
+    for process in processes:
+        with contextlib.suppress(OSError):
+            found |= {int(task): process for task in os.listdir(PROC / str(process) / "task")}
+        processes += _children(process)
+    return found
+
+
+def is_stopped_by_tracer(process: int, task: int) -> bool:
+    """Whether a thread stands in a ptrace stop, or has ended."""
+    try:
+        text = (PROC / str(process) / "task" / str(task) / "stat").read_text(errors="replace")
+    except OSError:
+        return True
+    return text[text.rindex(")") + 2] in "tZX"
 
 
 def read_tree(pid: int) -> Tree:

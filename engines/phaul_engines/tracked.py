@@ -7,7 +7,8 @@ from typing import Any
 
 from phaul_engines.members import Members
 from phaul_engines.netlock import Connection
-from phaul_runtime.engine import SourceHalf
+from phaul_engines.standstill import Standstill
+from phaul_runtime.engine import Handover, SourceHalf
 
 
 class TrackedSource(SourceHalf):
@@ -30,6 +31,11 @@ class TrackedSource(SourceHalf):
         self._connections = [
             (str(a), int(b), str(c), int(d)) for a, b, c, d in identity.get("connections", [])
         ]
+
+    def dump_begins(self, handover: Handover) -> Standstill:
+        """The freeze begins: tell `handover` when all have stopped, unless `end` is called."""
+        handover.freezing(self.identity())
+        return Standstill(self._members.members[0].pid, handover.stopped)
 
     def gone(self) -> bool:
         """See `SourceHalf`."""

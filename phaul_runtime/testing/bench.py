@@ -99,6 +99,7 @@ class RecordingHandover:
         self.steps: list[str] = []
         self.identity: dict[str, Any] = {}
         self.broken: NotConforming | None = None
+        self._stopped_at: int | None = None
 
     @property
     def committing(self) -> bool:
@@ -122,12 +123,23 @@ class RecordingHandover:
             self.identity = as_json(identity, "the identity")
             self._move.at_freezing()
 
+    def stopped(self) -> None:
+        """See `Handover`."""
+        if self.steps != ["freezing"]:
+            self.broken = self.broken or NotConforming(f"stopped was called after {self.steps}")
+        self._stopped_at = self._move.bench.counter(Place.SOURCE)
+
     def prepare(self, images_dir: Path) -> int:
         """See `Handover`."""
         with self._step("prepare", ["freezing"]):
             bench = self._move.bench
             expect(bench.case.alive(Place.SOURCE), "the source's copy is dead before commit")
             bench.stands(Place.SOURCE, "in the freeze")
+            now = bench.counter(Place.SOURCE)
+            expect(
+                self._stopped_at in (None, now),
+                f"stopped was called, and the source ran on: {self._stopped_at} > {now}",
+            )
             there = self._move.take(images_dir)
             self._move.before_restore()
             pid = self._move.restore(there)
@@ -396,6 +408,10 @@ class Bench:
 
     def _told(self, place: Place) -> Told:
         return self.case.told(place) or Told(0, 0, 0)
+
+    def counter(self, place: Place) -> int:
+        """How far the copy there is."""
+        return self._told(place).counter
 
     def stands(self, place: Place, when: str) -> None:
         """The copy there does not run."""

@@ -221,6 +221,7 @@ class FakeLocal(PhaulLocal):
         frozen_at = time.monotonic()
         with self._connect() as connection:
             memory = self._freeze(connection)
+            self.handover.stopped()
             self.write(images_dir / IMAGE, memory)
             self.handover.prepare(images_dir)
             return self.give_up(connection, frozen_at)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,6 +59,9 @@ class Recorder:
     def sync_files(self) -> tuple[int, int]:
         self._called("sync_files")
         return 1, 10
+
+    def stop_files(self) -> None:
+        self._called("stop_files")
 
     def prepare(self, images_dir: Path) -> tuple[Held, int]:
         self._called("prepare")
@@ -122,6 +126,60 @@ def test_what_comes_before_the_freeze_is_no_downtime(journals: Journals) -> None
         cut.freezing({})
     assert journal.state is State.ITERATING
     assert not told
+
+
+def test_files_are_carried_beside_the_dump(journals: Journals, tmp_path: Path) -> None:
+    recorder = Recorder()
+    cut, _, _ = cut_over(recorder, journals())
+    cut.freezing({})
+    cut.stopped()
+    cut.prepare(tmp_path)
+    assert recorder.calls == ["sync_files", "prepare"]
+
+
+def test_files_that_the_dump_has_named_are_carried_after_it(
+    journals: Journals, tmp_path: Path
+) -> None:
+    recorder = Recorder()
+    cut, _, _ = cut_over(recorder, journals())
+    cut.freezing({})
+    cut.stopped()
+    (tmp_path / "remap-fpath.img").touch()
+    cut.prepare(tmp_path)
+    assert recorder.calls == ["sync_files", "sync_files", "prepare"]
+
+
+def test_files_that_cannot_be_carried_beside_the_dump_end_the_move(
+    journals: Journals, tmp_path: Path
+) -> None:
+    recorder = Recorder("sync_files")
+    cut, _, _ = cut_over(recorder, journals())
+    cut.freezing({})
+    cut.stopped()
+    with pytest.raises(ChannelError):
+        cut.prepare(tmp_path)
+    assert "prepare" not in recorder.calls
+
+
+def test_a_failed_dump_ends_what_was_begun_beside_it(journals: Journals) -> None:
+    class Slow(Recorder):
+        stopped = threading.Event()
+
+        def sync_files(self) -> tuple[int, int]:
+            self.stopped.wait(60)
+            return super().sync_files()
+
+        def stop_files(self) -> None:
+            super().stop_files()
+            self.stopped.set()
+
+    recorder = Slow()
+    cut, _, _ = cut_over(recorder, journals())
+    cut.freezing({})
+    cut.stopped()
+    cut.end()
+    cut.end()
+    assert recorder.calls == ["stop_files", "sync_files"]
 
 
 def test_a_failed_prepare_leaves_the_decision_to_the_source(journals: Journals) -> None:
