@@ -20,7 +20,7 @@ TREE = """
 import os, threading, time
 threading.Thread(target=time.sleep, args=(60,)).start()
 os.fork()
-print(os.getpid(), flush=True)
+os.write(1, f"{os.getpid()}\\n".encode())
 time.sleep(60)
 """
 
@@ -43,8 +43,7 @@ class Tracer:
 
     def let_go(self, task: int) -> None:
         """Let it run."""
-        self._ask(_WALL = 0x40000000
-PTRACE_DETACH, task)
+        self._ask(PTRACE_DETACH, task)
 
 
 @pytest.fixture
