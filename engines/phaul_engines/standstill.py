@@ -49,11 +49,14 @@ class Standstill:
             new = {task: process for task, process in tasks.items() if task not in stopped}
             if not new:
                 return bool(tasks)
-            # The root first: a big tree is not gone through while it runs.
+            # A big tree is not gone through while its root runs.
             for task, process in new.items():
-                if not is_stopped_by_tracer(process, task):
+                if is_stopped_by_tracer(process, task):
+                    stopped.add(task)
+                elif task == self._root:
                     return False
-                stopped.add(task)
+            if new.keys() - stopped:
+                return False
 
 
 __all__ = ["Standstill"]

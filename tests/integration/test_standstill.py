@@ -51,7 +51,8 @@ def tree() -> Iterator[tuple[int, list[int]]]:
     """A parent of two threads with a child; its pid, and all threads."""
     process = subprocess.Popen([sys.executable, "-c", TREE], stdout=subprocess.PIPE)
     assert process.stdout is not None
-    pids = [int(process.stdout.readline()), int(process.stdout.readline())]
+    lines = (process.stdout.readline(), process.stdout.readline())
+    pids = sorted(map(int, lines), key=lambda pid: pid != process.pid)
     tasks = [int(t) for pid in pids for t in os.listdir(f"/proc/{pid}/task")]
     yield process.pid, tasks
     for pid in pids:
