@@ -1,7 +1,8 @@
 # phaul-runtime: everything from a fresh Debian machine.
 #
 #   make demo    move a process that dirties its memory from host a to host b
-#   make test    lint, types, and all tests, unit to e2e
+#   make test    lint, types, and tests, unit to e2e, in about 45 minutes
+#   make test-all  the same with those that go another way through the same
 #   make faults  every fault at every moment; make faults-random SEED=1 COUNT=100;
 #                ENGINE=runc or docker for containers
 #
@@ -47,6 +48,9 @@ demo: lab
 
 test: lint unit e2e
 
+test-all: export THOROUGH = 1
+test-all: test
+
 lint: venv
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -89,4 +93,4 @@ down:
 clean: down
 	rm -rf $(VENV) build dist *.egg-info
 
-.PHONY: all system venv lab demo test lint unit e2e faults faults-random bench-docker proto down clean
+.PHONY: all system venv lab demo test test-all lint unit e2e faults faults-random bench-docker proto down clean

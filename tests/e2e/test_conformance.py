@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,8 @@ from tests.e2e.test_library_use import PYTHON
 __all__ = ["docker_lab"]
 
 PROGRAMS = Path(__file__).parent / "programs"
-# crun's engine is runc's with another program: CI's time goes to the others.
-ENGINES = (
-    "process",
-    "runc",
-    *(["crun"] if os.environ.get("CONFORMANCE") == "full" else []),
-    "docker",
-)
+# crun's engine is runc's with another program.
+ENGINES = ("process", "runc", pytest.param("crun", marks=pytest.mark.thorough), "docker")
 
 
 @dataclass

@@ -155,8 +155,14 @@ def test_shared_memory_files_move(docker_hosts: DockerHosts) -> None:
     ("flags", "reason"),
     [
         ("--network none --volume /var/tmp:/host", "/var/tmp of this host is mounted"),
-        ("--network none --volume taken:/store", "no move left it"),
-        ("--network only-here", "the network only-here is missing there"),
+        pytest.param(
+            "--network none --volume taken:/store", "no move left it", marks=pytest.mark.thorough
+        ),
+        pytest.param(
+            "--network only-here",
+            "the network only-here is missing there",
+            marks=pytest.mark.thorough,
+        ),
     ],
 )
 def test_what_cannot_move_is_refused_first(

@@ -136,7 +136,13 @@ def first(docker: Docker, case: str) -> None:
     docker("start", "cfg-one")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=() if case in ("bridge", "networks") else pytest.mark.thorough)
+        for case in CASES
+    ],
+)
 def test_the_second_container_is_configured_as_the_first(docker: Docker, case: str) -> None:
     first(docker, case)
     before = docker.inspect("cfg-one")
@@ -193,6 +199,7 @@ def same_addresses(before: dict[str, Any], after: dict[str, Any]) -> None:
     assert after["Config"].get("MacAddress") == before["Config"].get("MacAddress")
 
 
+@pytest.mark.thorough
 def test_an_older_api_takes_one_network_at_a_time(docker: Docker) -> None:
     first(docker, "networks")
     before = docker.inspect("cfg-one", "1.43")

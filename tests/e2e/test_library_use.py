@@ -48,7 +48,9 @@ def test_the_ancestors_demonstration(hosts: Hosts) -> None:
     hosts.sh("a", "rm -rf $1 $2", file, directory)
 
 
-@pytest.mark.parametrize("parent", ["none", "same-parent"])
+@pytest.mark.parametrize(
+    "parent", ["none", pytest.param("same-parent", marks=pytest.mark.thorough)]
+)
 def test_a_retry_after_a_failed_final_dump_loses_nothing(hosts: Hosts, parent: str) -> None:
     directory = "/run/retry"
     hosts.sh("a", "rm -rf $1; mkdir -m 700 $1", directory)

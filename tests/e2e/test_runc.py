@@ -21,7 +21,7 @@ def clean(hosts: Hosts) -> None:
         assert hosts.leftovers(host) == ""
 
 
-@pytest.mark.parametrize("runtime", ["runc", "crun"])
+@pytest.mark.parametrize("runtime", ["runc", pytest.param("crun", marks=pytest.mark.thorough)])
 def test_dirtier_moves_there_and_back_and_there(
     hosts: Hosts, containers: Containers, runtime: str
 ) -> None:
@@ -102,6 +102,7 @@ def at_once(moves: list[tuple[Container, str, str]]) -> list[Moved]:
         return list(pool.map(lambda move: move[0].migrate(move[1], move[2]), moves))
 
 
+@pytest.mark.thorough
 def test_two_at_once_and_one_each_way(hosts: Hosts, containers: Containers) -> None:
     flags = ("--mib", "8", "--writes", "100")
     one, two, three = (containers.dirtier("a", f"pig-{n}", *flags) for n in (1, 2, 3))

@@ -1,7 +1,7 @@
 """Whatever fails at whatever moment: one copy runs, no page is wrong, nothing is left behind.
 
-`FAULTS=full` runs every cell of cells.py for one ENGINE (`make faults`), otherwise those that CI
-has time for, of each.
+`FAULTS=full` runs every cell of cells.py for one ENGINE (`make faults`); otherwise it is a few of
+each, of which CI has time for some.
 """
 
 from __future__ import annotations
@@ -61,7 +61,11 @@ def victim(stage: Stage, observer: Observer, request: pytest.FixtureRequest) -> 
     "cell",
     cells(ENGINE, quick=False)
     if FULL
-    else [cell for engine in ("process", "runc", "docker") for cell in cells(engine, quick=True)],
+    else [
+        pytest.param(cell, marks=() if cell.in_ci else pytest.mark.thorough)
+        for engine in ("process", "runc", "docker")
+        for cell in cells(engine, quick=True)
+    ],
     ids=str,
 )
 def test_one_copy_whatever_fails(
