@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from phaul_runtime.errors import DestinationError
 PAGE = 4096
 _NUMBERS = "Q"
 _FIELDS = 4
+_NEAR = 3
 
 
 class Run(NamedTuple):
@@ -51,6 +53,52 @@ class Runs:
                 numbers[-3] += run.pages
                 return
         numbers.extend(run)
+
+    def find(self, vaddr: int, at: int = 0) -> int:
+        """The first run, from the run `at` on, that ends behind an address; `len` if none does."""
+        numbers, count = self._numbers, len(self)
+        for near in range(at, min(at + _NEAR, count)):
+            start, pages = numbers[near * _FIELDS : near * _FIELDS + 2]
+            if start + pages * PAGE > vaddr:
+                return near
+
+        def end(index: int) -> int:
+            start, pages = numbers[index * _FIELDS : index * _FIELDS + 2]
+            return start + pages * PAGE
+
+        return bisect_right(range(count), vaddr, min(at + _NEAR, count), key=end)
+
+    def copy(self, source: Runs, vaddr: int, end: int, at: int = 0) -> tuple[int, int]:
+        """Append what another has of a range that lies behind all runs of this.
+
+        Args:
+            source: what to copy from.
+            vaddr: of the range.
+            end: of the range.
+            at: none of the source's runs before this one reaches into the range.
+
+        Returns:
+            How many pages there were, and `at` for a range behind this one.
+        """
+        first = source.find(vaddr, at)
+        last = source.find(end, first)
+        pages = 0
+        if first < last:
+            pages += self._append_part(source[first], vaddr, end)
+            whole = source._numbers[(first + 1) * _FIELDS : last * _FIELDS]
+            self._numbers.extend(whole)
+            pages += sum(whole[1::_FIELDS])
+        if last < len(source):
+            pages += self._append_part(source[last], vaddr, end)
+        return pages, last
+
+    def _append_part(self, run: Run, vaddr: int, end: int) -> int:
+        start = max(vaddr, run.vaddr)
+        pages = (min(end, run.vaddr + run.pages * PAGE) - start) // PAGE
+        if pages <= 0:
+            return 0
+        self.append(Run(start, pages, run.file, run.offset + start - run.vaddr))
+        return pages
 
     def __len__(self) -> int:
         return len(self._numbers) // _FIELDS
