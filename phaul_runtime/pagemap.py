@@ -23,7 +23,6 @@ from phaul_runtime.lazyplan import PAGE
 IN_PARENT = 1
 LAZY = 2
 PRESENT = 4
-_WHERE = IN_PARENT | PRESENT
 
 # criu/include/magic.h: IMG_COMMON_MAGIC, PAGEMAP_MAGIC, MM_MAGIC; then messages, sizes before them.
 _MAGIC = struct.Struct("<II")
@@ -180,12 +179,8 @@ def read_pagemap(path: Path) -> Pagemap:
                 pages = entry.compat_nr_pages
             # Before there were flags: init_compat_pagemap_entry in criu/pagemap.c.
             flags = entry.flags | IN_PARENT if entry.in_parent else entry.flags or PRESENT
-            if (
-                vaddr < behind
-                or vaddr % PAGE
-                or not pages
-                or flags & _WHERE not in (IN_PARENT, PRESENT)
-            ):
+            here = flags & PRESENT != 0
+            if vaddr < behind or vaddr % PAGE or not pages or here == bool(flags & IN_PARENT):
                 raise DestinationError(
                     f"{path} is malformed: {pages} pages at {vaddr:#x}, flags {flags}"
                 )
