@@ -1,0 +1,22 @@
+"""Gives a lazily restored process its pages: the other end of `criu restore --lazy-pages`.
+
+In place of `criu lazy-pages`, whose death leaves the restored process running on zeros without an
+error. Here two processes hold what the pages hang on, and either goes on without the other: see
+`serve` for the loop, `twin` for the pair, `journal` for what the one leaves to the other.
+
+::
+
+    client   how an agent starts it, hands over the plan, asks and waits
+    serve    the loop: faults, events, filling in between
+    criusock what CRIU says on lazy-pages.socket
+    control  what an agent says on pager.socket
+    twin     two processes with one table of descriptors
+    journal  what was read and done since the other was born, in shared memory
+    source   the plan's files, mapped
+    space    which pages of a process are missing yet
+    uffd     the kernel's userfaultfd
+"""
+
+LAZY_SOCKET = "lazy-pages.socket"
+CONTROL_SOCKET = "pager.socket"
+RESULT_FILE = "pager.json"

@@ -1,0 +1,113 @@
+"""What an agent says on pager.socket: a line of JSON each way.
+
+::
+
+    {"do": "plan", "path": "..."}   take a plan, listen for CRIU
+    {"do": "status"}                how far it is
+    {"do": "wait"}                  answered when the last page is in
+    {"do": "stop"}                  end, unless a restored process needs it
+
+An answer has `error`, or what `Pager.status` says. A connection that ends without an answer was cut
+by the death of one of the two processes: connect again and ask again, all requests may be repeated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+from phaul_runtime.errors import PhaulError
+from phaul_runtime.pager import CONTROL_SOCKET
+from phaul_runtime.pager.criusock import accept, listen
+
+if TYPE_CHECKING:
+    from phaul_runtime.pager.serve import Pager
+
+_MOST = 1 << 16
+
+
+class Control:
+    """The listening socket and whoever is connected."""
+
+    name = CONTROL_SOCKET
+
+    def __init__(self, pager: Pager) -> None:
+        self._pager = pager
+        self.listener = listen(CONTROL_SOCKET)
+        self._clients: dict[int, bytearray] = {}
+        self._waiting: set[int] = set()
+
+    @property
+    def owned(self) -> bool:
+        """Somebody is connected."""
+        return bool(self._clients)
+
+    def forget(self) -> set[int]:
+        """After a change of process nothing is known of who is connected; returns what is."""
+        self._clients.clear()
+        self._waiting.clear()
+        return {self.listener}
+
+    def accept(self, fd: int) -> None:
+        """Take whoever wants to talk."""
+        client = accept(fd)
+        if client >= 0:
+            self._clients[client] = bytearray()
+            self._pager.watch(client, self._hear)
+
+    def leave_result(self, name: str) -> None:
+        """Write the result, and tell those who wait for it."""
+        answer = self._pager.status()
+        with contextlib.suppress(OSError):
+            fd = os.open(f"{name}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            os.write(fd, json.dumps(answer).encode() + b"\n")
+            os.close(fd)
+            os.replace(f"{name}.new", name)  # noqa: PTH105 - relative to the current directory
+        for client in self._waiting:
+            self._send(client, answer)
+
+    def _hear(self, fd: int) -> None:
+        kept = self._clients[fd]
+        try:
+            data = os.read(fd, _MOST)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        kept += data
+        if not data or len(kept) > _MOST:
+            del self._clients[fd]
+            self._waiting.discard(fd)
+            self._pager.close(fd)
+            return
+        *lines, rest = kept.split(b"\n")
+        self._clients[fd] = bytearray(rest)
+        for line in lines:
+            answer = self._answer(fd, bytes(line))
+            if answer is not None:
+                self._send(fd, answer)
+
+    def _answer(self, fd: int, line: bytes) -> dict[str, Any] | None:
+        try:
+            asked = json.loads(line)
+            what = asked["do"]
+            if what == "wait":
+                self._waiting.add(fd)
+                return None
+            error = ""
+            if what == "plan":
+                error = self._pager.plan(str(asked["path"]))
+            elif what == "stop":
+                error = self._pager.stop()
+            elif what != "status":
+                error = f"unknown request {what!r}"
+        except (PhaulError, OSError, ValueError, LookupError, TypeError) as failure:
+            error = str(failure)
+        return {"error": error} if error else self._pager.status()
+
+    def _send(self, fd: int, answer: dict[str, Any]) -> None:
+        # One that does not read its answers loses them.
+        with contextlib.suppress(OSError):
+            os.write(fd, json.dumps(answer).encode() + b"\n")

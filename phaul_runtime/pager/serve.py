@@ -1,0 +1,573 @@
+"""The pager's loop: faults first, what the processes do to their memory, filling in between.
+
+Two processes (`twin`) share one table of descriptors. One works, the other only waits for its
+death, and then reads the journal, goes on and makes a twin anew. Why no page is ever wrong:
+
+- *A page that the process gave up or moved is not filled with what it held.* The kernel announces
+  each unmap, remap, removal (MADV_DONTNEED, MADV_FREE) and fork. From before the change until the
+  announcement was read, and its sender has gone on, UFFDIO_COPY does nothing and says EAGAIN. So
+  whatever a copy does, it does with everything known that the process had done before.
+- *No announcement is lost*: it is read by a system call straight into the shared journal. The
+  process goes on only once it was read.
+- *No copy of the dead's comes late*: its pidfd becomes readable when it has left the kernel. What
+  it did at last is copied again: the page is there (EEXIST) and is left alone; if the process has
+  given it up since, that is in the journal or still to be read.
+- *A fault that was read and not answered* is the journal's last record, and is answered again.
+- *The userfaultfds stay open*, since the table lives: those that come with a fork and those that
+  CRIU hands over are in it, and in the journal, by the same system call.
+- *If CRIU's restore is under way*, the words that it still has to say stay in its connection, which
+  is in the table too. If both are dead before CRIU says that it is finished, CRIU cannot say it and
+  kills what it restored: a loud failure, nothing has run.
+
+The one hole: both die at once after that (a SIGKILL of the whole control group, the host). Then the
+processes run on with zeros where pages were missing, as with `criu lazy-pages`. Both are therefore
+exempt from the out-of-memory killer and deaf to SIGINT, SIGTERM and SIGHUP. A smaller one:
+MADV_GUARD_INSTALL and MADV_GUARD_REMOVE are not announced; a page that was missing under them comes
+back with what it held.
+
+Before CRIU has finished only faults are served: the restorer may touch lazy memory, but until a
+task has registered its areas, a page of them cannot be told from one that is gone. Afterwards the
+rest is filled in pieces of `CHUNK`: a fault waits for one piece at most. A fault brings `WINDOW`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import resource
+import select
+import signal
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from phaul_runtime.pager import LAZY_SOCKET, RESULT_FILE, criusock, twin, uffd
+from phaul_runtime.pager.control import Control
+from phaul_runtime.pager.journal import Board, Journal, Kind
+from phaul_runtime.pager.source import Source
+from phaul_runtime.pager.space import Space
+from phaul_runtime.pager.uffd import PAGE
+
+CHUNK = 256 * PAGE
+WINDOW = 32 * PAGE
+GRACE_S = 30.0
+_EVENTS_AT_ONCE = 16
+_TICK_MS = 1000
+_BACK_OFF_MS = 1
+_TROUBLE_MS = 100
+_RETRY_S = 1.0
+
+# Words of the board.
+STAGE, HEIR, FINISHED_NS, LAST_NS, TOTAL, FILLED, FAULTS, WORST_NS, WORKER, KEEPER, CLEAN = range(
+    11
+)
+WAITING, LISTENING, RUNNING, DONE, STOPPED = range(5)
+_NAMES = ("waiting", "listening", "filling", "done", "stopped")
+
+
+class _Inherited(Exception):
+    """Raised in the twin when the other is dead: the work is its own now."""
+
+
+@dataclass
+class Task:
+    """A process that gets pages; `fd` is -1 once there is nothing more to do for it."""
+
+    fd: int
+    space: Space
+
+
+class Pager:
+    """One pager, in its working directory, which is the current one."""
+
+    def __init__(self, *, grace_s: float = GRACE_S, keep: bool = True) -> None:
+        self._grace_s = grace_s
+        self._keep = keep
+        self._board = Board()
+        self._journal = Journal()
+        self._source: Source | None = None
+        self._tasks: list[Task] = []
+        self._pid = 0
+        self._deferred: list[tuple[int, int, int]] = []
+        self._listener = self._connection = -1
+        self._self_fd = self._keeper_fd = -1
+        self._generation = 0
+        self._stopping = False
+        self._trouble = ""
+        self._retry_at = 0.0
+        self._back_off_ms = 0
+        self._looked_ns = 0
+        self._owned_at = time.monotonic()
+        self._poll = select.poll()
+        self._handlers: dict[int, Callable[[int], None]] = {}
+        self._control = Control(self)
+
+    # -- life ------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Work until the last page is in, or nobody wants it any more."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        with contextlib.suppress(OSError):
+            Path("/proc/self/oom_score_adj").write_text("-1000")
+        with contextlib.suppress(OSError, ValueError):
+            _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        inherited = False
+        while True:
+            try:
+                self._begin(inherited)
+                while not self._over():
+                    self._turn()
+                break
+            except _Inherited:
+                inherited = True
+        self._finish()
+
+    def _begin(self, inherited: bool) -> None:
+        self._handlers.clear()
+        self._poll = select.poll()
+        known = self._control.forget()
+        if inherited:
+            # Of the one before this one: ended and closed long since.
+            self._keeper_fd = -1
+            self._replay()
+        self._self_fd = os.pidfd_open(os.getpid())
+        self._board[WORKER] = os.getpid()
+        if inherited:
+            self._adopt({*known, self._self_fd, self._listener})
+        self.watch(self._control.listener, self._control.accept)
+        if self._connection >= 0:
+            self.watch(self._connection, self._hear)
+        elif self._board[STAGE] == LISTENING:
+            if self._listener < 0:
+                # The plan was taken and lost: a restore cannot connect, and fails loudly.
+                self._board[STAGE] = WAITING
+            elif self._tasks or self._pid:
+                self._reset()
+            else:
+                self.watch(self._listener, self._accept)
+        for index, task in enumerate(self._tasks):
+            self._watch_task(index, task)
+        self.renew()
+
+    def _replay(self) -> None:
+        """Do in memory what the dead one did since this one was born."""
+        for kind, index, body in self._journal:
+            if kind == Kind.EVENT:
+                if body[0] == uffd.EVENT_PAGEFAULT:
+                    address = uffd.ADDRESS.unpack_from(body)[0] & -PAGE
+                    self._deferred.append((index, address, time.monotonic_ns()))
+                else:
+                    self._apply(index, body)
+            elif kind == Kind.FILLED:
+                self._tasks[index].space.drop(*struct.unpack_from("=QQ", body))
+            elif kind == Kind.ENDED:
+                self._tasks[index] = Task(-1, Space())
+            elif kind == Kind.SAID:
+                self._said(criusock.said(body))
+            elif kind == Kind.HANDED:
+                self._handed(criusock.handed(body))
+            elif kind == Kind.RESET:
+                self._tasks, self._pid = [], 0
+
+    def _adopt(self, known: set[int]) -> None:
+        """Sort out the descriptors: what the dead one opened for itself is closed."""
+        known |= {0, 1, 2, *(task.fd for task in self._tasks)}
+        self._connection = -1
+        for name in os.listdir("/proc/self/fd"):
+            fd = int(name)
+            if fd in known:
+                continue
+            if self._connection < 0 and criusock.is_connection(fd, LAZY_SOCKET):
+                self._connection = fd
+                continue
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+    def renew(self) -> None:
+        """Make a twin that knows all that is known now, then end the one before.
+
+        Between the making and the naming as heir nothing is done that would have to stand in a
+        journal: whichever of the two is the heir when this one dies, knows all.
+        """
+        if not self._keep:
+            self._journal = Journal()
+            return
+        journal, before = self._journal, self._keeper_fd
+        self._journal = Journal()
+        generation = self._generation + 1
+        try:
+            pid = twin.clone()
+        except OSError as error:
+            self._trouble = f"no twin: {error.strerror}"
+            self._retry_at = time.monotonic() + _RETRY_S
+            if not journal.full:
+                self._journal = journal
+                return
+            # Better alone for a while than with an heir that does not know all.
+            self._board[HEIR] = -1
+            if before >= 0:
+                self._unwatch(before)
+                twin.end(before)
+            self._keeper_fd = -1
+            return
+        if pid == 0:
+            self._generation = generation
+            self._wait()
+        self._generation = generation
+        self._board[KEEPER] = pid
+        self._board[HEIR] = generation
+        if before >= 0:
+            self._unwatch(before)
+            twin.end(before)
+        self._keeper_fd = os.pidfd_open(pid)
+        self.watch(self._keeper_fd, self._bereft)
+
+    def _wait(self) -> None:
+        """The twin: nothing but waiting for the other's death, as long as that takes."""
+        poll = select.poll()
+        poll.register(self._self_fd, select.POLLIN)
+        poll.poll()
+        if self._board[HEIR] != self._generation:
+            os._exit(0)
+        if self._board[STAGE] >= DONE:
+            self._finish()
+        raise _Inherited
+
+    def _bereft(self, fd: int) -> None:
+        self._unwatch(fd)
+        twin.end(fd)
+        self._keeper_fd = -1
+        self.renew()
+
+    def _over(self) -> bool:
+        stage = self._board[STAGE]
+        if stage == RUNNING:
+            return not any(task.fd >= 0 for task in self._tasks)
+        if self._connection >= 0 or self._control.owned:
+            self._owned_at = time.monotonic()
+        return self._stopping or time.monotonic() - self._owned_at > self._grace_s
+
+    def _finish(self) -> None:
+        """Leave the result behind, and nothing else; then both end."""
+        board = self._board
+        if board[STAGE] == RUNNING:
+            board[LAST_NS] = time.monotonic_ns()
+        if board[STAGE] < DONE:
+            board[STAGE] = DONE if board[STAGE] == RUNNING else STOPPED
+        if not board[CLEAN]:
+            for name in (LAZY_SOCKET, self._control.name):
+                with contextlib.suppress(OSError):
+                    os.unlink(name)  # noqa: PTH108 - relative to the current directory
+            if board[STAGE] == DONE:
+                self._control.leave_result(RESULT_FILE)
+            # The twin, which ends last, leaves alone what a next pager may have put there.
+            board[CLEAN] = 1
+        # No clean-up of Python's: the table of descriptors is the twin's too.
+        os._exit(0)
+
+    # -- the loop --------------------------------------------------------------------------
+
+    def watch(self, fd: int, handler: Callable[[int], None]) -> None:
+        """Call `handler` whenever there is something to read."""
+        self._handlers[fd] = handler
+        self._poll.register(fd, select.POLLIN)
+
+    def _unwatch(self, fd: int) -> None:
+        if self._handlers.pop(fd, None) is not None:
+            self._poll.unregister(fd)
+
+    def close(self, fd: int) -> None:
+        """Close a watched descriptor."""
+        self._unwatch(fd)
+        os.close(fd)
+
+    def _turn(self) -> None:
+        running = self._board[STAGE] == RUNNING
+        if self._journal.full or (
+            self._keeper_fd < 0 and self._keep and time.monotonic() >= self._retry_at
+        ):
+            self.renew()
+        looked = time.monotonic_ns()
+        timeout = self._back_off_ms if running or self._deferred else _TICK_MS
+        ready = self._poll.poll(timeout)
+        self._back_off_ms = 0
+        for fd, _ in ready:
+            handler = self._handlers.get(fd)
+            if handler is not None:
+                handler(fd)
+        if self._deferred:
+            self._again()
+        self._looked_ns = looked
+        if running:
+            self._fill()
+
+    def _watch_task(self, index: int, task: Task) -> None:
+        if task.fd >= 0:
+            self.watch(task.fd, lambda _fd: self._events(index, task))
+
+    def _events(self, index: int, task: Task) -> None:
+        """Read and answer what the kernel says of one task, a few words at a time."""
+        journal = self._journal
+        for _ in range(_EVENTS_AT_ONCE):
+            if task.fd < 0 or journal.full:
+                return
+            journal.expect(Kind.EVENT, index)
+            message = journal.message
+            try:
+                size = os.readv(task.fd, [message])
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._note_trouble("read", error.errno or 0)
+                return
+            if size != uffd.MESSAGE_SIZE:
+                return
+            if message[0] == uffd.EVENT_PAGEFAULT:
+                address = uffd.ADDRESS.unpack_from(message)[0] & -PAGE
+                self._board[FAULTS] += 1
+                if self._answer(index, task, address):
+                    self._answered(self._looked_ns)
+                else:
+                    # Something else is to be read first, which must not go over it.
+                    self._deferred.append((index, address, self._looked_ns))
+                    journal.keep()
+            else:
+                body = bytes(message)
+                journal.keep()
+                fork = self._apply(index, body)
+                if fork >= 0:
+                    self._watch_task(fork, self._tasks[fork])
+
+    def _apply(self, index: int, body: bytes) -> int:
+        """What a process did to its memory; the index of a forked child's task, or -1."""
+        event, space = body[0], self._tasks[index].space
+        if event == uffd.EVENT_FORK:
+            (fd,) = uffd.FORK.unpack_from(body)
+            self._tasks.append(Task(fd, space.copy()))
+            return len(self._tasks) - 1
+        if event == uffd.EVENT_REMAP:
+            space.move(*uffd.REMAP.unpack_from(body))
+        elif event in (uffd.EVENT_REMOVE, uffd.EVENT_UNMAP):
+            space.drop(*uffd.REMOVE.unpack_from(body))
+        return -1
+
+    def _again(self) -> None:
+        deferred, self._deferred = self._deferred, []
+        for index, address, since in deferred:
+            task = self._tasks[index]
+            if task.fd < 0:
+                continue
+            if self._answer(index, task, address):
+                self._answered(since)
+            else:
+                self._deferred.append((index, address, since))
+        if self._deferred:
+            self._back_off_ms = max(self._back_off_ms, _BACK_OFF_MS)
+
+    def _answered(self, since: int) -> None:
+        """Keep the longest that a fault can have waited: since before it was looked for."""
+        board = self._board
+        board[WORST_NS] = max(board[WORST_NS], time.monotonic_ns() - since)
+
+    def _answer(self, index: int, task: Task, address: int) -> bool:
+        """Answer a page fault; False if it has to wait."""
+        fd = task.fd
+        found = task.space.find(address)
+        if found is None:
+            code = uffd.zero(fd, address)
+        else:
+            size = found[0] - address
+            if size > PAGE:
+                most = WINDOW if self._board[STAGE] == RUNNING else PAGE
+                size = min(size, most)
+            done, code = uffd.copy(fd, address, found[1], size)
+            if code == errno.ENOENT and size > PAGE:
+                # The run goes on in another area, or where none is any more.
+                done, code = uffd.copy(fd, address, found[1], PAGE)
+            if done:
+                self._fills(index, task, address, done, done)
+                return True
+            if code == errno.EEXIST:
+                self._fills(index, task, address, PAGE, 0)
+        if not code:
+            return True
+        if code in (errno.EEXIST, errno.ENOENT):
+            # There already, or the area went: trying again tells who waits.
+            uffd.wake(fd, address)
+            return True
+        if code == errno.ESRCH:
+            self._end(index, task)
+            return True
+        if code != errno.EAGAIN:
+            self._note_trouble("fault", code)
+        return False
+
+    def _fills(self, index: int, task: Task, start: int, size: int, copied: int) -> None:
+        task.space.drop(start, start + size)
+        self._journal.filled(index, start, start + size)
+        self._board[FILLED] += copied // PAGE
+
+    def _fill(self) -> None:
+        """One piece of what is missing."""
+        tasks = self._tasks
+        for index in range(len(tasks)):
+            task = tasks[index]
+            if task.fd < 0:
+                continue
+            if not task.space:
+                # Nothing is missing: no page that it faults on from now on needs us.
+                self._end(index, task)
+                continue
+            self._fill_task(index, task)
+            return
+
+    def _fill_task(self, index: int, task: Task) -> None:
+        start, end, source = task.space.last()
+        size = min(CHUNK, end - start)
+        uffd.populate(source, size)
+        while True:
+            done, code = uffd.copy(task.fd, start, source, size)
+            if code != errno.ENOENT or done or size == PAGE:
+                break
+            # The run goes on in another area: a copy must lie in one.
+            size = size // 2 & -PAGE
+        if done:
+            self._fills(index, task, start, done, done)
+        elif code in (errno.EEXIST, errno.ENOENT):
+            self._fills(index, task, start, PAGE, 0)
+        elif code == errno.ESRCH:
+            self._end(index, task)
+        elif code == errno.EAGAIN:
+            self._back_off_ms = _BACK_OFF_MS
+        else:
+            self._note_trouble("copy", code)
+
+    def _note_trouble(self, what: str, code: int) -> None:
+        """The process waits for its page, which is better than a wrong one; try again."""
+        self._trouble = f"{what}: {os.strerror(code)}"
+        self._back_off_ms = _TROUBLE_MS
+
+    def _end(self, index: int, task: Task) -> None:
+        self._journal.note(Kind.ENDED, index)
+        fd, task.fd = task.fd, -1
+        task.space = Space()
+        self.close(fd)
+
+    # -- CRIU ------------------------------------------------------------------------------
+
+    def _accept(self, fd: int) -> None:
+        # One at a time: the next one waits, and its restore with it.
+        if self._connection < 0 and self._board[STAGE] == LISTENING:
+            self._connection = criusock.accept(fd)
+            if self._connection >= 0:
+                self._unwatch(fd)
+                self.watch(self._connection, self._hear)
+
+    def _hear(self, fd: int) -> None:
+        """Take all that CRIU has said so far."""
+        while True:
+            try:
+                got = criusock.receive(fd, self._journal, self._pid > 0)
+            except OSError as error:
+                self._trouble = f"CRIU's connection: {error.strerror}"
+                got = None
+            if got is None:
+                break
+            if not got:
+                return
+            body, handed = self._journal.body, self._pid > 0
+            self._journal.keep()
+            if handed:
+                self._handed(criusock.handed(body))
+                self._watch_task(len(self._tasks) - 1, self._tasks[-1])
+            else:
+                self._said(criusock.said(body))
+        self.close(fd)
+        self._connection = -1
+        if self._board[STAGE] != RUNNING:
+            self._reset()
+
+    def _said(self, number: int) -> None:
+        if number == criusock.FINISHED:
+            if self._board[STAGE] < RUNNING:
+                missing = sum(task.space.missing for task in self._tasks)
+                self._board[TOTAL] = missing // PAGE + self._board[FILLED]
+                self._board[FINISHED_NS] = time.monotonic_ns()
+                self._board[STAGE] = RUNNING
+        elif number > 0:
+            self._pid = number
+
+    def _handed(self, fd: int) -> None:
+        space = Space() if self._source is None else self._source.space(self._pid)
+        self._tasks.append(Task(fd, space))
+        self._pid = 0
+
+    def _reset(self) -> None:
+        """The attempt failed: nothing of it runs, and the next may come."""
+        self._journal.note(Kind.RESET, 0)
+        tasks, self._tasks = self._tasks, []
+        self._pid, self._deferred = 0, []
+        for task in tasks:
+            if task.fd >= 0:
+                self.close(task.fd)
+        self._board[FILLED] = self._board[FAULTS] = self._board[WORST_NS] = 0
+        if self._listener >= 0:
+            self.watch(self._listener, self._accept)
+
+    # -- the agent -------------------------------------------------------------------------
+
+    def plan(self, path: str) -> str:
+        """Take a plan and listen for CRIU; what is wrong with it, or nothing.
+
+        Only now: a restore that comes before its plan cannot connect, and fails loudly.
+        """
+        if self._connection >= 0 or self._board[STAGE] >= RUNNING:
+            return "a restore is under way"
+        new = Source(Path(path))
+        if self._source is not None:
+            self._source.close()
+        self._source = new
+        if self._listener < 0:
+            self._listener = criusock.listen(LAZY_SOCKET)
+            self.watch(self._listener, self._accept)
+        self._board[STAGE] = LISTENING
+        # The twin must know it before a process runs by it.
+        self.renew()
+        return ""
+
+    def stop(self) -> str:
+        """End, unless a process runs; why not, or nothing."""
+        if self._connection >= 0 and self._board[STAGE] < RUNNING:
+            # From here on CRIU cannot say that it has finished; it may have.
+            criusock.shut(self._connection)
+            self._hear(self._connection)
+        if self._board[STAGE] >= RUNNING:
+            return "a restored process still gets its pages"
+        self._stopping = True
+        return ""
+
+    def status(self) -> dict[str, object]:
+        """How far it is."""
+        board = self._board
+        stage = board[STAGE]
+        state = "restoring" if stage == LISTENING and self._connection >= 0 else _NAMES[stage]
+        tasks = [] if stage >= DONE else self._tasks
+        missing = sum(task.space.missing for task in tasks) // PAGE
+        until = board[LAST_NS] or time.monotonic_ns()
+        return {
+            "state": state,
+            "pages": board[TOTAL],
+            "missing": missing,
+            "filled": board[FILLED],
+            "tasks": sum(task.fd >= 0 for task in tasks),
+            "faults": board[FAULTS],
+            "worst_fault_ms": round(board[WORST_NS] / 1e6, 3),
+            "ms": round((until - board[FINISHED_NS]) / 1e6, 1) if board[FINISHED_NS] else 0.0,
+            "pids": [board[WORKER], board[KEEPER]],
+            "trouble": self._trouble,
+        }

@@ -1,0 +1,104 @@
+"""Which pages of a process are missing yet, and where their bytes lie.
+
+Pure: addresses and numbers only. What the kernel tells of the process's own doings (unmap, remap,
+fork) is applied here, so that no page is filled with what it must not hold any more.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+
+
+class Space:
+    """The missing runs of one process, sorted, without overlaps.
+
+    Three lists side by side: a fault costs one bisection and no object.
+    """
+
+    def __init__(
+        self,
+        starts: list[int] | None = None,
+        ends: list[int] | None = None,
+        sources: list[int] | None = None,
+    ) -> None:
+        self._starts = starts or []
+        self._ends = ends or []
+        self._sources = sources or []
+
+    def __bool__(self) -> bool:
+        return bool(self._starts)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @property
+    def missing(self) -> int:
+        """Bytes that are missing."""
+        return sum(self._ends) - sum(self._starts)
+
+    def runs(self) -> list[tuple[int, int, int]]:
+        """(start, end, source) of each run."""
+        return list(zip(self._starts, self._ends, self._sources, strict=True))
+
+    def copy(self) -> Space:
+        """A forked child's: it misses what its parent misses."""
+        return Space(self._starts[:], self._ends[:], self._sources[:])
+
+    def find(self, address: int) -> tuple[int, int] | None:
+        """The end of the run that holds an address, and the source of that address."""
+        at = bisect_right(self._starts, address) - 1
+        if at < 0 or address >= self._ends[at]:
+            return None
+        return self._ends[at], self._sources[at] + address - self._starts[at]
+
+    def last(self) -> tuple[int, int, int]:
+        """(start, end, source) of the last run."""
+        return self._starts[-1], self._ends[-1], self._sources[-1]
+
+    def drop(self, start: int, end: int) -> None:
+        """Nothing between is missing any more: it was filled, or the process gave it up."""
+        starts, ends = self._starts, self._ends
+        at = bisect_right(starts, start) - 1
+        if at >= 0 and starts[at] == start and start < end < ends[at]:
+            # By far the most frequent: the front of a run was filled.
+            starts[at] = end
+            self._sources[at] += end - start
+            return
+        self._cut(start, end)
+
+    def move(self, start: int, to: int, size: int) -> None:
+        """The process moved a piece of its memory; what was there before is gone."""
+        pieces = self._cut(start, start + size)
+        self._cut(to, to + size)
+        if not pieces:
+            return
+        by = to - start
+        at = bisect_right(self._starts, to)
+        self._starts[at:at] = [piece[0] + by for piece in pieces]
+        self._ends[at:at] = [piece[1] + by for piece in pieces]
+        self._sources[at:at] = [piece[2] for piece in pieces]
+
+    def _cut(self, start: int, end: int) -> list[tuple[int, int, int]]:
+        """Take out what lies between; returns it."""
+        if start >= end:
+            return []
+        starts, ends, sources = self._starts, self._ends, self._sources
+        first = max(0, bisect_right(starts, start) - 1)
+        if first < len(ends) and ends[first] <= start:
+            first += 1
+        stop = first
+        taken: list[tuple[int, int, int]] = []
+        kept: list[tuple[int, int, int]] = []
+        while stop < len(starts) and starts[stop] < end:
+            low, high, source = starts[stop], ends[stop], sources[stop]
+            if low < start:
+                kept.append((low, start, source))
+            cut = max(low, start), min(high, end)
+            taken.append((*cut, source + cut[0] - low))
+            if high > end:
+                kept.append((end, high, source + end - low))
+            stop += 1
+        starts[first:stop] = [piece[0] for piece in kept]
+        ends[first:stop] = [piece[1] for piece in kept]
+        sources[first:stop] = [piece[2] for piece in kept]
+        return taken

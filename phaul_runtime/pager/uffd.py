@@ -1,0 +1,85 @@
+"""The kernel's userfaultfd: its messages and the calls that answer them.
+
+Calls return the errno and do not raise: most of them are answers, not failures.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+
+PAGE = 4096
+
+EVENT_PAGEFAULT = 0x12
+EVENT_FORK = 0x13
+EVENT_REMAP = 0x14
+EVENT_REMOVE = 0x15
+EVENT_UNMAP = 0x16
+
+MESSAGE_SIZE = 32
+ADDRESS = struct.Struct("=16xQ")
+"""The address in a page fault's message."""
+FORK = struct.Struct("=8xI")
+"""The child's descriptor, which the reading has put into the reader's table."""
+REMAP = struct.Struct("=8xQQQ")
+"""From, to, length."""
+REMOVE = struct.Struct("=8xQQ")
+"""Start, end; of an unmap too."""
+
+_UNREGISTER, _WAKE = 0x8010AA01, 0x8010AA02
+_COPY, _ZEROPAGE = 0xC028AA03, 0xC020AA04
+_MADV_POPULATE_READ = 22
+
+libc = ctypes.CDLL(None, use_errno=True)
+_ioctl = libc.ioctl
+_ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
+_madvise = libc.madvise
+_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_argument = (ctypes.c_int64 * 5)()
+_pointer = ctypes.addressof(_argument)
+
+
+def copy(fd: int, to: int, source: int, size: int) -> tuple[int, int]:
+    """Fill missing pages and wake who waits for them.
+
+    Returns:
+        Bytes done, from the start; and the errno of what came then, 0 if all is done. EAGAIN
+        after none: an event is to be read first, or its sender has not gone on yet.
+    """
+    argument = _argument
+    argument[0], argument[1], argument[2], argument[3], argument[4] = to, source, size, 0, 0
+    if not _ioctl(fd, _COPY, _pointer):
+        return size, 0
+    return max(0, argument[4]), ctypes.get_errno()
+
+
+def zero(fd: int, to: int) -> int:
+    """Fill one missing page with zeros; the errno, 0 if done."""
+    argument = _argument
+    argument[0], argument[1], argument[2], argument[3] = to, PAGE, 0, 0
+    return ctypes.get_errno() if _ioctl(fd, _ZEROPAGE, _pointer) else 0
+
+
+def wake(fd: int, address: int) -> None:
+    """Let who waits for a page try again."""
+    argument = _argument
+    argument[0], argument[1] = address, PAGE
+    _ioctl(fd, _WAKE, _pointer)
+
+
+def populate(address: int, size: int) -> None:
+    """Map a piece of a file before it is copied.
+
+    `copy` cannot take a page fault in its source and has to start that page anew. A kernel that
+    cannot populate only leaves it slower.
+    """
+    _madvise(address, size, _MADV_POPULATE_READ)
+
+
+def is_uffd(fd: int) -> bool:
+    """Whether a descriptor of ours is a userfaultfd."""
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[userfaultfd]"
+    except OSError:
+        return False
