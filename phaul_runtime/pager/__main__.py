@@ -15,10 +15,11 @@ def main() -> None:
     parser.add_argument("workdir")
     parser.add_argument("--grace", type=float, default=GRACE_S, help="seconds without an owner")
     parser.add_argument("--no-twin", action="store_true", help="for tests: one process only")
+    parser.add_argument("--pause", type=int, default=0, help="milliseconds between two pieces")
     options = parser.parse_args()
     try:
         os.chdir(options.workdir)
-        pager = Pager(grace_s=options.grace, keep=not options.no_twin)
+        pager = Pager(grace_s=options.grace, keep=not options.no_twin, pause_ms=options.pause)
         if os.fork():
             os._exit(0)
     except OSError as error:

@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +35,22 @@ class PagerClient:
         self._socket: socket.socket | None = None
 
     @classmethod
-    def start(cls, workdir: Path, *, timeout_s: float = 60.0) -> PagerClient:
+    def start(
+        cls, workdir: Path, *, timeout_s: float = 60.0, extra: Sequence[str] = ()
+    ) -> PagerClient:
         """Start a pager, which is best done before the freeze; returns once it listens.
 
         It is no child of this process and outlives it.
 
+        Args:
+            workdir: CRIU's work directory of the restore.
+            timeout_s: for the start of the interpreter, mostly.
+            extra: more arguments of `python -m phaul_runtime.pager`.
+
         Raises:
             DestinationError: it does not start.
         """
-        argv = [sys.executable, "-m", "phaul_runtime.pager", str(workdir)]
+        argv = [sys.executable, "-m", "phaul_runtime.pager", str(workdir), *extra]
         with contextlib.suppress(FileNotFoundError):
             (workdir / RESULT_FILE).unlink()
         try:

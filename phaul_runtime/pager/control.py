@@ -58,15 +58,18 @@ class Control:
             self._pager.watch(client, self._hear)
 
     def leave_result(self, name: str) -> None:
-        """Write the result, and tell those who wait for it."""
+        """Write the result."""
         answer = self._pager.status()
         with contextlib.suppress(OSError):
             fd = os.open(f"{name}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             os.write(fd, json.dumps(answer).encode() + b"\n")
             os.close(fd)
             os.replace(f"{name}.new", name)  # noqa: PTH105 - relative to the current directory
+
+    def tell_waiting(self) -> None:
+        """Answer those who wait for the last page."""
         for client in self._waiting:
-            self._send(client, answer)
+            self._send(client, self._pager.status())
 
     def _hear(self, fd: int) -> None:
         kept = self._clients[fd]

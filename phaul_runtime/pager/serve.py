@@ -61,9 +61,8 @@ _TROUBLE_MS = 100
 _RETRY_S = 1.0
 
 # Words of the board.
-STAGE, HEIR, FINISHED_NS, LAST_NS, TOTAL, FILLED, FAULTS, WORST_NS, WORKER, KEEPER, CLEAN = range(
-    11
-)
+STAGE, HEIR, WORKER, KEEPER, CLEAN = range(5)
+FINISHED_NS, LAST_NS, TOTAL, FILLED, FAULTS, WORST_NS = range(5, 11)
 WAITING, LISTENING, RUNNING, DONE, STOPPED = range(5)
 _NAMES = ("waiting", "listening", "filling", "done", "stopped")
 
@@ -81,9 +80,16 @@ class Task:
 
 
 class Pager:
-    """One pager, in its working directory, which is the current one."""
+    """One pager, in its working directory, which is the current one.
 
-    def __init__(self, *, grace_s: float = GRACE_S, keep: bool = True) -> None:
+    Args:
+        grace_s: how long it waits without an owner and without a restore, seconds.
+        keep: have a twin.
+        pause_ms: between two pieces of the filling, milliseconds.
+    """
+
+    def __init__(self, *, grace_s: float = GRACE_S, keep: bool = True, pause_ms: int = 0) -> None:
+        self._pause_ms = pause_ms
         self._grace_s = grace_s
         self._keep = keep
         self._board = Board()
@@ -260,11 +266,12 @@ class Pager:
         if board[STAGE] < DONE:
             board[STAGE] = DONE if board[STAGE] == RUNNING else STOPPED
         if not board[CLEAN]:
+            if board[STAGE] == DONE:
+                self._control.leave_result(RESULT_FILE)
             for name in (LAZY_SOCKET, self._control.name):
                 with contextlib.suppress(OSError):
                     os.unlink(name)  # noqa: PTH108 - relative to the current directory
-            if board[STAGE] == DONE:
-                self._control.leave_result(RESULT_FILE)
+            self._control.tell_waiting()
             # The twin, which ends last, leaves alone what a next pager may have put there.
             board[CLEAN] = 1
         # No clean-up of Python's: the table of descriptors is the twin's too.
@@ -438,6 +445,7 @@ class Pager:
             size = size // 2 & -PAGE
         if done:
             self._fills(index, task, start, done, done)
+            self._back_off_ms = self._pause_ms
         elif code in (errno.EEXIST, errno.ENOENT):
             self._fills(index, task, start, PAGE, 0)
         elif code == errno.ESRCH:

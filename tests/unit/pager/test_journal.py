@@ -1,0 +1,56 @@
+"""What a twin finds in the journal."""
+
+from __future__ import annotations
+
+import os
+
+from phaul_runtime.pager.journal import Journal, Kind
+from phaul_runtime.pager.uffd import EVENT_PAGEFAULT, EVENT_UNMAP
+
+
+def read(journal: Journal, task: int, event: int) -> None:
+    """As the kernel writes a message: into the record itself."""
+    ours, theirs = os.pipe()
+    os.write(theirs, bytes([event]) + bytes(31))
+    journal.expect(Kind.EVENT, task)
+    os.readv(ours, [journal.message])
+    os.close(ours)
+    os.close(theirs)
+
+
+def test_what_was_read_is_there_before_it_is_counted() -> None:
+    journal = Journal()
+    journal.expect(Kind.EVENT, 3)
+    assert list(journal) == []
+    read(journal, 3, EVENT_UNMAP)
+    assert [(kind, task, body[0]) for kind, task, body in journal] == [(Kind.EVENT, 3, EVENT_UNMAP)]
+
+
+def test_the_last_fault_stays_and_an_earlier_one_does_not() -> None:
+    journal = Journal()
+    read(journal, 1, EVENT_PAGEFAULT)
+    read(journal, 2, EVENT_PAGEFAULT)
+    assert [(kind, task) for kind, task, _ in journal] == [(Kind.EVENT, 2)]
+    journal.keep()
+    journal.expect(Kind.EVENT, 1)
+    assert [(kind, task) for kind, task, _ in journal] == [(Kind.EVENT, 2)]
+
+
+def test_filled_ranges_grow_and_others_stand_alone() -> None:
+    journal = Journal()
+    journal.filled(0, 0, 4096)
+    journal.filled(0, 4096, 8192)
+    journal.filled(1, 8192, 12288)
+    read(journal, 1, EVENT_UNMAP)
+    journal.keep()
+    journal.filled(1, 12288, 16384)
+    journal.note(Kind.ENDED, 1)
+    found = [(record.kind, record.task) for record in journal]
+    assert found == [
+        (Kind.FILLED, 0),
+        (Kind.FILLED, 1),
+        (Kind.EVENT, 1),
+        (Kind.FILLED, 1),
+        (Kind.ENDED, 1),
+    ]
+    assert next(iter(journal)).range == (0, 8192)

@@ -1,0 +1,74 @@
+"""Missing pages against a model that knows each page by itself."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from phaul_runtime.pager.space import Space
+
+P = 4096
+SPAN = 64
+places = st.integers(0, SPAN)
+sizes = st.integers(0, SPAN // 2)
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("drop"), places, sizes, st.just(0)),
+        st.tuples(st.just("move"), places, sizes, places),
+    ),
+    max_size=12,
+)
+
+
+def build(pages: set[int]) -> tuple[Space, dict[int, int]]:
+    model = {page: 1000 + page for page in pages}
+    runs: list[list[int]] = []
+    for page in sorted(pages):
+        # Every eighth begins a run anew: neighbours need not be one run.
+        if runs and runs[-1][1] == page and page % 8:
+            runs[-1][1] += 1
+        else:
+            runs.append([page, page + 1])
+    space = Space(
+        [run[0] * P for run in runs],
+        [run[1] * P for run in runs],
+        [(1000 + run[0]) * P for run in runs],
+    )
+    return space, model
+
+
+def as_pages(space: Space) -> dict[int, int]:
+    pages = {}
+    before = -1
+    for start, end, source in space.runs():
+        assert before <= start < end
+        before = end
+        for at in range(0, end - start, P):
+            pages[(start + at) // P] = (source + at) // P
+    return pages
+
+
+@given(st.sets(st.integers(0, SPAN)), steps)
+def test_as_the_model(pages: set[int], steps: list[tuple[str, int, int, int]]) -> None:
+    space, model = build(pages)
+    for kind, start, size, to in steps:
+        child, before = space.copy(), dict(model)
+        moved = {page: model.pop(page) for page in range(start, start + size) if page in model}
+        if kind == "drop":
+            space.drop(start * P, (start + size) * P)
+        elif to + size <= start or start + size <= to:
+            space.move(start * P, to * P, size * P)
+            for page in range(to, to + size):
+                model.pop(page, None)
+            model.update((page + to - start, source) for page, source in moved.items())
+        else:
+            model.update(moved)
+        assert as_pages(space) == model
+        assert as_pages(child) == before
+        assert space.missing == len(model) * P
+        assert bool(space) == bool(model)
+    for page in range(2 * SPAN):
+        found = space.find(page * P)
+        assert (found is not None) == (page in model)
+        if found is not None:
+            assert found[1] == model[page] * P
