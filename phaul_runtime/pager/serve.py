@@ -51,7 +51,7 @@ from phaul_runtime.pager.source import Source
 from phaul_runtime.pager.space import Space
 from phaul_runtime.pager.uffd import PAGE
 
-CHUNK = 256 * PAGE
+CHUNK = 128 * PAGE
 WINDOW = 32 * PAGE
 GRACE_S = 30.0
 _EVENTS_AT_ONCE = 16
@@ -302,6 +302,9 @@ class Pager:
         looked = time.monotonic_ns()
         timeout = self._back_off_ms if running or self._deferred else _TICK_MS
         ready = self._poll.poll(timeout)
+        if timeout:
+            # It slept until now: what it finds has only just come.
+            self._looked_ns = time.monotonic_ns()
         self._back_off_ms = 0
         for fd, _ in ready:
             handler = self._handlers.get(fd)
@@ -436,7 +439,6 @@ class Pager:
     def _fill_task(self, index: int, task: Task) -> None:
         start, end, source = task.space.last()
         size = min(CHUNK, end - start)
-        uffd.populate(source, size)
         while True:
             done, code = uffd.copy(task.fd, start, source, size)
             if code != errno.ENOENT or done or size == PAGE:

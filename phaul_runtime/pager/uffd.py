@@ -6,7 +6,6 @@ Calls return the errno and do not raise: most of them are answers, not failures.
 from __future__ import annotations
 
 import ctypes
-import os
 import struct
 
 PAGE = 4096
@@ -29,13 +28,10 @@ REMOVE = struct.Struct("=8xQQ")
 
 _UNREGISTER, _WAKE = 0x8010AA01, 0x8010AA02
 _COPY, _ZEROPAGE = 0xC028AA03, 0xC020AA04
-_MADV_POPULATE_READ = 22
 
 libc = ctypes.CDLL(None, use_errno=True)
 _ioctl = libc.ioctl
 _ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
-_madvise = libc.madvise
-_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _argument = (ctypes.c_int64 * 5)()
 _pointer = ctypes.addressof(_argument)
 
@@ -66,20 +62,3 @@ def wake(fd: int, address: int) -> None:
     argument = _argument
     argument[0], argument[1] = address, PAGE
     _ioctl(fd, _WAKE, _pointer)
-
-
-def populate(address: int, size: int) -> None:
-    """Map a piece of a file before it is copied.
-
-    `copy` cannot take a page fault in its source and has to start that page anew. A kernel that
-    cannot populate only leaves it slower.
-    """
-    _madvise(address, size, _MADV_POPULATE_READ)
-
-
-def is_uffd(fd: int) -> bool:
-    """Whether a descriptor of ours is a userfaultfd."""
-    try:
-        return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[userfaultfd]"
-    except OSError:
-        return False
