@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -181,6 +182,11 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
     @_answers(pb.Done)
     def Abort(self, request: pb.MigrationRef, _context: object) -> None:  # noqa: D102, N802
         self.find(request.id).abort()
+
+    @_answers(pb.FilledReply)
+    def Filled(self, request: pb.MigrationRef, _context: object) -> pb.FilledReply:  # noqa: D102, N802
+        now = self.find(request.id).filled()
+        return pb.FilledReply() if now is None else pb.FilledReply(**asdict(now))
 
     @_answers(pb.BeatReply)
     def Beat(self, request: pb.MigrationRef, _context: object) -> pb.BeatReply:  # noqa: D102, N802

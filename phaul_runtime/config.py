@@ -139,6 +139,11 @@ class Config(_Section):
     log_dir: str = Field(
         "/var/log/phaul-runtime", pattern="^/", description="CRIU's logs of failed moves"
     )
+    restore: Literal["auto", "lazy", "full"] = Field(
+        "auto",
+        description="lazy: the copy runs before its memory is in place, and a pager at the "
+        "destination fills in the rest; auto: lazy where it can be, from 16 MiB",
+    )
     transport: TransportConfig = TransportConfig()
     policy: PolicyConfig = PolicyConfig()
     filesystem: FilesystemConfig = FilesystemConfig()

@@ -43,6 +43,7 @@ class Held:
     pid: int
     restore_ms: float
     images_ms: float
+    full_because: str = ""
 
 
 class Destination(Protocol):
@@ -76,6 +77,7 @@ class CutOver:
     freeze: dict[str, float] = field(default_factory=dict)
     bytes_sent: int = 0
     files_sent: int = 0
+    full_because: str = ""
     downtime_ms: float | None = None
     _frozen_at: float = 0.0
     _early: Future[tuple[int, int]] | None = None
@@ -138,6 +140,7 @@ class CutOver:
         self.freeze["files_ms"] = (synced - dumped) * 1000
         self.freeze["images_ms"] = held.images_ms
         self.freeze["restore_ms"] = held.restore_ms
+        self.full_because = held.full_because
         prepared = time.monotonic()
         self.freeze["prepare_ms"] = (prepared - synced) * 1000
         self._prepared_at = prepared

@@ -179,11 +179,20 @@ class DestinationHalf(ABC):
         Called again, with the same arguments, where a recovery goes on after an agent's death.
         """
 
+    can_be_lazy = False
+    """`restore` can have CRIU leave out the pages that are marked as lazy."""
+
     @abstractmethod
-    def restore(self, criu: Criu, images_dir: Path) -> int:
+    def restore(self, criu: Criu, images_dir: Path, *, lazy: bool = False) -> int:
         """Rebuild the target and hold it in post-restore; returns its root's pid.
 
         Raising means that nothing of it is left. May be repeated after `discard`.
+
+        Args:
+            criu: a session factory.
+            images_dir: the final images; CRIU's work directory as well.
+            lazy: CRIU's `lazy-pages`; whoever fills them listens in that directory. Only if
+                `can_be_lazy`.
         """
 
     @abstractmethod

@@ -144,6 +144,23 @@ class Committed(Event):
 
 
 @dataclass(frozen=True)
+class Filling(Event):
+    """The destination's copy runs, and `missing` of its `pages` lazy pages are not in yet."""
+
+    pages: int
+    missing: int
+
+
+@dataclass(frozen=True)
+class Filled(Event):
+    """The last page of a lazy restore is in, `ms` after the copy ran."""
+
+    pages: int
+    faults: int
+    ms: float
+
+
+@dataclass(frozen=True)
 class RolledBack(Event):
     """The move failed: the source's copy runs, the destination was cleaned (or says why not)."""
 

@@ -22,6 +22,7 @@ from phaul_runtime.errors import DestinationError, PhaulError
 from phaul_runtime.filecarry import FileStage
 from phaul_runtime.images import directory_bytes, forget_resumed, remove_tree, was_resumed
 from phaul_runtime.journal import Journal, checked_id, lock_directory
+from phaul_runtime.lazy import Filled, LazyRestore
 from phaul_runtime.lifecycle import COMMITTED, ON_ROLLBACK, POST_RESTORE, Hooks, move_of
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.server import PhaulServer
@@ -86,6 +87,8 @@ class Incoming:
         self._engine: DestinationHalf = engine.destination(
             options, criu_log_level=self._log_level, hold_s=float(facts["hold_s"])
         )
+        self._lazy = LazyRestore("full", self._dir, self.id)
+        self._filled: Filled | PhaulError | None = None
         self._held = False
         self._pid = int(facts.get("pid", 0))
 
@@ -116,6 +119,7 @@ class Incoming:
                 log_level=min(4, request.criu_log_level),
                 lost_s=request.lost_s,
                 hold_s=request.commit_s,
+                restore=request.restore or "auto",
             )
             incoming = cls(journal, criu, hooks)
             incoming._begin(manifest)
@@ -130,12 +134,24 @@ class Incoming:
             self._dir_lock = lock_directory(self._dir)
             self._engine.prepare(manifest, self.id)
             self._trees.place(self._engine.trees())
+            self._lazy = LazyRestore(
+                str(self.journal.facts["restore"]), self._dir, f"{self.id}-pager", self._cannot()
+            )
+            self._lazy.begin()
         except OSError as error:
             self.abort()
             raise DestinationError(f"cannot create {self._dir}: {error.strerror}") from error
         except PhaulError:
             self.abort()
             raise
+
+    def _cannot(self) -> str:
+        """Why this host or engine cannot restore lazily."""
+        if not self._engine.can_be_lazy:
+            return "the engine cannot restore lazily"
+        if not self._criu.feature_check().lazy_pages:
+            return "this kernel has no userfaultfd for CRIU"
+        return ""
 
     @classmethod
     def revive(cls, journal: Journal, criu: Criu, hooks: Hooks) -> Incoming:
@@ -198,7 +214,9 @@ class Incoming:
             if self.state is State.DONE:
                 return
             self._expect(State.ITERATING)
-            self._require_server().stop_iter()
+            server = self._require_server()
+            server.stop_iter()
+            self._lazy.add(Path(server.last_images_dir or ""))
 
     def _require_server(self) -> PhaulServer:
         if self._server is None:
@@ -269,18 +287,23 @@ class Incoming:
             # CRIU acknowledges pages before it has flushed them: only now is the chain whole.
             server.stop_iter()
             self._stage.install()
+            lazy = self._lazy.plan(images_dir)
             written = time.monotonic()
-            self._restore(images_dir)
+            self._restore(images_dir, lazy=lazy)
             self.journal.enter(State.PREPARED, pid=self._pid)
             return pb.PrepareReply(
                 pid=self._pid,
+                full_because=self._lazy.why_not,
                 images_ms=(written - begun) * 1000,
                 restore_ms=(time.monotonic() - written) * 1000,
             )
 
-    def _restore(self, images_dir: Path) -> None:
+    def _restore(self, images_dir: Path, *, lazy: bool = False) -> None:
         forget_resumed(images_dir)
-        self._pid = self._engine.restore(self._criu, images_dir)
+        if lazy:
+            self._pid = self._engine.restore(self._criu, images_dir, lazy=True)
+        else:
+            self._pid = self._engine.restore(self._criu, images_dir)
         try:
             self._hooks.run(POST_RESTORE, move_of(self.journal), self._pid)
         except PhaulError:
@@ -313,6 +336,9 @@ class Incoming:
                 return
         if self.state is State.PREPARED:
             self.journal.enter(State.COMMITTING)
+        if self._held and not self._lazy.why_not and self._lazy.lost():
+            log.warning("%s: the pager was lost; rebuilding the copy in full", self.id)
+            self._held = False
         if self._held:
             self._held = False
             try:
@@ -323,6 +349,7 @@ class Incoming:
                 log.warning("%s: the held copy was lost: %s; rebuilding it", self.id, error)
         if not self._resumed_at:
             self._engine.discard()
+            self._lazy.stop()
             self._restore(images_dir)
             self._held = False
             self._resumed_at = self._engine.resume()
@@ -345,7 +372,30 @@ class Incoming:
             for warning in self._hooks.try_to(COMMITTED, move_of(self.journal), self._pid):
                 log.warning("%s: %s", self.id, warning)
             self._stage.keep()
+        if not self._lazy.why_not:
+            self._watch_pager()
+        with self._step:
             self._close(keep_images=False)
+
+    def _watch_pager(self) -> None:
+        def tell(now: Filled) -> None:
+            self._filled = now
+
+        try:
+            self._lazy.watch(tell)
+        except PhaulError as error:
+            log.error("%s: %s", self.id, error)
+            self._filled = error
+
+    def filled(self) -> Filled | None:
+        """How far the pager of the running copy is; None before anything is known.
+
+        Raises:
+            PhaulError: it is lost, and pages with it.
+        """
+        if isinstance(self._filled, PhaulError):
+            raise self._filled
+        return self._filled
 
     def abort(self, *, client_lost: bool = False) -> None:
         """Discard everything, unless it was told to run; idempotent.
@@ -369,6 +419,7 @@ class Incoming:
             self._held = False
             with contextlib.suppress(PhaulError):
                 self._engine.discard()
+            self._lazy.stop()
             if not keep:
                 self._undo()
                 for warning in self._hooks.try_to(ON_ROLLBACK, move_of(self.journal)):

@@ -41,6 +41,8 @@ from phaul_runtime.errors import (
 from phaul_runtime.events import (
     Event,
     FilesCopied,
+    Filled,
+    Filling,
     IterationDone,
     Listener,
     MigrationStarted,
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
 
 HERE = "here"
 _RETRY_S = 1.0
+_FILL_POLL_S = 0.3
 
 
 def policy_from(config: Config) -> Policy:
@@ -277,6 +280,7 @@ class Migration:
             options=options,
             lost_s=config.timeouts.lost_s,
             log_level=config.criu.log_level,
+            restore=config.restore,
         )
         memory = session.open_memory()
         agent.beat_every(
@@ -311,10 +315,34 @@ class Migration:
         # An address leaves this host before CRIU's lock on its connections does.
         report.warnings += self._hooks.try_to(COMMITTED, move_of(journal))
         report.warnings += self._source.finish()
+        self._fill(agent, report, cut_over.full_because)
         self._left_there = agent.lost
         for warning in report.warnings:
             self.listener(Warned(warning))
         return report
+
+    def _fill(self, agent: RemoteAgent, report: MigrationReport, full_because: str) -> None:
+        """After a lazy restore: wait until the last page is in."""
+        report.restore = f"full: {full_because}" if full_because else "lazy"
+        if full_because:
+            return
+        try:
+            while not (now := agent.filled()).over:
+                self.listener(Filling(now.pages, now.missing))
+                time.sleep(_FILL_POLL_S)
+        except PhaulError as error:
+            report.warnings.append(
+                f"it is not known whether the last page has arrived: {error.message}; "
+                "if the pager there was killed, the copy reads zeros"
+            )
+            return
+        report.lazy_complete_ms = now.ms
+        report.lazy = {
+            "pages": now.pages,
+            "faults": now.faults,
+            "worst_fault_ms": now.worst_fault_ms,
+        }
+        self.listener(Filled(now.pages, now.faults, now.ms))
 
     def _before_freeze(self, agent: RemoteAgent, journal: Journal) -> None:
         """CRIU is about to freeze: the last moment for what takes its time."""

@@ -161,6 +161,7 @@ class RemoteAgent(PhaulRemote):
         options: Mapping[str, Any],
         lost_s: float,
         log_level: int,
+        restore: str,
     ) -> dict[str, str]:
         """Begin a migration; from now on the agent expects a heartbeat (`beat_every`).
 
@@ -177,6 +178,7 @@ class RemoteAgent(PhaulRemote):
             lost_s=lost_s,
             commit_s=self._prepare_s + self._commit_s,
             criu_log_level=log_level,
+            restore=restore,
         )
         reply: pb.OpenReply = self._call(self._stub.Open.future, request, self._call_s)
         self._id = migration_id
@@ -400,7 +402,8 @@ class RemoteAgent(PhaulRemote):
                         yield pb.PreparePart(id=self._id, name=path.name, data=data)
 
         reply: pb.PrepareReply = self._call(self._stub.Prepare.future, parts(), self._prepare_s)
-        return Held(reply.pid, reply.restore_ms, reply.images_ms), sent
+        held = Held(reply.pid, reply.restore_ms, reply.images_ms, reply.full_because)
+        return held, sent
 
     def commit(self) -> Running:
         """See `cutover.Destination`."""
@@ -416,6 +419,13 @@ class RemoteAgent(PhaulRemote):
                 time.sleep(_RETRY_S)
             else:
                 return Running(reply.pid, reply.since_resume_ms)
+
+    def filled(self) -> pb.FilledReply:
+        """How far the pager of the copy that runs is; raises if its pages are lost."""
+        reply: pb.FilledReply = self._call(
+            self._stub.Filled.future, self._ref(), self._call_s, cancellable=False
+        )
+        return reply
 
     def abort(self) -> bool:
         """Discard the migration at the destination; True if it confirmed. Idempotent.

@@ -38,6 +38,10 @@ class MigrationReport:
         pre_copy: why it ended, or why there was none.
         freeze: the steps of the downtime, name to milliseconds: dump, files, prepare, kill and
             commit follow each other; images and restore are the destination's parts of prepare.
+        restore: lazy, or `full:` and why.
+        lazy_complete_ms: from the moment when the copy ran to its last page, after a lazy restore.
+        lazy: `pages` that came after that moment, `faults` that waited for one, and the longest
+            of those waits, `worst_fault_ms`.
     """
 
     result: str
@@ -57,6 +61,9 @@ class MigrationReport:
     final_pages_skipped: int = 0
     files_copied: int = 0
     freeze: dict[str, float] = field(default_factory=dict)
+    restore: str = ""
+    lazy_complete_ms: float | None = None
+    lazy: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     error: str = ""
     exit_code: int = 0

@@ -190,7 +190,9 @@ class DockerDestination(DestinationHalf):
 
     # -- the restore -----------------------------------------------------------------------
 
-    def restore(self, criu: Criu, images_dir: Path) -> int:
+    can_be_lazy = True
+
+    def restore(self, criu: Criu, images_dir: Path, *, lazy: bool = False) -> int:
         """See `DestinationHalf`."""
         facts = self._there()
         self._cgroup = self._daemon.cgroup(facts)
@@ -198,7 +200,7 @@ class DockerDestination(DestinationHalf):
             # The source's copy may be dead by now: whatever happens, this can be repeated.
             _layer(facts).secure()
         try:
-            gate, start = self._begin(facts, images_dir)
+            gate, start = self._begin(facts, images_dir, lazy=lazy)
             deadline = deadline_in(RESTORE_WITHIN_S)
             while event := gate.next(deadline, start.ended):
                 if event.action == "post-restore":
@@ -231,7 +233,9 @@ class DockerDestination(DestinationHalf):
         (self._place / _HELD).touch()
         self._holders, self._held = holders, held
 
-    def _begin(self, facts: Mapping[str, Any], images_dir: Path) -> tuple[Gate, _Start]:
+    def _begin(
+        self, facts: Mapping[str, Any], images_dir: Path, *, lazy: bool
+    ) -> tuple[Gate, _Start]:
         """Start it, up to CRIU, and then CRIU."""
         place = self._place / f"gate-{os.getpid()}-{next(self._numbers)}"
         images = place / "images"
@@ -246,6 +250,7 @@ class DockerDestination(DestinationHalf):
                 # Else CRIU puts it into the group that it had at the source, where no limit is.
                 f"cgroup-root {self._cgroup}",
                 *self._manifest["criu"],
+                *(["lazy-pages"] if lazy else []),
             ],
             early=bool(self._manifest["shm"]),
         )

@@ -275,7 +275,9 @@ class ProcessDestination(DestinationHalf):
         self._shell_job = bool(manifest.get("shell_job"))
         self._id = migration_id
 
-    def restore(self, criu: Criu, images_dir: Path) -> int:
+    can_be_lazy = True
+
+    def restore(self, criu: Criu, images_dir: Path, *, lazy: bool = False) -> int:
         """See `DestinationHalf`."""
         directory = os.open(images_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         session = Criu(criu.binary, deadline_s=criu.deadline_s)
@@ -288,6 +290,7 @@ class ProcessDestination(DestinationHalf):
                 images_dir_fd=directory,
                 log_level=self._log_level,
                 log_file=RESTORE_LOG,
+                lazy_pages=lazy or None,
                 **_common_opts(self._options, self._shell_job),
             )
             self._held = HeldRestore(session, opts, hold_s=self._hold_s)

@@ -159,7 +159,12 @@ class RuncDestination(DestinationHalf):
 
     # -- the restore -----------------------------------------------------------------------
 
-    def restore(self, criu: Criu, images_dir: Path) -> int:
+    @property
+    def can_be_lazy(self) -> bool:  # type: ignore[override]
+        """See `DestinationHalf`: crun has no option for it."""
+        return Path(self._options.binary).name == "runc"
+
+    def restore(self, criu: Criu, images_dir: Path, *, lazy: bool = False) -> int:
         """See `DestinationHalf`."""
         name = str(self._manifest["name"])
         self._claim(name)
@@ -173,6 +178,8 @@ class RuncDestination(DestinationHalf):
             *("--bundle", str(self._manifest["bundle"])),
             *common_flags(self._options),
         ]
+        if lazy:
+            words.append("--lazy-pages")
         if self._options.console_socket:
             words += ["--console-socket", self._options.console_socket]
         if _by_systemd(self._manifest["config"]):

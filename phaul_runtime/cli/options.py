@@ -44,6 +44,11 @@ def move_options(command: _Command) -> _Command:
             help="Files that the target uses and that differ there.  [default: refuse]",
         ),
         click.option(
+            "--restore",
+            type=click.Choice(["auto", "lazy", "full"]),
+            help="lazy: the copy runs at once, a pager there fills in its memory.  [default: auto]",
+        ),
+        click.option(
             "--tcp-established",
             is_flag=True,
             help="Carry established TCP connections; their address has to move too.",
@@ -94,6 +99,7 @@ def configure(given: Mapping[str, Any], **flags: object) -> Config:
         "engine": given["engine"],
         "transport.to": given["to"],
         "filesystem.files": given["files"],
+        "restore": given["restore"],
         **{name.replace("__", "."): value for name, value in flags.items()},
     }
     overrides = {key: value for key, value in overrides.items() if value is not None}

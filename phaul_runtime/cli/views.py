@@ -143,8 +143,16 @@ class TerminalView(PlainView):
         elif isinstance(event, ev.Frozen):
             self._frozen, self._dumping = True, False
             self._show("frozen: final dump, restore")
-        elif isinstance(event, (ev.Committed, ev.RolledBack)):
+        elif isinstance(event, ev.Filling):
+            self._filling(event)
+        elif isinstance(event, (ev.Committed, ev.RolledBack, ev.Filled)):
             self._hide()
+
+    def _filling(self, event: ev.Filling) -> None:
+        if self._task is None:
+            self._show("runs there; memory")
+        done = (event.pages - event.missing) * 4096
+        self._progress.update(self._task, completed=done, total=event.pages * 4096)
 
     def _tree(self, event: ev.Staging | ev.TreeProgress | ev.TreeSynced) -> None:
         """Trees go side by side: what all of them have sent, in one line."""
@@ -210,12 +218,18 @@ def describe(event: ev.Event) -> str:
             return f"outcome unknown, recovering: {event.reason}"
         case ev.Committed():
             return f"moved: runs there as pid {event.pid}, downtime {event.downtime_ms:.0f} ms"
-        case ev.RolledBack():
-            state = "clean" if event.destination_clean else "did not confirm that it is clean"
-            return f"rolled back: the source runs on, the destination is {state}"
+        case ev.Filled() | ev.RolledBack():
+            return _last(event)
         case ev.Warned():
             return f"warning: {event.text}"
     return ""
+
+
+def _last(event: ev.Filled | ev.RolledBack) -> str:
+    if isinstance(event, ev.Filled):
+        return f"memory complete {event.ms / 1000:.1f} s later: {event.pages} pages were filled in"
+    state = "clean" if event.destination_clean else "did not confirm that it is clean"
+    return f"rolled back: the source runs on, the destination is {state}"
 
 
 def _tree(event: ev.Staging | ev.TreeSynced) -> str:
@@ -274,6 +288,17 @@ def report_rows(report: MigrationReport) -> list[tuple[str, str]]:
                 ),
             ),
         ]
+        if report.lazy_complete_ms is None:
+            rows.append(("restore", report.restore))
+        else:
+            rows.append(
+                (
+                    "restore",
+                    f"lazy, {report.lazy['pages']} pages within {report.lazy_complete_ms:.0f} ms, "
+                    f"{report.lazy['faults']} faults, "
+                    f"the longest {report.lazy['worst_fault_ms']:.0f} ms",
+                )
+            )
         if report.files_copied:
             rows.append(("files", f"{report.files_copied} carried"))
     if report.logs:

@@ -179,7 +179,7 @@ class FileVerdict(_message.Message):
     def __init__(self, path: _Optional[str] = ..., reason: _Optional[str] = ..., copyable: bool = ...) -> None: ...
 
 class OpenRequest(_message.Message):
-    __slots__ = ("id", "engine", "manifest", "options", "lost_s", "commit_s", "criu_log_level", "target", "source")
+    __slots__ = ("id", "engine", "manifest", "options", "lost_s", "commit_s", "criu_log_level", "target", "source", "restore")
     ID_FIELD_NUMBER: _ClassVar[int]
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
@@ -189,6 +189,7 @@ class OpenRequest(_message.Message):
     CRIU_LOG_LEVEL_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
+    RESTORE_FIELD_NUMBER: _ClassVar[int]
     id: str
     engine: str
     manifest: bytes
@@ -198,7 +199,8 @@ class OpenRequest(_message.Message):
     criu_log_level: int
     target: str
     source: str
-    def __init__(self, id: _Optional[str] = ..., engine: _Optional[str] = ..., manifest: _Optional[bytes] = ..., options: _Optional[bytes] = ..., lost_s: _Optional[float] = ..., commit_s: _Optional[float] = ..., criu_log_level: _Optional[int] = ..., target: _Optional[str] = ..., source: _Optional[str] = ...) -> None: ...
+    restore: str
+    def __init__(self, id: _Optional[str] = ..., engine: _Optional[str] = ..., manifest: _Optional[bytes] = ..., options: _Optional[bytes] = ..., lost_s: _Optional[float] = ..., commit_s: _Optional[float] = ..., criu_log_level: _Optional[int] = ..., target: _Optional[str] = ..., source: _Optional[str] = ..., restore: _Optional[str] = ...) -> None: ...
 
 class OpenReply(_message.Message):
     __slots__ = ("error", "trees")
@@ -255,16 +257,18 @@ class PreparePart(_message.Message):
     def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class PrepareReply(_message.Message):
-    __slots__ = ("error", "pid", "restore_ms", "images_ms")
+    __slots__ = ("error", "pid", "restore_ms", "images_ms", "full_because")
     ERROR_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     RESTORE_MS_FIELD_NUMBER: _ClassVar[int]
     IMAGES_MS_FIELD_NUMBER: _ClassVar[int]
+    FULL_BECAUSE_FIELD_NUMBER: _ClassVar[int]
     error: Error
     pid: int
     restore_ms: float
     images_ms: float
-    def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., pid: _Optional[int] = ..., restore_ms: _Optional[float] = ..., images_ms: _Optional[float] = ...) -> None: ...
+    full_because: str
+    def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., pid: _Optional[int] = ..., restore_ms: _Optional[float] = ..., images_ms: _Optional[float] = ..., full_because: _Optional[str] = ...) -> None: ...
 
 class CommitReply(_message.Message):
     __slots__ = ("error", "pid", "since_resume_ms")
@@ -275,6 +279,24 @@ class CommitReply(_message.Message):
     pid: int
     since_resume_ms: float
     def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., pid: _Optional[int] = ..., since_resume_ms: _Optional[float] = ...) -> None: ...
+
+class FilledReply(_message.Message):
+    __slots__ = ("error", "over", "pages", "missing", "faults", "worst_fault_ms", "ms")
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    OVER_FIELD_NUMBER: _ClassVar[int]
+    PAGES_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
+    FAULTS_FIELD_NUMBER: _ClassVar[int]
+    WORST_FAULT_MS_FIELD_NUMBER: _ClassVar[int]
+    MS_FIELD_NUMBER: _ClassVar[int]
+    error: Error
+    over: bool
+    pages: int
+    missing: int
+    faults: int
+    worst_fault_ms: float
+    ms: float
+    def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., over: bool = ..., pages: _Optional[int] = ..., missing: _Optional[int] = ..., faults: _Optional[int] = ..., worst_fault_ms: _Optional[float] = ..., ms: _Optional[float] = ...) -> None: ...
 
 class BeatReply(_message.Message):
     __slots__ = ("error", "bytes", "state", "failure", "trees")

@@ -84,6 +84,11 @@ class AgentStub(object):
                 request_serializer=phaul__runtime_dot_rpc_dot_phaul__pb2.MigrationRef.SerializeToString,
                 response_deserializer=phaul__runtime_dot_rpc_dot_phaul__pb2.Done.FromString,
                 _registered_method=True)
+        self.Filled = channel.unary_unary(
+                '/phaul.v1.Agent/Filled',
+                request_serializer=phaul__runtime_dot_rpc_dot_phaul__pb2.MigrationRef.SerializeToString,
+                response_deserializer=phaul__runtime_dot_rpc_dot_phaul__pb2.FilledReply.FromString,
+                _registered_method=True)
         self.Beat = channel.unary_unary(
                 '/phaul.v1.Agent/Beat',
                 request_serializer=phaul__runtime_dot_rpc_dot_phaul__pb2.MigrationRef.SerializeToString,
@@ -176,6 +181,13 @@ class AgentServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Filled(self, request, context):
+        """How far the pager of a copy that runs is, after a lazy restore. An error: pages are lost.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Beat(self, request, context):
         """A sign of life; tells how far the current iteration is.
         """
@@ -249,6 +261,11 @@ def add_AgentServicer_to_server(servicer, server):
                     servicer.Abort,
                     request_deserializer=phaul__runtime_dot_rpc_dot_phaul__pb2.MigrationRef.FromString,
                     response_serializer=phaul__runtime_dot_rpc_dot_phaul__pb2.Done.SerializeToString,
+            ),
+            'Filled': grpc.unary_unary_rpc_method_handler(
+                    servicer.Filled,
+                    request_deserializer=phaul__runtime_dot_rpc_dot_phaul__pb2.MigrationRef.FromString,
+                    response_serializer=phaul__runtime_dot_rpc_dot_phaul__pb2.FilledReply.SerializeToString,
             ),
             'Beat': grpc.unary_unary_rpc_method_handler(
                     servicer.Beat,
@@ -536,6 +553,33 @@ class Agent(object):
             '/phaul.v1.Agent/Abort',
             phaul__runtime_dot_rpc_dot_phaul__pb2.MigrationRef.SerializeToString,
             phaul__runtime_dot_rpc_dot_phaul__pb2.Done.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Filled(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/phaul.v1.Agent/Filled',
+            phaul__runtime_dot_rpc_dot_phaul__pb2.MigrationRef.SerializeToString,
+            phaul__runtime_dot_rpc_dot_phaul__pb2.FilledReply.FromString,
             options,
             channel_credentials,
             insecure,

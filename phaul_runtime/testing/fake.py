@@ -305,7 +305,7 @@ class FakeDestination(DestinationHalf):
         remove_tree(directory / IMAGE_TREE)
         (directory / MADE).write_text(json.dumps({"id": self._id, "image": image}), "utf-8")
 
-    def restore(self, criu: Criu, images_dir: Path) -> int:
+    def restore(self, criu: Criu, images_dir: Path, *, lazy: bool = False) -> int:
         """See `DestinationHalf`."""
         if self.directory is None:
             raise MigrationFailed("nothing was prepared")

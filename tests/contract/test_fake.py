@@ -165,7 +165,7 @@ class MissesTheArrival(FakeDestination):
 
 
 class RunsAtOnce(FakeDestination):
-    def restore(self, criu: Criu, images_dir: Path) -> int:
+    def restore(self, criu: Criu, images_dir: Path, *, lazy: bool = False) -> int:
         pid = super().restore(criu, images_dir)
         super().resume()
         return pid
@@ -177,7 +177,7 @@ class NeverRuns(FakeDestination):
 
 
 class LeavesHalfARestore(FakeDestination):
-    def restore(self, criu: Criu, images_dir: Path) -> int:
+    def restore(self, criu: Criu, images_dir: Path, *, lazy: bool = False) -> int:
         try:
             return super().restore(criu, images_dir)
         except PhaulError:
@@ -214,7 +214,7 @@ class TakesTheTaken(FakeDestination):
 
 
 class OutlivesItsDriver(FakeDestination):
-    def restore(self, criu: Criu, images_dir: Path) -> int:
+    def restore(self, criu: Criu, images_dir: Path, *, lazy: bool = False) -> int:
         pid = super().restore(criu, images_dir)
         assert self.process is not None
         assert self.process.stdin is not None

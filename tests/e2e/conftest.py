@@ -78,7 +78,7 @@ class Hosts:
             host,
             "ls -A /run/phaul 2>/dev/null;"
             "find /var/tmp /tmp -name '*.phaul-*';"
-            "pgrep -a -x criu; pgrep -af 'phaul-runtime [am]';"
+            "pgrep -a -x criu; pgrep -af 'phaul-runtime [am]|phaul_runtime[.]pager';"
             "for g in /sys/fs/cgroup/phaul-runtime/*/; do "
             '[ ! -d $g ] || [ -n "$(cat $g/cgroup.procs)" ] || echo empty cgroup $g; done',
             check=False,

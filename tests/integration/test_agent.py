@@ -199,6 +199,7 @@ def test_an_agent_that_dies_at_the_opening_may_have_left_something(
             options={},
             lost_s=30,
             log_level=0,
+            restore="full",
         )
     # Told by the agent itself, a failure has left nothing.
     assert remote.abort() is not dead

@@ -203,7 +203,14 @@ def test_it_is_made_and_taken_in_before_the_others_go(
 def test_its_bytes_count(move: ImageMove) -> None:
     migration = move.migration()
     places = move.remote.open(
-        MIGRATION, engine="fake", target="web", manifest={}, options={}, lost_s=600, log_level=4
+        MIGRATION,
+        engine="fake",
+        target="web",
+        manifest={},
+        options={},
+        lost_s=600,
+        log_level=4,
+        restore="full",
     )
     with Journal.create(move.root / "state here", MIGRATION, Role.SOURCE) as journal:
         sent = migration._carry_trees(move.remote, journal, [move.image], places)

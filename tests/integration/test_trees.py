@@ -60,7 +60,7 @@ class FakeDestination(DestinationHalf):
         self.manifest = manifest
         self.calls.append("prepare")
 
-    def restore(self, criu: Criu, images_dir: Path) -> int:
+    def restore(self, criu: Criu, images_dir: Path, *, lazy: bool = False) -> int:
         raise DestinationError("nothing is restored here")
 
     def resume(self) -> float:
@@ -138,7 +138,7 @@ class Move:
         self.mapped: dict[str, list[str]] = {}
         self.places = self.remote.open(
             ID, engine="fake", target="web", manifest={"rootfs": "rsync"}, options={},
-            lost_s=600, log_level=4,
+            lost_s=600, log_level=4, restore="full",
         )  # fmt: skip
 
     def destination(self, tmp_path: Path) -> FakeDestination:

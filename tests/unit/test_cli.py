@@ -86,6 +86,8 @@ EVENTS: list[ev.Event] = [
     ev.Prepared(7),
     ev.SourceDead(),
     ev.Committed(7, 12.3),
+    ev.Filling(10, 5),
+    ev.Filled(10, 2, 30.0),
     ev.Recovering("why"),
     ev.RolledBack("why", True),
     ev.Warned("careful"),
