@@ -100,7 +100,7 @@ def test_every_event_has_its_json_line_and_its_text(capsys: pytest.CaptureFixtur
         JsonView()(event)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["event"] for line in lines] == [event.name for event in EVENTS]
-    silent = (ev.TreeProgress, ev.IterationStarted, ev.Progress, ev.SourceDead)
+    silent = (ev.Filling, ev.TreeProgress, ev.IterationStarted, ev.Progress, ev.SourceDead)
     assert all(bool(describe(event)) != isinstance(event, silent) for event in EVENTS)
 
 
