@@ -73,8 +73,6 @@ class Record(NamedTuple):
 class Board:
     """Numbers that both see, for as long as either lives."""
 
-    SIZE = 16
-
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, mmap.PAGESIZE)
         self._words = memoryview(self._memory).cast("q")

@@ -38,7 +38,6 @@ import os
 import resource
 import select
 import signal
-import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -162,7 +161,8 @@ class Pager:
 
     def _replay(self) -> None:
         """Do in memory what the dead one did since this one was born."""
-        for kind, index, body in self._journal:
+        for record in self._journal:
+            kind, index, body = record
             if kind == Kind.EVENT:
                 if body[0] == uffd.EVENT_PAGEFAULT:
                     address = uffd.ADDRESS.unpack_from(body)[0] & -PAGE
@@ -170,7 +170,7 @@ class Pager:
                 else:
                     self._apply(index, body)
             elif kind == Kind.FILLED:
-                self._tasks[index].space.drop(*struct.unpack_from("=QQ", body))
+                self._tasks[index].space.drop(*record.range)
             elif kind == Kind.ENDED:
                 self._tasks[index] = Task(-1, Space())
             elif kind == Kind.SAID:
@@ -304,7 +304,7 @@ class Pager:
         ready = self._poll.poll(timeout)
         if timeout:
             # It slept until now: what it finds has only just come.
-            self._looked_ns = time.monotonic_ns()
+            looked = self._looked_ns = time.monotonic_ns()
         self._back_off_ms = 0
         for fd, _ in ready:
             handler = self._handlers.get(fd)
