@@ -1,0 +1,92 @@
+"""What a twin makes of the journal."""
+
+from __future__ import annotations
+
+import os
+import struct
+from pathlib import Path
+
+import pytest
+
+from phaul_runtime.pager import criusock, serve, uffd
+from phaul_runtime.pager.journal import Kind
+from phaul_runtime.pager.serve import Pager, Task
+from phaul_runtime.pager.space import Space
+
+P = uffd.PAGE
+
+
+@pytest.fixture
+def pager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pager:
+    monkeypatch.chdir(tmp_path)
+    return Pager()
+
+
+def happens(pager: Pager, kind: Kind, task: int, written: bytes) -> None:
+    """As a system call writes it, not yet counted."""
+    ours, theirs = os.pipe()
+    os.write(theirs, written)
+    pager._journal.expect(kind, task)
+    os.readv(ours, [pager._journal.message])
+    os.close(ours)
+    os.close(theirs)
+
+
+def message(event: int, *values: int) -> bytes:
+    form = "=B7xI20x" if event == uffd.EVENT_FORK else "=B7xQQQ"
+    return struct.pack(form, event, *values)
+
+
+def test_a_fault_that_was_read_and_not_answered_is_answered(pager: Pager) -> None:
+    pager._tasks = [Task(5, Space([P], [9 * P], [0]))]
+    happens(pager, Kind.EVENT, 0, message(uffd.EVENT_PAGEFAULT, 0, 3 * P + 17, 0))
+    pager._replay()
+    assert [fault[:2] for fault in pager._deferred] == [(0, 3 * P)]
+
+
+def test_all_that_the_process_did(pager: Pager) -> None:
+    pager._tasks = [Task(5, Space([0], [16 * P], [0]))]
+    pager._journal.filled(0, 0, P)
+    for event in (
+        message(uffd.EVENT_UNMAP, 2 * P, 4 * P, 0),
+        message(uffd.EVENT_REMAP, 8 * P, 32 * P, 2 * P),
+        message(uffd.EVENT_FORK, 77),
+        message(uffd.EVENT_REMOVE, 12 * P, 16 * P, 0),
+    ):
+        happens(pager, Kind.EVENT, 0, event)
+        pager._journal.keep()
+    # Read, not counted when the other died.
+    happens(pager, Kind.EVENT, 1, message(uffd.EVENT_REMOVE, P, 2 * P, 0))
+    pager._replay()
+    parent, child = pager._tasks
+    moved = (32 * P, 34 * P, 8 * P)
+    assert parent.space.runs() == [
+        (P, 2 * P, P),
+        (4 * P, 8 * P, 4 * P),
+        (10 * P, 12 * P, 10 * P),
+        moved,
+    ]
+    assert child.fd == 77
+    assert child.space.runs() == [(4 * P, 8 * P, 4 * P), (10 * P, 16 * P, 10 * P), moved]
+
+
+def test_what_criu_had_said(pager: Pager) -> None:
+    happens(pager, Kind.SAID, 0, struct.pack("=i", 42))
+    pager._journal.keep()
+    happens(pager, Kind.HANDED, 0, struct.pack("=QiiI", 20, 1, 1, 9))
+    pager._journal.keep()
+    happens(pager, Kind.SAID, 0, struct.pack("=i", criusock.FINISHED))
+    pager._replay()
+    assert [task.fd for task in pager._tasks] == [9]
+    assert pager._board[serve.STAGE] == serve.RUNNING
+
+
+def test_what_ended_stays_so(pager: Pager) -> None:
+    pager._tasks = [Task(5, Space([0], [P], [0]))]
+    pager._journal.note(Kind.ENDED, 0)
+    pager._replay()
+    assert pager._tasks == [Task(-1, pager._tasks[0].space)]
+    assert not pager._tasks[0].space
+    pager._journal.note(Kind.RESET, 0)
+    pager._replay()
+    assert pager._tasks == []
