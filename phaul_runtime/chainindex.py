@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from phaul_runtime.errors import DestinationError
-from phaul_runtime.lazyplan import PAGE, Run, Runs
+from phaul_runtime.lazyplan import PAGE, Runs
 from phaul_runtime.pagemap import (
     IN_PARENT,
     PRESENT,
@@ -100,7 +100,7 @@ def _merge(old: Runs, pagemap: Pagemap, file: int) -> tuple[Runs, int]:
     for vaddr, pages, flags in pagemap.entries:
         size = pages * PAGE
         if flags & PRESENT:
-            runs.append(Run(vaddr, pages, file, offset))
+            runs.add(vaddr, pages, file, offset)
             offset += size
         elif flags & IN_PARENT:
             _, at = runs.copy(old, vaddr, vaddr + size, at)

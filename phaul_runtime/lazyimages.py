@@ -8,7 +8,7 @@ from pathlib import Path
 
 from phaul_runtime.chainindex import ChainIndex
 from phaul_runtime.errors import DestinationError
-from phaul_runtime.lazyplan import PAGE, LazyPlan, Run, Runs
+from phaul_runtime.lazyplan import PAGE, LazyPlan, Runs
 from phaul_runtime.pagemap import (
     IN_PARENT,
     LAZY,
@@ -93,7 +93,7 @@ def _marked(entries: list[Entry], vmas: list[Vma]) -> Iterator[Entry]:
             # Outside of all areas CRIU will refuse it, as it would have.
             end, lazy = (end, lazy) if start <= begin else (start, False)
             end = min(end, behind)
-            yield Entry(begin, (end - begin) // PAGE, eager | LAZY if lazy and may else eager)
+            yield begin, (end - begin) // PAGE, eager | LAZY if lazy and may else eager
             begin = end
 
 
@@ -111,7 +111,7 @@ def _lazy_runs(pid: int, entries: list[Entry], known: Runs) -> Runs:
 
 def _first_missing(known: Runs, vaddr: int) -> int:
     for number in range(known.find(vaddr), len(known)):
-        run: Run = known[number]
+        run = known[number]
         if run.vaddr > vaddr:
             break
         vaddr = run.vaddr + run.pages * PAGE

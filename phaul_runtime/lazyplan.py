@@ -45,28 +45,33 @@ class Runs:
 
     def append(self, run: Run) -> None:
         """Add a run behind the last; one that continues it, in memory and file, is merged."""
+        self.add(*run)
+
+    def add(self, vaddr: int, pages: int, file: int, offset: int) -> None:
+        """As `append`, for whoever has many: no object is made."""
         numbers = self._numbers
-        if numbers:
-            vaddr, pages, file, offset = numbers[-_FIELDS:]
-            size = pages * PAGE
-            if (vaddr + size, file, offset + size) == (run.vaddr, run.file, run.offset):
-                numbers[-3] += run.pages
+        if numbers and numbers[-2] == file:
+            size = numbers[-3] * PAGE
+            if numbers[-1] + size == offset and numbers[-4] + size == vaddr:
+                numbers[-3] += pages
                 return
-        numbers.extend(run)
+        numbers.extend((vaddr, pages, file, offset))
 
     def find(self, vaddr: int, at: int = 0) -> int:
         """The first run, from the run `at` on, that ends behind an address; `len` if none does."""
-        numbers, count = self._numbers, len(self)
-        for near in range(at, min(at + _NEAR, count)):
-            start, pages = numbers[near * _FIELDS : near * _FIELDS + 2]
-            if start + pages * PAGE > vaddr:
-                return near
+        numbers, count = self._numbers, len(self._numbers) // _FIELDS
+        # Whoever goes through all of it finds the next one here.
+        near = at + _NEAR
+        near = min(count, near)
+        while at < near:
+            if numbers[at * _FIELDS] + numbers[at * _FIELDS + 1] * PAGE > vaddr:
+                return at
+            at += 1
 
         def end(index: int) -> int:
-            start, pages = numbers[index * _FIELDS : index * _FIELDS + 2]
-            return start + pages * PAGE
+            return numbers[index * _FIELDS] + numbers[index * _FIELDS + 1] * PAGE
 
-        return bisect_right(range(count), vaddr, min(at + _NEAR, count), key=end)
+        return bisect_right(range(count), vaddr, at, key=end)
 
     def copy(self, source: Runs, vaddr: int, end: int, at: int = 0) -> tuple[int, int]:
         """Append what another has of a range that lies behind all runs of this.
@@ -84,21 +89,26 @@ class Runs:
         last = source.find(end, first)
         pages = 0
         if first < last:
-            pages += self._append_part(source[first], vaddr, end)
+            pages += self._add_part(source, first, vaddr, end)
             whole = source._numbers[(first + 1) * _FIELDS : last * _FIELDS]
             self._numbers.extend(whole)
             pages += sum(whole[1::_FIELDS])
-        if last < len(source):
-            pages += self._append_part(source[last], vaddr, end)
+        pages += self._add_part(source, last, vaddr, end)
         return pages, last
 
-    def _append_part(self, run: Run, vaddr: int, end: int) -> int:
-        start = max(vaddr, run.vaddr)
-        pages = (min(end, run.vaddr + run.pages * PAGE) - start) // PAGE
-        if pages <= 0:
+    def _add_part(self, source: Runs, index: int, vaddr: int, end: int) -> int:
+        if index == len(source):
             return 0
-        self.append(Run(start, pages, run.file, run.offset + start - run.vaddr))
-        return pages
+        start, pages, file, offset = source._numbers[index * _FIELDS : (index + 1) * _FIELDS]
+        behind = start + pages * PAGE
+        if start < vaddr:
+            offset += vaddr - start
+            start = vaddr
+        behind = min(behind, end)
+        if behind <= start:
+            return 0
+        self.add(start, (behind - start) // PAGE, file, offset)
+        return (behind - start) // PAGE
 
     def __len__(self) -> int:
         return len(self._numbers) // _FIELDS

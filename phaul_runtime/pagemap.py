@@ -87,19 +87,9 @@ def _message_classes() -> dict[str, Any]:
 _CLASSES = _message_classes()
 
 
-class Entry(NamedTuple):
-    """Adjacent pages that are in the same place.
-
-    Attributes:
-        vaddr: of the first, bytes.
-        pages: how many.
-        flags: `IN_PARENT`, `LAZY`, `PRESENT`. Only what is PRESENT takes room in the pages file,
-            in the order of the entries.
-    """
-
-    vaddr: int
-    pages: int
-    flags: int
+# Adjacent pages that are in the same place: address of the first, how many, flags. Only what is
+# PRESENT takes room in the pages file, in the order of the entries. Plain, as there may be many.
+Entry = tuple[int, int, int]
 
 
 @dataclass
@@ -185,7 +175,7 @@ def read_pagemap(path: Path) -> Pagemap:
                     f"{path} is malformed: {pages} pages at {vaddr:#x}, flags {flags}"
                 )
             behind = vaddr + pages * PAGE
-            entries.append(Entry(vaddr, pages, flags))
+            entries.append((vaddr, pages, flags))
     except DecodeError as error:
         raise DestinationError(f"{path} is malformed: {error}") from error
     return Pagemap(pages_id, entries, wide)
