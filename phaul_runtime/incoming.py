@@ -135,7 +135,7 @@ class Incoming:
             self._engine.prepare(manifest, self.id)
             self._trees.place(self._engine.trees())
             self._lazy = LazyRestore(
-                str(self.journal.facts["restore"]), self._dir, f"{self.id}-pager", self._cannot()
+                str(self.journal.facts["restore"]), self._dir, f"{self.id}-pager", self._cannot
             )
             self._lazy.begin()
         except OSError as error:

@@ -56,14 +56,17 @@ class LazyRestore:
         mode: `lazy` fails where it cannot be; `auto` then restores in full, as `full` does.
         directory: the migration's, which has the image directories.
         name: of the pager's cgroup: it outlives the agent's.
-        cannot: why engine or host cannot; empty if they can.
+        cannot: asked, beside the first iterations, why engine or host cannot; empty if they can.
     """
 
-    def __init__(self, mode: str, directory: Path, name: str, cannot: str = "") -> None:
+    def __init__(
+        self, mode: str, directory: Path, name: str, cannot: Callable[[], str] = str
+    ) -> None:
         self._mode = mode
+        self._cannot = cannot
         self._place = directory / _PLACE
         self._name = name
-        self._why_not = "restore: full" if mode == "full" else cannot
+        self._why_not = "restore: full" if mode == "full" else ""
         self._index = ChainIndex()
         self._pager: PagerClient | None = None
         self._starting: threading.Thread | None = None
@@ -82,6 +85,9 @@ class LazyRestore:
 
     def _start(self) -> None:
         try:
+            self._why_not = self._cannot()
+            if self._why_not:
+                return
             self._place.mkdir(mode=0o700, exist_ok=True)
             self._pager = PagerClient.start(self._place, timeout_s=_START_S)
             for pid in self._pager.status()["pids"]:
