@@ -42,6 +42,8 @@ def adopt(name: str, pid: int) -> Path | None:
         try:
             parent.mkdir(exist_ok=True)
             group.mkdir(exist_ok=True)
+            with contextlib.suppress(OSError):  # so that it can be slowed when it moves on
+                (parent / "cgroup.subtree_control").write_text("+cpu", encoding="ascii")
             (group / "cgroup.procs").write_text(str(pid), encoding="ascii")
         except FileNotFoundError:
             continue  # another migration's sweep took the empty group

@@ -38,6 +38,7 @@ CHECKS = {
     "leftovers": "nothing of earlier migrations is left on either host",
     "space": "the destination has room for the images and for the process itself",
     "rsync": "rsync is installed on both hosts, where directory trees have to be carried",
+    "throttle": "the target has a cgroup of its own, where policy.if_not_converging is throttle",
     "files": "files that the target holds open or mapped are the same at the destination",
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 from phaul_runtime.api import Outcome, PhaulConfig, PhaulLocal, PhaulRemote
 from phaul_runtime.cancel import Cancellation
@@ -20,9 +20,10 @@ from phaul_runtime.events import (
     nobody,
 )
 from phaul_runtime.images import ImageDirs
-from phaul_runtime.policy import BudgetPolicy, Decision, Policy, Round
+from phaul_runtime.policy import BudgetPolicy, Decision, Policy, Round, decide_braking
 from phaul_runtime.report import Iteration, MigrationReport
 from phaul_runtime.stats import read_dump_stats
+from phaul_runtime.throttle import Throttle
 
 LOG_FILE = "pre-dump.log"
 
@@ -36,6 +37,8 @@ class PhaulClient:
         config: root pid, memory socket, private directory.
         policy: when to stop iterating; a budget of 300 ms by default.
         if_not_converging: `proceed` or `abort`, when the policy ends without meeting its budget.
+        throttle: slows the target before it comes to that; undone when `migrate` ends, however it
+            does. Whoever drives the cut-over may lift it in the freeze.
         criu: a session factory; by default the `criu` on PATH.
         listener: told of everything that happens.
         cancellation: asked between steps; a request also cuts the memory channel, on which CRIU
@@ -51,6 +54,7 @@ class PhaulClient:
         *,
         policy: Policy | None = None,
         if_not_converging: str = "proceed",
+        throttle: Throttle | None = None,
         criu: Criu | None = None,
         listener: Listener = nobody,
         cancellation: Cancellation | None = None,
@@ -61,6 +65,7 @@ class PhaulClient:
         self.config = config
         self.policy: Policy = policy or BudgetPolicy()
         self.if_not_converging = if_not_converging
+        self.throttle = throttle
         self.criu = criu or Criu()
         self.listener = listener
         self.cancellation = cancellation or Cancellation()
@@ -83,6 +88,10 @@ class PhaulClient:
             OutcomeUnknown: the source's copy is dead, the destination's not known to run.
             Cancelled: on request, before the cut-over.
         """
+        with self.throttle or nullcontext():
+            return self._migrate()
+
+    def _migrate(self) -> MigrationReport:
         begun = time.monotonic()
         if self._dirs.count:
             self.remote.end_chain()
@@ -98,6 +107,8 @@ class PhaulClient:
             iterations=iterations,
             converged=converged,
             pre_copy=pre_copy,
+            expected_freeze_ms=iterations[-1].expected_freeze_ms if iterations else None,
+            throttled_to=self.throttle.share if self.throttle else None,
             downtime_ms=outcome.downtime_ms,
             freeze=dict(outcome.freeze),
             restored_pid=outcome.restored_pid,
@@ -154,7 +165,7 @@ class PhaulClient:
             interval = None if started_before is None else started - started_before
             started_before = started
             rounds.append(Round(stats.pages_written, stats.pages_skipped, duration, interval))
-            decision = self.policy.decide(rounds)
+            decision = decide_braking(self.policy, rounds, self.throttle)
             iterations.append(
                 Iteration(
                     pages_written=stats.pages_written,
@@ -187,7 +198,8 @@ class PhaulClient:
         if self.if_not_converging == "abort":
             raise NotConverging(
                 f"pre-copy does not meet the budget: {decision.reason}",
-                hint="raise policy.max_downtime_ms, or set policy.if_not_converging: proceed",
+                hint="raise policy.max_downtime_ms, or set policy.if_not_converging to proceed or "
+                "throttle",
             )
         self.listener(Warned(f"pre-copy did not meet the budget: {decision.reason}; proceeding"))
 

@@ -51,8 +51,10 @@ class PolicyConfig(_Section):
     )
     max_downtime_ms: int = Field(300, gt=0, description="iterate until the expected freeze fits")
     max_iterations: int = Field(8, gt=0, le=100, description="pre-dump rounds at the most")
-    if_not_converging: Literal["proceed", "abort"] = Field(
-        "proceed", description="what to do when the budget cannot be met"
+    if_not_converging: Literal["proceed", "throttle", "abort"] = Field(
+        "proceed",
+        description="what to do when the budget cannot be met; throttle: first slow the target by "
+        "its cgroup's cpu.max",
     )
 
 

@@ -67,13 +67,18 @@ class Destination(Protocol):
 
 @dataclass
 class CutOver:
-    """One cut-over, as seen from the source; `before_freeze` is called just before it."""
+    """One cut-over, as seen from the source.
+
+    `before_freeze` is called just before it, `in_freeze` in it, once the memory is dumped; neither
+    is repeated, and the latter must not raise.
+    """
 
     destination: Destination
     listener: Listener
     cancellation: Cancellation
     journal: Journal
     before_freeze: Callable[[], None] = lambda: None
+    in_freeze: Callable[[], None] = lambda: None
     freeze: dict[str, float] = field(default_factory=dict)
     bytes_sent: int = 0
     files_sent: int = 0
@@ -133,6 +138,7 @@ class CutOver:
         """Inside post-dump; see `engine.Handover`."""
         dumped = time.monotonic()
         self.freeze["dump_ms"] = (dumped - self._frozen_at) * 1000
+        self.in_freeze()
         self.files_sent, sent = self._sync_files(images_dir)
         synced = time.monotonic()
         held, images_bytes = self.destination.prepare(images_dir)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from phaul_runtime.api import Outcome, PhaulLocal
 from phaul_runtime.cancel import Cancellation
-from phaul_runtime.errors import UsageError
+from phaul_runtime.errors import Refused, UsageError
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.trees import Tree
 
@@ -147,6 +147,17 @@ class SourceHalf(ABC):
         By the trees' names, relative to their paths.
         """
         return {}
+
+    def throttle_cgroup(self) -> Path:
+        """The directory of a cgroup v2 that holds the target last inspected and nothing else.
+
+        Its cpu.max may be lowered while the target runs, and is set back. Changes nothing, may be
+        repeated; `throttle.own_cgroup` finds it for a tree of processes.
+
+        Raises:
+            Refused: why the target cannot be slowed; the move goes on without.
+        """
+        raise Refused("its engine cannot slow it")
 
     @abstractmethod
     def gone(self) -> bool:

@@ -90,7 +90,7 @@ class LazyRestore:
                 return
             self._place.mkdir(mode=0o700, exist_ok=True)
             self._pager = PagerClient.start(self._place, timeout_s=_START_S)
-            for pid in self._pager.status()["pids"]:
+            for pid in filter(None, self._pager.status()["pids"]):
                 self._group = cgroup.adopt(self._name, pid)
         except (OSError, PhaulError) as error:
             self._why_not = f"the pager does not start: {error}"

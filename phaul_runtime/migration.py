@@ -28,7 +28,16 @@ from phaul_runtime.checks import (
 from phaul_runtime.client import PhaulClient
 from phaul_runtime.criu import Criu
 from phaul_runtime.cutover import RECOVER, CutOver
-from phaul_runtime.engine import OK, REFUSED, Engine, Finding, Inspection, SourceHalf, load_engine
+from phaul_runtime.engine import (
+    OK,
+    REFUSED,
+    WARNING,
+    Engine,
+    Finding,
+    Inspection,
+    SourceHalf,
+    load_engine,
+)
 from phaul_runtime.errors import (
     CriuError,
     DestinationUnreachable,
@@ -63,6 +72,7 @@ from phaul_runtime.remote import RemoteAgent
 from phaul_runtime.report import Iteration, MigrationReport
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.states import Role, State, Verdict
+from phaul_runtime.throttle import FACT, Throttle
 from phaul_runtime.transport import Channel, Destination, load_transport
 from phaul_runtime.trees import STAGED, Tree, trees_to_carry
 
@@ -105,6 +115,7 @@ class Migration:
         self._journal: Journal | None = None
         self._cut_over: CutOver | None = None
         self._left_there = False
+        self._group: Path | None = None
         self._hooks = self.config.hooks.hooks()
 
     # -- what the command line calls -------------------------------------------------------
@@ -153,6 +164,7 @@ class Migration:
             if engine is not None:
                 source = self._source_half(engine)
                 findings += self._target_findings(session, source.inspect())[0]
+                findings += self._throttle_findings(source)
             return judge(findings, self.config.checks.ignore, self.listener)
 
     def failed(self, error: PhaulError) -> MigrationReport:
@@ -234,6 +246,33 @@ class Migration:
             )
         return Finding("files", OK, f"{len(inspection.files)} files are there")
 
+    def _throttle_findings(self, source: SourceHalf) -> list[HostFinding]:
+        """Whether the target last inspected can be slowed, if that may be asked for."""
+        if self.config.policy.if_not_converging != "throttle":
+            return []
+        try:
+            self._group = source.throttle_cgroup()
+        except Refused as error:
+            finding = Finding(
+                "throttle",
+                WARNING,
+                f"it cannot be slowed: {error.message}",
+                "give it a cgroup v2 of its own with the cpu controller; without: proceed",
+            )
+        else:
+            finding = Finding("throttle", OK, f"{self._group / 'cpu.max'} can slow it")
+        return [HostFinding(HERE, finding)]
+
+    def _throttle(self, inspection: Inspection, journal: Journal) -> Throttle | None:
+        if self._group is None:
+            return None
+        return Throttle(
+            self._group,
+            inspection.pid,
+            remember=lambda fact: journal.note(**{FACT: fact}),
+            warn=lambda text: self.listener(Warned(text)),
+        )
+
     def _trees_of(self, inspection: Inspection) -> list[Tree]:
         """Those that are carried where the destination has a place for them."""
         shared = self.config.filesystem.rootfs == "shared"
@@ -250,6 +289,7 @@ class Migration:
         refuse(judge(self._host_findings(session), ignore, self.listener))
         inspection = self._source.inspect()
         findings, differing = self._target_findings(session, inspection)
+        findings += self._throttle_findings(self._source)
         refuse(judge(findings, ignore, self.listener))
         self.cancellation.check()
         return inspection, differing
@@ -291,12 +331,14 @@ class Migration:
         )
         carried = self._carry_files(agent, inspection, differing)
         carried += self._carry_trees(agent, journal, self._trees_of(inspection), places)
+        throttle = self._throttle(inspection, journal)
         cut_over = self._cut_over = CutOver(
             agent,
             self.listener,
             self.cancellation,
             journal,
             before_freeze=lambda: self._before_freeze(agent, journal),
+            in_freeze=throttle.lift if throttle else lambda: None,
         )
         client = PhaulClient(
             self._source.local(cut_over, self.cancellation),
@@ -304,6 +346,7 @@ class Migration:
             PhaulConfig(inspection.pid, memory.fileno(), str(workdir)),
             policy=policy_from(config),
             if_not_converging=config.policy.if_not_converging,
+            throttle=throttle,
             criu=self.criu,
             listener=self._track,
             cancellation=self.cancellation,
@@ -448,6 +491,8 @@ class Migration:
         )
         if self._cut_over is not None:
             report.downtime_ms = self._cut_over.frozen_for_ms()
+            if self._iterations:
+                report.expected_freeze_ms = self._iterations[-1].expected_freeze_ms
             report.freeze = self._cut_over.freeze
             report.files_copied = self._cut_over.files_sent
         for warning in report.warnings:

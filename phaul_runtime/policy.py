@@ -3,12 +3,15 @@
 Two policies. `BudgetPolicy` asks after each round: with the dirty rate and the bandwidth just
 measured, is the expected freeze within the budget? Otherwise go on while the estimate falls.
 `AncestorPolicy` has the three constants of the Go library (64 pages, 8 iterations, growth of 32).
+
+Either may be given a `Brake`: where a policy would end because pages are dirtied too fast, the
+target is slowed by a step and the rounds go on (`decide_braking`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 PAGE_SIZE = 4096
@@ -48,12 +51,22 @@ class Decision:
         expected_freeze_ms: the freeze if it were taken now, as far as the source can know it: the
             fixed cost of a dump plus the transfer of what is dirty by now, without the restore.
         converged: False if iterating ends without having met the budget.
+        too_hot: it ends so since pages are dirtied too fast, and another round is allowed: a slower
+            target might do.
     """
 
     go_on: bool
     reason: str
     expected_freeze_ms: float | None
     converged: bool = True
+    too_hot: bool = False
+
+
+class Brake(Protocol):
+    """What slows the target; see `throttle.Throttle`."""
+
+    def slow_down(self) -> float | None:
+        """Slow it by one step; returns the CPUs left to it, None if it cannot get any slower."""
 
 
 class Policy(Protocol):
@@ -68,17 +81,25 @@ def estimate_freeze_ms(rounds: Sequence[Round]) -> float | None:
 
     Bandwidth is that of the fastest round (small rounds are all fixed cost); the dirty rate is
     the last round's pages over the time in which they became dirty; by the time of the final
-    dump, pages have been dirtied for as long as the last round took.
+    dump, pages have been dirtied for as long as the last round took. Of a target that was slowed
+    before the last round, it is more than the truth: half of what was measured is older.
     """
+    parts = _freeze_parts_ms(rounds)
+    return None if parts is None else sum(parts)
+
+
+def _freeze_parts_ms(rounds: Sequence[Round]) -> tuple[float, float] | None:
+    """The fixed cost, and the transfer of what is dirty."""
     last = rounds[-1]
     if len(rounds) < 2 or last.interval_s is None or last.interval_s <= 0:
         return None
     bandwidth = max(r.bytes / r.duration_s for r in rounds if r.duration_s > 0)
     if bandwidth <= 0:
-        return min(r.duration_s for r in rounds) * 1000
-    fixed_s = min(max(0.0, r.duration_s - r.bytes / bandwidth) for r in rounds[1:])
+        return min(r.duration_s for r in rounds) * 1000, 0.0
+    small = min(rounds[1:], key=lambda r: r.pages_written)
+    fixed_s = max(0.0, small.duration_s - small.bytes / bandwidth)
     dirty_bytes = last.bytes / last.interval_s * last.duration_s
-    return (fixed_s + dirty_bytes / bandwidth) * 1000
+    return fixed_s * 1000, dirty_bytes / bandwidth * 1000
 
 
 @dataclass(frozen=True)
@@ -96,18 +117,35 @@ class BudgetPolicy:
             return Decision(False, "nothing was dirtied", estimate)
         if estimate is None and last.duration_s * 1000 <= self.max_downtime_ms:
             return Decision(False, "all of memory fits the budget", last.duration_s * 1000)
-        if estimate is not None and estimate <= self.max_downtime_ms:
+        within = estimate is not None and estimate <= self.max_downtime_ms
+        if within and (len(rounds) >= self.max_iterations or self._sure(rounds)):
             return Decision(False, f"within the budget of {self.max_downtime_ms:g} ms", estimate)
         if len(rounds) >= self.max_iterations:
             return Decision(
                 False, f"{self.max_iterations} iterations did not meet the budget", estimate, False
             )
+        if within:
+            return Decision(True, "in the time of one round more may be dirtied again", estimate)
         if estimate is not None:
             before = estimate_freeze_ms(rounds[:-1]) if len(rounds) > 1 else None
             if before is not None and estimate > before * (1 - MIN_GAIN):
-                return Decision(False, "the estimate no longer falls", estimate, False)
+                parts = _freeze_parts_ms(rounds)
+                too_hot = parts is not None and parts[0] < self.max_downtime_ms
+                return Decision(False, "the estimate no longer falls", estimate, False, too_hot)
             return Decision(True, "the estimate may still fall", estimate)
         return Decision(True, "the dirty rate is not known yet", estimate)
+
+    def _sure(self, rounds: Sequence[Round]) -> bool:
+        """Whether the dirty rate holds for as short a time as a round takes.
+
+        A page that is rewritten all the time counts once, however long the time: the rate over a
+        long one says too little. All that was dirtied in it is the most that there can be.
+        """
+        last, parts = rounds[-1], _freeze_parts_ms(rounds)
+        if parts is None or last.interval_s is None or last.duration_s * 2 >= last.interval_s:
+            return True
+        all_of_it = parts[1] * last.interval_s / last.duration_s
+        return parts[0] + all_of_it <= self.max_downtime_ms
 
 
 @dataclass(frozen=True)
@@ -133,5 +171,22 @@ class AncestorPolicy:
         if len(rounds) > 1:
             growth = last.pages_written - rounds[-2].pages_written
             if growth >= self.max_growth:
-                return Decision(False, f"{growth} pages more than before", estimate, False)
+                return Decision(False, f"{growth} pages more than before", estimate, False, True)
         return Decision(True, "not yet few pages", estimate)
+
+
+def decide_braking(policy: Policy, rounds: Sequence[Round], brake: Brake | None) -> Decision:
+    """What `policy` says; where it ends because of the dirty rate, brake and go on.
+
+    A step at most for each round, until the budget is met, the brake can do no more, or the policy
+    allows no more rounds.
+    """
+    decision = policy.decide(rounds)
+    if brake is None or not decision.too_hot:
+        return decision
+    share = brake.slow_down()
+    if share is None:
+        return replace(decision, reason=f"{decision.reason}, and it cannot be slowed any more")
+    return Decision(
+        True, f"{decision.reason}: slowed to {share:.0%} of a CPU", decision.expected_freeze_ms
+    )

@@ -34,6 +34,10 @@ class MigrationReport:
         total_ms: from the start of the command to its end; for library use, of `migrate`.
         bytes_transferred: memory, images and files.
         restored_pid: the root's pid at the destination.
+        expected_freeze_ms: the source's part of the downtime (`dump_ms` in `freeze`) as it was
+            expected after the last round, to be held against what it became; None if there was
+            nothing to tell it by.
+        throttled_to: CPUs left to the target when pre-copy ended; None if it was not slowed.
         converged: pre-copy ended within the budget.
         pre_copy: why it ended, or why there was none.
         freeze: the steps of the downtime, name to milliseconds: dump, files, prepare, kill and
@@ -51,6 +55,8 @@ class MigrationReport:
     source: str = ""
     destination: str = ""
     downtime_ms: float | None = None
+    expected_freeze_ms: float | None = None
+    throttled_to: float | None = None
     total_ms: float = 0.0
     bytes_transferred: int = 0
     restored_pid: int | None = None

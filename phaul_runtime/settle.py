@@ -10,6 +10,7 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from phaul_runtime import throttle
 from phaul_runtime.criu import Criu
 from phaul_runtime.engine import SourceHalf, load_engine
 from phaul_runtime.errors import MigrationFailed, NoSuchMigration, OutcomeUnknown, PhaulError
@@ -106,10 +107,11 @@ class Settler:
         source = self._source(journal)
         if journal.state in (State.DONE, State.ABORTED):
             return Settled()
+        unthrottled = [text] if (text := throttle.undo(journal.facts.get(throttle.FACT))) else []
         if verdict is Verdict.RUN:
             if journal.state is not State.COMMITTING or not source.gone():
                 raise MigrationFailed(f"the source of {journal.id} was not given up")
-            warnings = self.hooks.try_to(COMMITTED, move_of(journal))
+            warnings = unthrottled + self.hooks.try_to(COMMITTED, move_of(journal))
             warnings += source.finish()
             journal.enter(State.DONE)
             return Settled(warnings=tuple(warnings))
@@ -117,7 +119,7 @@ class Settler:
             raise MigrationFailed(f"the source's copy of {journal.id} is dead")
         if journal.state is not State.ABORTING:
             journal.enter(State.ABORTING)
-        warnings = []
+        warnings = unthrottled
         for name in journal.facts.get(STAGED, []):
             try:
                 source.unstage(name)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from phaul_engines.members import Members
 from phaul_engines.netlock import Connection
 from phaul_engines.standstill import Standstill
 from phaul_runtime.engine import Handover, SourceHalf
+from phaul_runtime.throttle import own_cgroup
 
 
 class TrackedSource(SourceHalf):
@@ -36,6 +38,10 @@ class TrackedSource(SourceHalf):
         """The freeze begins: tell `handover` when all have stopped, unless `end` is called."""
         handover.freezing(self.identity())
         return Standstill(self._members.members[0].pid, handover.stopped)
+
+    def throttle_cgroup(self) -> Path:
+        """See `SourceHalf`."""
+        return own_cgroup(member.pid for member in self._members.members)
 
     def gone(self) -> bool:
         """See `SourceHalf`."""

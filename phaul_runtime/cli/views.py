@@ -256,6 +256,18 @@ def _iteration(event: ev.IterationDone) -> str:
     )
 
 
+def _estimate(report: MigrationReport) -> list[tuple[str, str]]:
+    """What was expected beside what came of it."""
+    rows = []
+    if report.expected_freeze_ms is not None and "dump_ms" in report.freeze:
+        met = "" if report.converged else ", over the budget"
+        text = f"{report.expected_freeze_ms:.0f} ms for the dump{met}"
+        rows.append(("expected", f"{text}; it took {report.freeze['dump_ms']:.0f} ms"))
+    if report.throttled_to is not None:
+        rows.append(("throttled", f"to {report.throttled_to:.0%} of a CPU, undone in the freeze"))
+    return rows
+
+
 def mib(count: int) -> str:
     """Bytes for people."""
     return f"{count / _MIB:.1f} MiB"
@@ -273,6 +285,7 @@ def report_rows(report: MigrationReport) -> list[tuple[str, str]]:
                 "downtime",
                 f"{report.downtime_ms:.0f} ms" if report.downtime_ms is not None else "not known",
             ),
+            *_estimate(report),
             ("total", f"{report.total_ms / 1000:.1f} s"),
             ("transferred", mib(report.bytes_transferred)),
             ("pre-copy", f"{len(report.iterations)} rounds, {pages} pages ({report.pre_copy})"),

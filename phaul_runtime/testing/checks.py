@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.engine import OK, REFUSED, WARNING, Finding, SourceHalf
-from phaul_runtime.errors import Cancelled, DestinationError, NoSuchTarget, PhaulError
+from phaul_runtime.errors import Cancelled, DestinationError, NoSuchTarget, PhaulError, Refused
 from phaul_runtime.testing.bench import Bench, Move, as_json, read_line
 from phaul_runtime.testing.case import NotConforming, Place, expect
 from phaul_runtime.trees import Tree
@@ -123,6 +123,28 @@ def check_says_what_is_taken(bench: Bench) -> None:
     expect(
         any(found.level == REFUSED for found in findings),
         f"check() does not refuse what is taken: {findings}",
+    )
+    bench.is_whole(Place.SOURCE)
+
+
+def throttle_cgroup_is_its_own(bench: Bench) -> None:
+    """throttle_cgroup() says which cgroup can be slowed, or why none can; and changes nothing."""
+    half = bench.source()
+    half.inspect()
+    try:
+        group = half.throttle_cgroup()
+    except Refused as error:
+        expect(error.message, "throttle_cgroup() refuses, and does not say why")
+        return
+    limit = (group / "cpu.max").read_text(encoding="ascii")
+    expect(half.throttle_cgroup() == group, "throttle_cgroup() does not say the same twice")
+    expect(
+        (group / "cpu.max").read_text(encoding="ascii") == limit,
+        "throttle_cgroup() has changed cpu.max",
+    )
+    expect(
+        str(os.getpid()) not in (group / "cgroup.procs").read_text(encoding="ascii").split(),
+        f"throttle_cgroup() says {group}: whoever asks is in it too",
     )
     bench.is_whole(Place.SOURCE)
 
@@ -416,6 +438,7 @@ CHECKS: tuple[Check, ...] = (
     identity_finds_the_target,
     check_changes_nothing,
     check_says_what_is_taken,
+    throttle_cgroup_is_its_own,
     what_is_staged_is_removed,
     undo_needs_no_prepare,
     prepare_is_repeated_and_undone,

@@ -44,6 +44,7 @@ from phaul_runtime.errors import (
     MigrationFailed,
     NoSuchTarget,
     PhaulError,
+    Refused,
     TargetGone,
 )
 from phaul_runtime.images import new_directory, remove_tree
@@ -55,6 +56,7 @@ IMAGE = "memory.img"
 HELD = "held.json"
 MADE = "made.json"
 IMAGE_TREE = "image"
+CGROUP = "cgroup"
 _STAGED = "staged"
 _LAYER = "layer"
 _PROGRAM = Path(fakevictim.__file__)
@@ -185,6 +187,13 @@ class FakeSource(SourceHalf):
     def unstage(self, name: str) -> None:
         """See `SourceHalf`."""
         remove_tree(self.directory / _STAGED)
+
+    def throttle_cgroup(self) -> Path:
+        """See `SourceHalf`: files in a victim's directory that stand for a cgroup."""
+        group = self.directory / CGROUP
+        if not (group / "cpu.max").exists():
+            raise Refused("the victim has no cgroup of its own")
+        return group
 
     def gone(self) -> bool:
         """See `SourceHalf`."""
