@@ -96,8 +96,10 @@ def _freeze_parts_ms(rounds: Sequence[Round]) -> tuple[float, float] | None:
     bandwidth = max(r.bytes / r.duration_s for r in rounds if r.duration_s > 0)
     if bandwidth <= 0:
         return min(r.duration_s for r in rounds) * 1000, 0.0
-    small = min(rounds[1:], key=lambda r: r.pages_written)
-    fixed_s = max(0.0, small.duration_s - small.bytes / bandwidth)
+    # Small rounds tell it best; where all are large, the fastest of them bounds it from below.
+    half = max(r.pages_written for r in rounds) / 2
+    small = [r for r in rounds if r.pages_written <= half] or rounds[1:]
+    fixed_s = min(max(0.0, r.duration_s - r.bytes / bandwidth) for r in small)
     dirty_bytes = last.bytes / last.interval_s * last.duration_s
     return fixed_s * 1000, dirty_bytes / bandwidth * 1000
 

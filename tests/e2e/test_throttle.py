@@ -17,7 +17,7 @@ UNLIMITED = "max 100000"
 GROUP = "/sys/fs/cgroup/hot"
 CONFIG = "/tmp/throttle.yaml"
 # More to verify than there is time for: how fast it writes depends on the CPU that it gets.
-HOT = ("--mib", "24", "--hot-mib", "20", "--writes", "3000", "--verifies", "40000")
+HOT = ("--mib", "16", "--hot-mib", "14", "--writes", "3000", "--verifies", "400000")
 BUDGET_MS = 2500
 
 

@@ -193,6 +193,12 @@ def test_where_the_fixed_cost_breaks_the_budget_slowing_is_no_help() -> None:
     assert not writer.steps
 
 
+def test_a_slow_round_among_large_ones_is_not_taken_for_a_fixed_cost() -> None:
+    rounds = [FIRST, later(20000, 10.0, 10.0), later(20000, 6.0, 10.0), later(20000, 5.5, 6.0)]
+    decision = BudgetPolicy(2500).decide(rounds)
+    assert (decision.go_on, decision.too_hot) == (False, True)
+
+
 def test_the_ancestors_policy_brakes_too() -> None:
     writer = Writer(2560)
     rounds = [FIRST, later(1000, 1, 1), later(1032, 1, 1)]
