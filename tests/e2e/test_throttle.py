@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
@@ -56,6 +57,10 @@ def converged(moved: Moved) -> None:
     )
 
 
+def ended(hosts: Hosts, host: str, pid: int) -> bool:
+    return not hosts.alive(host, pid)
+
+
 @pytest.fixture
 def hot(hosts: Hosts) -> Iterator[Dirtier]:
     """In a cgroup of its own."""
@@ -66,6 +71,7 @@ def hot(hosts: Hosts) -> Iterator[Dirtier]:
     for host in ("a", "b"):
         script = "case $(cat /proc/$1/comm) in piggie*) kill -9 $1;; esac"
         hosts.sh(host, script, str(victim.pid), check=False)
+        wait_until("it has ended", partial(ended, hosts, host, victim.pid))
     hosts.sh("a", f"sleep 0.5; rmdir {GROUP}", check=False)
 
 
