@@ -26,6 +26,7 @@ def configured(hosts: Hosts) -> tuple[str, ...]:
     settings = (
         "policy: {if_not_converging: throttle, max_iterations: 14, "
         f"max_downtime_ms: {BUDGET_MS}}}\n"
+        "transport: {connect_timeout_s: 120}\n"
     )
     hosts.sh("a", f"printf '%s' \"$1\" > {CONFIG}", settings)
     return ("--config", CONFIG)
