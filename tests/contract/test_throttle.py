@@ -71,10 +71,13 @@ class There:
         self.fail = fail
 
     def sync_files(self) -> tuple[int, int]:
-        self.fail()
         return 0, 0
 
+    def stop_files(self) -> None:
+        pass
+
     def prepare(self, images_dir: Path) -> tuple[Held, int]:
+        self.fail()
         return Held(1, 0.0, 0.0), 0
 
     def commit(self) -> Running:
