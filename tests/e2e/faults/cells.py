@@ -29,6 +29,9 @@ FAULTS: dict[str, tuple[str, ...]] = {
     "cut-for-good": EVERYWHERE,
     "full-tmpfs-b": EVERYWHERE,
     "full-disk-b": ("opened", "between", "copy", "prepared", "committing"),
+    # Of the two processes that give a copy its pages: one, or both while nothing runs yet.
+    "kill-pager-b": ("restore", "prepared", "committing"),
+    "kill-pagers-b": ("restore", "prepared", "committing"),
     # A container's runtime: between phaul-runtime and CRIU.
     "kill-runtime-a": ("dump", "copy", "prepared"),
     "kill-runtime-b": ("restore", "prepared", "committing"),
@@ -53,6 +56,8 @@ QUICK = {
     ("cut-for-good", "committing"),
     ("full-tmpfs-b", "predump"),
     ("restore-refused", "between"),
+    ("kill-pager-b", "restore"),
+    ("kill-pagers-b", "committing"),
 }
 # A container's own way through the same moments: its runtime, its gate, its files.
 QUICK_CONTAINER = {
@@ -78,6 +83,7 @@ QUICK_DOCKER = {
 # CI's share of those.
 CI = {
     "process": {
+        ("kill-pagers-b", "committing"),
         ("kill-cli", "dump"),
         ("kill-agent", "restore"),
         ("kill-agent", "committing"),

@@ -9,7 +9,7 @@ for it, the child stops at a moment of its migration until it is told to go on.
     {"do": "await", "seconds": 60}                         {"stopped": true} | {"code": 0, ...}
     {"do": "go"}
     {"do": "when", "glob": "...", "bytes": 1, "then": {...}}
-    {"do": "kill", "what": "cli" | "ssh" | "criu" | "runc" | "agent" | ...}
+    {"do": "kill", "what": "cli" | "ssh" | "criu" | "runc" | "agent" | "pager" | ...}
     {"do": "fill" | "unfill", "directory": "..."}
     {"do": "clock", "seconds": 3600}
 """
@@ -207,10 +207,11 @@ def victims(what: str, child: Child | None) -> list[int]:
         if (
             (what in BY_NAME and name == what)
             or (what == "ssh" and name == "ssh" and parent == cli_pid)
+            or (what in ("pager", "pagers") and "phaul_runtime.pager" in line)
             or (what == "agent" and "agent --sockets" in line and name.startswith("phaul"))
         ):
             found.append(pid)
-    return found
+    return found[:1] if what == "pager" else found
 
 
 def kill(what: str, child: Child | None) -> list[int]:

@@ -122,6 +122,8 @@ def strike(stage: Stage, cell: Cell, victim: Victim) -> Any:
             assert stage.b.do("kill", what="agent")["killed"]
         case "kill-criu-a":
             assert stage.a.do("kill", what="criu")["killed"]
+        case "kill-pager-b" | "kill-pagers-b":
+            assert stage.b.do("kill", what=cell.fault[5:-2])["killed"]
         case "kill-criu-b":
 
             def killed() -> bool:
