@@ -49,12 +49,14 @@ struct dirtier {
 	double max_gap_ms, last_loop, started;
 };
 
-static volatile sig_atomic_t ending, spoil;
+static volatile sig_atomic_t ending, spoil, verify_now;
 
 static void on_signal(int signo)
 {
 	if (signo == SIGUSR1)
 		spoil = 1;
+	else if (signo == SIGUSR2)
+		verify_now = 1;
 	else
 		ending = 1;
 }
@@ -150,7 +152,12 @@ static void step(struct dirtier *d, const struct options *o, double elapsed_s)
 		fill(d, d->write_at);
 		d->write_at = (d->write_at + 1) % d->hot;
 	}
-	for (verifies += o->verifies_per_s * elapsed_s; verifies >= 1; verifies--) {
+	verifies += o->verifies_per_s * elapsed_s;
+	if (verify_now) {
+		verify_now = 0;
+		verifies += d->pages;
+	}
+	for (; verifies >= 1; verifies--) {
 		verify(d, d->verify_at);
 		if (++d->verify_at == d->pages) {
 			d->verify_at = 0;
@@ -368,7 +375,7 @@ static void usage(FILE *out)
 		"  --children N  as many children with as much memory, and pipes (0)\n"
 		"  --udp A:P     send \"TICK TIME HOST\" there every 10 ms\n"
 		"  --detach      a session of its own; print the pid once the memory is filled\n"
-		"SIGUSR1 spoils a page on purpose; SIGTERM ends, with 1 if anything was wrong.\n");
+		"SIGUSR1 spoils a page on purpose; SIGUSR2 verifies every page at once; SIGTERM ends, with 1 if anything was wrong.\n");
 }
 
 int main(int argc, char **argv)
@@ -403,5 +410,6 @@ int main(int argc, char **argv)
 	sigaction(SIGTERM, &action, NULL);
 	sigaction(SIGINT, &action, NULL);
 	sigaction(SIGUSR1, &action, NULL);
+	sigaction(SIGUSR2, &action, NULL);
 	return o.detach ? detach(&o) : run(&o, -1);
 }

@@ -21,6 +21,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     up = commands.add_parser("up", help="bring the hosts up with the current wheel on them")
     up.add_argument("--hosts", default="a,b", help="as a,b,c (default: a,b)")
+    up.add_argument("--memory", type=int, metavar="MIB", help="of each host that is not up yet")
     run = commands.add_parser("exec", help="run a command: lab exec HOST -- ARGV...")
     run.add_argument("-t", action="store_true", help="with a terminal")
     run.add_argument("host", choices=ADDRESSES)
@@ -54,6 +55,8 @@ def _run(given: argparse.Namespace) -> int:
     lab = Lab(given.name)
     match given.command:
         case "up":
+            if given.memory:
+                os.environ["PHAUL_LAB_MEMORY"] = str(given.memory)
             lab.up([name for name in given.hosts.split(",") if name])
         case "exec":
             argv = given.argv[1:] if given.argv[:1] == ["--"] else given.argv

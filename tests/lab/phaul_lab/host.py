@@ -141,7 +141,7 @@ class Host:
             "-smp",
             settings["processors"],
             "-m",
-            settings["memory_mib"],
+            os.environ.get("PHAUL_LAB_MEMORY") or settings["memory_mib"],
             "-display",
             "none",
             "-serial",
