@@ -5,6 +5,7 @@
 #   make test-all  the same with those that go another way through the same
 #   make faults  every fault at every moment; make faults-random SEED=1 COUNT=100;
 #                ENGINE=runc or docker for containers
+#   make bench   downtime beside other ways to move (METHODS=, WORKLOADS=, RUNS=)
 #
 # The laboratory (two emulated hosts, tests/lab) needs root, about 6 GiB of disk under
 # ~/.cache/phaul-runtime-lab and a few minutes for the first image.
@@ -75,11 +76,34 @@ faults: lab
 faults-random: lab
 	SEED=$(SEED) COUNT=$(COUNT) ENGINE=$(ENGINE) $(FAULTS) -k random
 
-# Moves side by side with docker's and podman's own ways (tests/bench/README.md).
+# Moves side by side with other ways (tests/bench/README.md), about an hour; RESUME=1 goes on with
+# what was interrupted. matplotlib and the driver of the Go library are needed for this only.
 RUNS := 3
+METHODS :=
+WORKLOADS :=
+RESUME :=
+OUT := build/bench/benchmarks.json
+BENCH = PYTHONPATH=tests/lab $(PYTHON) -m tests.bench
 
-bench-docker: lab
-	PYTHONPATH=tests/lab $(PYTHON) -m tests.bench.docker --runs $(RUNS)
+bench: lab build/bench/phaul-go $(VENV)/.bench
+	$(BENCH) --runs $(RUNS) --methods "$(METHODS)" --workloads "$(WORKLOADS)" --out $(OUT) \
+		$(if $(RESUME),--resume)
+
+bench-docker:
+	$(MAKE) bench METHODS=phaul-docker-lazy,phaul-docker,docker,podman-pre,podman,phaul-runc \
+		WORKLOADS=64-6.25 OUT=build/bench/docker.json
+
+# docs/benchmarks.md and its picture are what the last `make bench` wrote.
+bench-docs:
+	cp build/bench/benchmarks.md build/bench/benchmarks.svg docs/
+
+build/bench/phaul-go: tests/bench/go/main.go tests/bench/go/build.sh .venv/.system
+	@echo "building $@"
+	@sh tests/bench/go/build.sh $@
+
+$(VENV)/.bench: .venv/.ready
+	@$(PYTHON) -m pip install -q -e '.[bench]'
+	@touch $@
 
 # -- the rest ----------------------------------------------------------------------------
 
@@ -93,4 +117,5 @@ down:
 clean: down
 	rm -rf $(VENV) build dist *.egg-info
 
-.PHONY: all system venv lab demo test test-all lint unit e2e faults faults-random bench-docker proto down clean
+.PHONY: all system venv lab demo test test-all lint unit e2e faults faults-random bench bench-docker \
+	bench-docs proto down clean

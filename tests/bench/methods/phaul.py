@@ -1,0 +1,176 @@
+"""phaul-runtime, as a user types it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, ClassVar
+
+from tests.bench.methods.base import MOVE_S, NAME, Unavailable
+from tests.bench.methods.bundle import Bundle
+from tests.bench.methods.engine import OfDocker
+from tests.bench.methods.plain import Namespaced, Plain
+from tests.bench.result import Carried
+from tests.e2e.conftest import Hosts
+
+PAGE = 4096
+
+
+def parse_report(report: dict[str, Any]) -> Carried:
+    """What the report says."""
+    final = int(report["final_pages_written"])
+    rounds = report["iterations"]
+    first = rounds[0] if rounds else None
+    return Carried(
+        pages=final + int(report["final_pages_skipped"]),
+        final_pages=final,
+        bytes=int(report["bytes_transferred"]),
+        steps=dict(report["freeze"]),
+        dumped_pages=final + sum(int(each["pages_written"]) for each in rounds),
+        rounds=len(rounds),
+        downtime_ms=report["downtime_ms"],
+        lazy_complete_ms=report.get("lazy_complete_ms"),
+        first_round_mib_s=first and first["bytes"] / 2**20 / (first["duration_ms"] / 1000),
+    )
+
+
+class _Phaul:
+    """The command, with a configuration of its own."""
+
+    key: ClassVar[str]
+    policy = "budget"
+    restore = "full"
+    engine = "process"
+    flags: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def _path(cls) -> str:
+        return f"/var/tmp/bench-{cls.key}.yaml"
+
+    @classmethod
+    def configure(cls, hosts: Hosts) -> None:
+        """Lay the configuration on both hosts, if the version there knows all of it."""
+        text = f"policy:\n  name: {cls.policy}\n"
+        restore = f"restore: {cls.restore}\n"
+        check = 'printf %s "$1" > $2 && phaul-runtime config check $2 >&2'
+        for host in ("a", "b"):
+            argv = ["sh", "-c", check, "sh", text + restore, cls._path()]
+            if hosts.lab.exec(host, argv, check=False).returncode == 0:
+                continue
+            if cls.restore != "full":
+                raise Unavailable(f"this phaul-runtime has no `restore: {cls.restore}`")
+            hosts.sh(host, check, text, cls._path())
+
+    def migrate(self, hosts: Hosts, target: str, to: str = "ssh://root@b") -> Carried:
+        """`phaul-runtime migrate`."""
+        argv = ["phaul-runtime", "migrate", target, "--engine", self.engine, "--to", to]
+        argv += ["--config", self._path(), "--output", "json", *self.flags]
+        done = hosts.lab.exec("a", argv, check=False, timeout=MOVE_S)
+        if done.returncode != 0:
+            tail = " | ".join((done.stderr or done.stdout).strip().splitlines()[-3:])
+            raise RuntimeError(f"phaul-runtime ended with {done.returncode}: {tail}")
+        return parse_report(json.loads(done.stdout.splitlines()[-1]))
+
+
+class PhaulFull(_Phaul, Plain):
+    """Process engine; all of memory is there before it runs."""
+
+    key = "phaul-full"
+    title = "phaul-runtime, process, full"
+    flags: ClassVar[tuple[str, ...]] = ("--files", "copy")
+
+    @classmethod
+    def prepare(cls, hosts: Hosts) -> None:
+        """See `Method`."""
+        cls.configure(hosts)
+
+    def move(self) -> Carried:
+        """See `Method`."""
+        return self.migrate(self.hosts, str(self.pid))
+
+
+class PhaulLazy(PhaulFull):
+    """Process engine; memory that went over is paged in after it runs."""
+
+    key = "phaul-lazy"
+    title = "phaul-runtime, process, lazy"
+    restore = "lazy"
+    lazy = True
+
+
+class PhaulPolicy(PhaulFull):
+    """The ancestor's constants for when pre-copy ends."""
+
+    key = "phaul-policy"
+    title = "phaul-runtime, process, full, policy: phaul"
+    policy = "phaul"
+
+
+class PhaulLocal(_Phaul, Namespaced):
+    """Within one host."""
+
+    key = "phaul-local"
+    title = "phaul-runtime, process, full, local:"
+
+    @classmethod
+    def prepare(cls, hosts: Hosts) -> None:
+        """See `Method`."""
+        cls.configure(hosts)
+
+    def move(self) -> Carried:
+        """See `Method`."""
+        return self.migrate(self.hosts, str(self.pid), "local:")
+
+
+class PhaulRunc(_Phaul, Bundle):
+    """A container of runc."""
+
+    key = "phaul-runc"
+    title = "phaul-runtime, runc, full"
+    engine = "runc"
+
+    @classmethod
+    def prepare(cls, hosts: Hosts) -> None:
+        """See `Method`."""
+        cls.configure(hosts)
+
+    def move(self) -> Carried:
+        """See `Method`."""
+        if self.workload.redis:
+            self.flags: tuple[str, ...] = ("--tcp-established",)  # type: ignore[misc]
+        return self.migrate(self.hosts, NAME)
+
+
+class PhaulRuncLazy(PhaulRunc):
+    """The same, paged in after it runs."""
+
+    key = "phaul-runc-lazy"
+    title = "phaul-runtime, runc, lazy"
+    restore = "lazy"
+    lazy = True
+
+
+class PhaulDocker(_Phaul, OfDocker):
+    """A container of docker."""
+
+    key = "phaul-docker"
+    title = "phaul-runtime, docker, full"
+    engine = "docker"
+
+    @classmethod
+    def prepare(cls, hosts: Hosts) -> None:
+        """See `Method`."""
+        super().prepare(hosts)
+        cls.configure(hosts)
+
+    def move(self) -> Carried:
+        """See `Method`."""
+        return self.migrate(self.hosts, NAME)
+
+
+class PhaulDockerLazy(PhaulDocker):
+    """The same, paged in after it runs."""
+
+    key = "phaul-docker-lazy"
+    title = "phaul-runtime, docker, lazy"
+    restore = "lazy"
+    lazy = True
