@@ -121,6 +121,10 @@ def write(results: Results, out: Path) -> str:
     return text
 
 
+def _words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
+
+
 def main() -> int:
     """Measure, write, print; 1 if anything failed or was wrong."""
     parser = argparse.ArgumentParser(prog="tests.bench")

@@ -134,7 +134,9 @@ def readings(results: Results) -> list[tuple[str, float | None]]:
         own = spread(results, SMALL, key, lambda run: run.carried.own_ms)
         reported = spread(results, SMALL, key, lambda run: run.carried.downtime_ms)
         found.append((f"own share of the freeze at 64 MiB idle, {key}", ratio(own, reported)))
-        found.append((f"own part of the freeze at 64 MiB idle, ms, {key}", own and own.median))
+        found.append(
+            (f"own part of the freeze at 64 MiB idle, ms, {key}", own.median if own else None)
+        )
     raw = Spread.of(results.raw_mib_s)
     for workload in workloads(results):
         pages = spread(
@@ -195,15 +197,15 @@ def markdown(results: Results, plot: str | None) -> str:
     lines = [
         "# Benchmarks",
         "",
-        "Made by `make bench` (tests/bench), in two emulated hosts: read ratios within one table,",
-        "never milliseconds. Downtime is what an observer outside both hosts sees on its own clock:",
-        "from the last sign of life at the source to the first at the destination.",
+        "Made by `make bench` (tests/bench), in two emulated hosts: read ratios within a table,",
+        "never milliseconds. Downtime is what an observer outside both hosts sees on its own",
+        "clock: from the last sign of life at the source to the first at the destination.",
         "",
         f"    {results.command}",
         "",
-        f"Medians of {results.runs} interleaved runs. downtime, pause (the longest other silence),",
-        "lazy (until the last page is in, as reported): ms. wire: both ways. final: pages dumped in",
-        "the freeze. wrong: pages after all were verified at the destination, in all runs.",
+        f"Medians of {results.runs} interleaved runs. downtime, pause (the longest other silence)",
+        "and lazy (until the last page is in, as reported) are ms; wire: both ways; final: pages",
+        "dumped in the freeze; wrong: pages in all runs, after all were verified at the destination.",
         "",
         *([f"![downtime, total time, wire]({plot})", ""] if plot else []),
         "## Read off",
