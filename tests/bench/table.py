@@ -205,7 +205,7 @@ def markdown(results: Results, plot: str | None) -> str:
         "",
         f"Medians of {results.runs} interleaved runs. downtime, pause (the longest other silence)",
         "and lazy (until the last page is in, as reported) are ms; wire: both ways; final: pages",
-        "dumped in the freeze; wrong: pages in all runs, after all were verified at the destination.",
+        "dumped in the freeze; wrong: pages in all runs, verified at the destination.",
         "",
         *([f"![downtime, total time, wire]({plot})", ""] if plot else []),
         "## Read off",
