@@ -245,6 +245,7 @@ static int observer(const char *text, struct sockaddr_in *to)
 {
 	char host[64];
 	const char *colon = strrchr(text, ':');
+	int fd, yes = 1;
 
 	if (!colon || (size_t)(colon - text) >= sizeof(host))
 		return -1;
@@ -254,7 +255,13 @@ static int observer(const char *text, struct sockaddr_in *to)
 	to->sin_port = htons(atoi(colon + 1));
 	if (inet_pton(AF_INET, host, &to->sin_addr) != 1)
 		return -1;
-	return socket(AF_INET, SOCK_DGRAM | SOCK_NONBLOCK, 0);
+	fd = socket(AF_INET, SOCK_DGRAM | SOCK_NONBLOCK, 0);
+	/* A copy on the same host, before this one has ended, gets the same port. */
+	if (fd >= 0 && setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof(yes))) {
+		close(fd);
+		return -1;
+	}
+	return fd;
 }
 
 static int run(const struct options *o, int ready)

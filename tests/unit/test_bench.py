@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests/lab"))
 
 from tests.bench.__main__ import plan
 from tests.bench.methods import METHODS
-from tests.bench.methods.base import parse_carried, with_rounds
+from tests.bench.methods.base import failure, parse_carried, with_rounds
 from tests.bench.methods.phaul import parse_report
 from tests.bench.plot import draw
 from tests.bench.result import Carried, Cell, Results, Run, Spread
@@ -152,6 +152,11 @@ def test_what_a_script_says() -> None:
     assert with_rounds(found).dumped_pages == 7
     with pytest.raises(ValueError, match="did not say"):
         parse_carried("")
+
+
+def test_how_a_command_ended() -> None:
+    said = failure("/var/tmp/x", 3, "one\ntwo\n  three\nfour\n")
+    assert said == "x ended with 3: two | three | four"
 
 
 def test_what_a_report_says() -> None:

@@ -81,8 +81,20 @@ class Method(ABC):
 
     def run_script(self, name: str, *args: str) -> Carried:
         """Run it; its last line is what was carried."""
-        done = self.hosts.lab.exec("a", ["bash", f"/var/tmp/{name}", *args], timeout=MOVE_S)
+        return self.run_mover("bash", f"/var/tmp/{name}", *args)
+
+    def run_mover(self, *argv: str) -> Carried:
+        """Run a command on a whose last line is what was carried."""
+        done = self.hosts.lab.exec("a", argv, timeout=MOVE_S, check=False)
+        if done.returncode:
+            raise RuntimeError(failure(argv[0], done.returncode, done.stderr or done.stdout))
         return parse_carried(done.stdout)
+
+
+def failure(what: str, code: int, output: str) -> str:
+    """One line of how a command ended."""
+    tail = " | ".join(line.strip() for line in output.strip().splitlines()[-3:])
+    return f"{what.rpartition('/')[2]} ended with {code}: {tail}"
 
 
 def parse_carried(output: str) -> Carried:

@@ -75,8 +75,7 @@ class _Phaul:
         argv += ["--config", self._path(), "--output", "json", *self.flags]
         done = hosts.lab.exec("a", argv, check=False, timeout=MOVE_S)
         if done.returncode != 0:
-            tail = " | ".join((done.stderr or done.stdout).strip().splitlines()[-3:])
-            raise RuntimeError(f"phaul-runtime ended with {done.returncode}: {tail}")
+            raise RuntimeError(failure(argv[0], done.returncode, done.stderr or done.stdout))
         return parse_report(json.loads(done.stdout.splitlines()[-1]))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.bench.methods.base import MOVE_S, Method, Unavailable, parse_carried
+from tests.bench.methods.base import Method, Unavailable
 from tests.bench.result import Carried
 from tests.e2e.conftest import Dirtier, Hosts, wait_until
 
@@ -88,5 +88,4 @@ class GoPhaul(Namespaced):
 
     def move(self) -> Carried:
         """See `Method`."""
-        argv = ["/var/tmp/phaul-go", str(self.pid), IMAGES]
-        return parse_carried(self.hosts.lab.exec("a", argv, timeout=MOVE_S).stdout)
+        return self.run_mover("/var/tmp/phaul-go", str(self.pid), IMAGES)
