@@ -155,7 +155,8 @@ def main() -> int:
     results = Results.load(given.out) if resumed else Results(given.runs)
     results.runs = given.runs
     words = [f"{name.upper()}={getattr(given, name)}" for name in ("runs", "methods", "workloads")]
-    results.command = shlex.join(["make", "bench", *(w for w in words if not w.endswith("="))])
+    words = ["make", "bench", *(word for word in words if not word.endswith("="))]
+    results.command = results.command or shlex.join(words)
     hosts = Hosts(Lab())
     results.versions = {n: hosts.sh("a", script, check=False) for n, script in VERSIONS.items()}
     run_all(hosts, turns, results, given.out)

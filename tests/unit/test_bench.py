@@ -134,6 +134,10 @@ def test_the_tables_have_medians_spread_and_failures() -> None:
     assert all(line.endswith("|") for line in rows)
 
 
+def test_a_title_is_one_column() -> None:
+    assert not any("|" in method.title for method in METHODS.values())
+
+
 def test_tables_of_nothing() -> None:
     assert "## Read off" in markdown(Results(runs=1), None)
 

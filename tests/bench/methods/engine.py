@@ -51,7 +51,7 @@ class Docker(OfDocker):
     """Docker's own checkpoint and start."""
 
     key = "docker"
-    title = "docker checkpoint, tar | ssh, docker start"
+    title = "docker checkpoint, tar over ssh, docker start"
     script = "docker-checkpoint.sh"
 
     def move(self) -> Carried:

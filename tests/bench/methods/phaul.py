@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, ClassVar
 
-from tests.bench.methods.base import MOVE_S, NAME, Unavailable
+from tests.bench.methods.base import MOVE_S, NAME, Unavailable, failure
 from tests.bench.methods.bundle import Bundle
 from tests.bench.methods.engine import OfDocker
 from tests.bench.methods.plain import Namespaced, Plain
