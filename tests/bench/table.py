@@ -177,6 +177,17 @@ def dumped_bytes(run: Run) -> float:
     return pages * PAGE
 
 
+def _step_rows(results: Results) -> Iterable[list[str]]:
+    for workload in workloads(results):
+        for key in methods(results, workload.key):
+            runs = results.of(workload.key, key)
+            names = dict.fromkeys(name for run in runs for name in run.carried.steps)
+            steps = {name: Spread.of(run.carried.steps.get(name) for run in runs) for name in names}
+            if steps:
+                text = ", ".join(f"{name} {_figure(found)}" for name, found in steps.items())
+                yield [f"{workload.key} {key}", text]
+
+
 def _growth_rows(results: Results) -> Iterable[list[str]]:
     idle = [w for w in workloads(results) if not w.hot_percent and not w.redis]
     for key in METHODS:
@@ -229,6 +240,12 @@ def markdown(results: Results, plot: str | None) -> str:
         *grid(heads, _wire_rows(results)),
         f"A plain socket carries {_figure(raw, '.1f')} MiB/s ({_range(raw, '.1f')}) from a to b.",
         "",
+        "## Steps of the freeze",
+        "",
+        "As each command timed them, ms, medians. In ours images and restore are parts of prepare,",
+        "the others follow each other.",
+        "",
+        *grid(["", "steps"], _step_rows(results)),
         "## Versions and remarks",
         "",
         *(f"- {name} {version}" for name, version in results.versions.items()),

@@ -132,6 +132,7 @@ def test_the_tables_have_medians_spread_and_failures() -> None:
     assert "![downtime, total time, wire](x.svg)" in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert all(line.endswith("|") for line in rows)
+    assert "| 256-10 runc | dump 100, restore 200 |" in text
 
 
 def test_a_title_is_one_column() -> None:
@@ -172,7 +173,7 @@ def test_what_a_report_says() -> None:
         "final_pages_written": 3,
         "final_pages_skipped": 97,
         "bytes_transferred": 99,
-        "freeze": {"dump": 10.0, "prepare": 30.0, "restore": 20.0},
+        "freeze": {"dump_ms": 10.0, "prepare_ms": 30.0, "restore_ms": 20.0},
         "iterations": rounds,
         "downtime_ms": 50.0,
     }

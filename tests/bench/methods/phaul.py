@@ -24,7 +24,7 @@ def parse_report(report: dict[str, Any]) -> Carried:
         pages=final + int(report["final_pages_skipped"]),
         final_pages=final,
         bytes=int(report["bytes_transferred"]),
-        steps=dict(report["freeze"]),
+        steps={name.removesuffix("_ms"): ms for name, ms in report["freeze"].items()},
         dumped_pages=final + sum(int(each["pages_written"]) for each in rounds),
         rounds=len(rounds),
         downtime_ms=report["downtime_ms"],
