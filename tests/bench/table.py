@@ -80,7 +80,7 @@ def workload_table(results: Results, workload: Workload) -> list[str]:
             if (cell.workload, cell.method) == (workload.key, key)
         )
         if not runs:
-            rows.append([METHODS[key].title, *["failed", *[""] * 8]])
+            rows.append([METHODS[key].title, *["failed", *[""] * 9]])
             continue
 
         def of(pick: Pick, key: str = key) -> Spread | None:
@@ -91,6 +91,7 @@ def workload_table(results: Results, workload: Workload) -> list[str]:
         rows.append(
             [
                 METHODS[key].title + (f" ({failed} failed)" if failed else ""),
+                str(len(runs)),
                 _figure(freeze),
                 _range(freeze),
                 _times(ratio(freeze, base or None)),
@@ -103,7 +104,7 @@ def workload_table(results: Results, workload: Workload) -> list[str]:
             ]
         )
     heads = [
-        "", "downtime", "spread", "ratio", "pause", "total s", "wire MB", "final pages", "lazy ms",
+        "", "runs", "downtime", "spread", "ratio", "pause", "total s", "wire MB", "final pages", "lazy ms",
         "wrong",
     ]  # fmt: skip
     return [f"### {workload.title}", "", *grid(heads, rows)]

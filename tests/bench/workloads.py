@@ -62,9 +62,10 @@ def parse(key: str) -> Workload:
 
 # Which method moves what unless something else is asked for: all where they are compared side by
 # side, few for the growth with memory and for hot regions.
-ALL = ("idle-64", "256-10")
 SIZES = ("phaul-lazy", "phaul-full", "criu", "runc")
 HOT = ("phaul-lazy", "phaul-full", "phaul-policy")
+# What takes minutes each time and is no close call is measured in the first turn only.
+ONCE = {"idle-1024": ("criu", "runc")}
 PLAN: dict[str, tuple[str, ...] | None] = {
     "idle-64": None,
     "idle-256": SIZES,
