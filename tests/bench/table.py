@@ -104,8 +104,8 @@ def workload_table(results: Results, workload: Workload) -> list[str]:
             ]
         )
     heads = [
-        "", "runs", "downtime", "spread", "ratio", "pause", "total s", "wire MB", "final pages", "lazy ms",
-        "wrong",
+        "", "runs", "downtime", "spread", "ratio", "pause", "total s", "wire MB", "final pages",
+        "lazy ms", "wrong",
     ]  # fmt: skip
     return [f"### {workload.title}", "", *grid(heads, rows)]
 
