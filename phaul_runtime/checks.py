@@ -33,6 +33,7 @@ CHECKS = {
     "kernel": "the destination's kernel is not older than the source's",
     "cpu": "the destination's CPU has what the source's has",
     "dirty-tracking": "the source's kernel tracks dirty pages; without it there is no pre-copy",
+    "lazy-pages": "the destination can restore lazily, where restore is lazy",
     "workdir": "the working directories are private and in memory",
     "state": "the journals' directories are private and outlive a reboot",
     "leftovers": "nothing of earlier migrations is left on either host",
@@ -110,6 +111,14 @@ def compare_hosts(
     elif source.criu_version:
         add(here, "dirty-tracking", OK, "dirty pages are tracked")
     return found
+
+
+def check_lazy(facts: pb.HostFacts) -> Finding:
+    """Whether that host can do what `restore: lazy` asks for."""
+    if facts.lazy_pages:
+        return Finding("lazy-pages", OK, "userfaultfd is there")
+    text = "its kernel has no userfaultfd that CRIU can use, and restore is lazy"
+    return Finding("lazy-pages", REFUSED, text, "--restore auto")
 
 
 def _one_host(host: str, facts: pb.HostFacts, add: _Add) -> None:

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 _IMAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.(img|json)")
 MEMORY_WITHIN_S = 30.0
+CANNOT_BE_LAZY = "this engine, as configured, cannot restore lazily"
 
 
 def checked_json(data: bytes, what: str) -> dict[str, Any]:
@@ -137,6 +138,8 @@ class Incoming:
             self._lazy = LazyRestore(
                 str(self.journal.facts["restore"]), self._dir, f"{self.id}-pager", self._cannot
             )
+            if self.journal.facts["restore"] == "lazy" and not self._engine.can_be_lazy:
+                raise DestinationError(CANNOT_BE_LAZY, hint="--restore auto")
             self._lazy.begin()
         except OSError as error:
             self.abort()
@@ -148,7 +151,7 @@ class Incoming:
     def _cannot(self) -> str:
         """Why this host or engine cannot restore lazily."""
         if not self._engine.can_be_lazy:
-            return "the engine cannot restore lazily"
+            return CANNOT_BE_LAZY
         if not self._criu.feature_check().lazy_pages:
             return "this kernel has no userfaultfd for CRIU"
         return ""

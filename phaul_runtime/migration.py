@@ -20,6 +20,7 @@ from phaul_runtime.api import PhaulConfig
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.checks import (
     HostFinding,
+    check_lazy,
     check_rsync,
     compare_hosts,
     judge,
@@ -200,7 +201,10 @@ class Migration:
         self._here = gather_facts(self.config.workdir, self.config.state_dir, self.criu)
         there = self._there = session.agent.hello()
         self._same_host = self._here.boot_id == there.boot_id
-        return compare_hosts(self._here, there, (HERE, session.agent.name))
+        findings = compare_hosts(self._here, there, (HERE, session.agent.name))
+        if self.config.restore == "lazy":
+            findings.append(HostFinding(session.agent.name, check_lazy(there)))
+        return findings
 
     def _target_findings(
         self, session: _Session, inspection: Inspection
