@@ -10,7 +10,8 @@ trap 'rm -rf "$work"' EXIT
 mmdebstrap -q --variant=minbase \
     --include=golang-go,golang-github-checkpoint-restore-go-criu-dev,golang-golang-x-sys-dev,golang-google-protobuf-dev \
     trixie "$work/root"
-mkdir "$work/root/driver"
+mkdir -p "$work/root/driver" "$work/root/root/.config/go/telemetry"
+echo off >"$work/root/root/.config/go/telemetry/mode"
 cp "$here/main.go" "$work/root/driver"
 chroot "$work/root" env GOROOT=/usr/lib/go GO111MODULE=off GOPATH=/usr/share/gocode CGO_ENABLED=0 GOCACHE=/tmp/cache \
     HOME=/root go build -o /driver/phaul-go /driver/main.go
