@@ -76,6 +76,7 @@ def hot(hosts: Hosts) -> Iterator[Dirtier]:
     hosts.sh("a", f"sleep 0.5; rmdir {GROUP}", check=False)
 
 
+@pytest.mark.thorough
 def test_a_hot_process_converges_and_is_slow_nowhere_afterwards(hosts: Hosts, hot: Dirtier) -> None:
     hosts.sh("a", f"echo '150000 50000' > {GROUP}/cpu.max")
     moved = hosts.migrate("a", hot.pid, "ssh://root@b", "--files", "copy", *configured(hosts))
@@ -110,6 +111,7 @@ def test_a_killed_command_leaves_it_slow_until_recover(hosts: Hosts, hot: Dirtie
     wait_until("b is clean", lambda: hosts.leftovers("b") == "")
 
 
+@pytest.mark.thorough
 def test_a_cancelled_move_leaves_it_as_fast_as_it_was(hosts: Hosts, hot: Dirtier) -> None:
     argv = ["phaul-runtime", "migrate", str(hot.pid), "--to", "ssh://root@b", "--output", "json"]
     argv += ["--files", "copy", *configured(hosts)]
@@ -140,6 +142,7 @@ def test_a_process_among_others_is_moved_without(hosts: Hosts) -> None:
     assert cpu_max(hosts, "b", group_of(hosts, "b", victim.pid)) == UNLIMITED
 
 
+@pytest.mark.thorough
 def test_a_hot_container_converges_and_keeps_its_own_limit(
     hosts: Hosts, containers: Containers
 ) -> None:
