@@ -5,9 +5,7 @@ This is what `phaul-runtime migrate` runs; a program that wants the whole of it 
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import secrets
 import socket
 import time
@@ -41,7 +39,6 @@ from phaul_runtime.engine import (
 )
 from phaul_runtime.errors import (
     CriuError,
-    DestinationUnreachable,
     MigrationFailed,
     OutcomeUnknown,
     PhaulError,
@@ -64,17 +61,17 @@ from phaul_runtime.events import (
     nobody,
 )
 from phaul_runtime.hostfacts import gather_facts
-from phaul_runtime.images import remove_tree
-from phaul_runtime.journal import Journal, forget_old, lock_directory
+from phaul_runtime.journal import Journal, forget_old
 from phaul_runtime.lifecycle import COMMITTED, ON_ROLLBACK, PRE_FREEZE, move_of
 from phaul_runtime.policy import AncestorPolicy, BudgetPolicy, Policy
 from phaul_runtime.recovery import Recovery
 from phaul_runtime.remote import RemoteAgent
 from phaul_runtime.report import Iteration, MigrationReport
 from phaul_runtime.rpc import phaul_pb2 as pb
+from phaul_runtime.session import Session
 from phaul_runtime.states import Role, State, Verdict
 from phaul_runtime.throttle import FACT, Throttle
-from phaul_runtime.transport import Channel, Destination, load_transport
+from phaul_runtime.transport import Destination, load_transport
 from phaul_runtime.trees import STAGED, Tree, trees_to_carry
 
 if TYPE_CHECKING:
@@ -130,7 +127,7 @@ class Migration:
         """
         engine, destination = self._understand()
         try:
-            with _Session(self, destination) as session:
+            with self._session(destination) as session:
                 inspection, differing = self._preflight(session, engine)
                 if dry_run:
                     return self._finish_report(MigrationReport("checked"), destination)
@@ -160,7 +157,7 @@ class Migration:
         destination = Destination.parse(self.config.transport.to or "")
         load_transport(destination)
         engine = load_engine(self.config.engine) if self.target else None
-        with _Session(self, destination) as session:
+        with self._session(destination) as session:
             findings = self._host_findings(session)
             if engine is not None:
                 source = self._source_half(engine)
@@ -176,6 +173,9 @@ class Migration:
         report = MigrationReport(result, error=str(error), exit_code=int(error.exit_code))
         report.logs = self._keep_logs(error)
         return self._finish_report(report, None)
+
+    def _session(self, destination: Destination) -> Session:
+        return Session(self.config, destination, self.id, self.cancellation, self.roll_back)
 
     # -- steps -----------------------------------------------------------------------------
 
@@ -197,7 +197,7 @@ class Migration:
 
     _options: Any = None
 
-    def _host_findings(self, session: _Session) -> list[HostFinding]:
+    def _host_findings(self, session: Session) -> list[HostFinding]:
         self._here = gather_facts(self.config.workdir, self.config.state_dir, self.criu)
         there = self._there = session.agent.hello()
         self._same_host = self._here.boot_id == there.boot_id
@@ -207,7 +207,7 @@ class Migration:
         return findings
 
     def _target_findings(
-        self, session: _Session, inspection: Inspection
+        self, session: Session, inspection: Inspection
     ) -> tuple[list[HostFinding], list[str]]:
         """What speaks against this target, and the paths of files that differ."""
         findings = [HostFinding(HERE, f) for f in inspection.findings]
@@ -286,7 +286,7 @@ class Migration:
         """What the engine's other half is told: its own, and what the core decides."""
         return {**inspection.manifest, "rootfs": self.config.filesystem.rootfs}
 
-    def _preflight(self, session: _Session, engine: Engine) -> tuple[Inspection, list[str]]:
+    def _preflight(self, session: Session, engine: Engine) -> tuple[Inspection, list[str]]:
         self._source = self._source_half(engine)
         ignore = self.config.checks.ignore
         # The hosts first: an inspection as an ordinary user would fail for the wrong reason.
@@ -299,7 +299,7 @@ class Migration:
         return inspection, differing
 
     def _move(
-        self, session: _Session, engine: Engine, inspection: Inspection, differing: list[str]
+        self, session: Session, engine: Engine, inspection: Inspection, differing: list[str]
     ) -> MigrationReport:
         agent = session.agent
         config = self.config
@@ -522,8 +522,10 @@ class Migration:
         state = self._journal.state if self._journal else None
         return state is not None and not state.settled
 
-    def roll_back(self, session: _Session, reason: BaseException) -> None:
-        """Undo everything on both sides; the source runs already or still."""
+    def roll_back(self, session: Session, reason: BaseException) -> None:
+        """Undo everything on both sides, if anything was begun; the source runs, or runs again."""
+        if not self.begun:
+            return
         self._journal_quietly(State.ABORTING)
         if self._cut_over is not None:
             self._cut_over.end()
@@ -591,68 +593,3 @@ class Migration:
             self.listener(Warned(f"logs cannot be kept in {directory}: {problem.strerror}"))
             return ""
         return str(directory)
-
-
-class _Session:
-    """Channel, agent and working directory of one migration, and their clean-up."""
-
-    def __init__(self, migration: Migration, destination: Destination) -> None:
-        self._migration = migration
-        self._config = migration.config
-        self._destination = destination
-        self._channel: Channel | None = None
-        self._memory: socket.socket | None = None
-        self._workdir: Path | None = None
-        self._workdir_lock = -1
-        self.agent: RemoteAgent
-
-    def __enter__(self) -> _Session:
-        cancellation = self._migration.cancellation
-        timeouts = self._config.timeouts
-        self._channel = load_transport(self._destination).open(
-            self._destination, self._config, cancellation, self._migration.id
-        )
-        self.agent = RemoteAgent(
-            self._channel,
-            call_s=timeouts.call_s,
-            prepare_s=timeouts.prepare_s,
-            commit_s=timeouts.commit_s,
-            cancellation=cancellation,
-        )
-        return self
-
-    def make_workdir(self) -> Path:
-        self._workdir = Path(self._config.workdir) / f"out-{self._migration.id}"
-        try:
-            self._workdir.mkdir(mode=0o700, parents=True)
-        except OSError as error:
-            raise Refused(f"cannot create {self._workdir}: {error.strerror}") from error
-        self._workdir_lock = lock_directory(self._workdir)
-        return self._workdir
-
-    def open_memory(self) -> socket.socket:
-        if self._channel is None:
-            raise DestinationUnreachable("the channel is closed")
-        self._memory = self._channel.open_memory(self._migration.id)
-        return self._memory
-
-    def cut_memory(self) -> None:
-        """The agent is lost: CRIU gives up on this, and lets the tree run."""
-        if self._memory is not None:
-            with contextlib.suppress(OSError):
-                self._memory.shutdown(socket.SHUT_RDWR)
-
-    def __exit__(self, kind: Any, value: BaseException | None, trace: Any) -> None:
-        unknown = isinstance(value, OutcomeUnknown)
-        if value is not None and not unknown and self._migration.begun:
-            self._migration.roll_back(self, value)
-        if self._memory is not None:
-            self._memory.close()
-        self.agent.close()
-        if self._channel is not None:
-            self._channel.close()
-        # After an unknown outcome it is the recovery that puts away.
-        if self._workdir is not None and not unknown:
-            remove_tree(self._workdir)
-        if self._workdir_lock >= 0:
-            os.close(self._workdir_lock)
