@@ -185,7 +185,10 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
 
     @_answers(pb.FilledReply)
     def Filled(self, request: pb.MigrationRef, _context: object) -> pb.FilledReply:  # noqa: D102, N802
-        now = self.find(request.id).filled()
+        incoming = self.find(request.id)
+        if incoming.full_because:
+            return pb.FilledReply(over=True, full_because=incoming.full_because)
+        now = incoming.filled()
         return pb.FilledReply() if now is None else pb.FilledReply(**asdict(now))
 
     @_answers(pb.BeatReply)

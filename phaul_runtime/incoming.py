@@ -352,7 +352,7 @@ class Incoming:
                 log.warning("%s: the held copy was lost: %s; rebuilding it", self.id, error)
         if not self._resumed_at:
             self._engine.discard()
-            self._lazy.stop()
+            self._lazy.stop("the copy was rebuilt after the loss of the first")
             self._restore(images_dir)
             self._held = False
             self._resumed_at = self._engine.resume()
@@ -389,6 +389,11 @@ class Incoming:
         except PhaulError as error:
             log.error("%s: %s", self.id, error)
             self._filled = error
+
+    @property
+    def full_because(self) -> str:
+        """Why the copy has no pager; empty if it has, or may yet have."""
+        return self._lazy.why_not
 
     def filled(self) -> Filled | None:
         """How far the pager of the running copy is; None before anything is known.

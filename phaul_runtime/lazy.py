@@ -33,6 +33,8 @@ _PLACE = "pager"
 _PLAN = "plan"
 _START_S = 60.0
 _ANSWER_S = 10.0
+# A pager whose agent is gone and that nothing needs ends after that.
+_GRACE_S = 5.0
 STALLED_S = 120.0
 _POLL_S = 0.2
 
@@ -89,7 +91,8 @@ class LazyRestore:
             if self._why_not:
                 return
             self._place.mkdir(mode=0o700, exist_ok=True)
-            self._pager = PagerClient.start(self._place, timeout_s=_START_S)
+            grace = ("--grace", f"{_GRACE_S:g}")
+            self._pager = PagerClient.start(self._place, timeout_s=_START_S, extra=grace)
             for pid in filter(None, self._pager.status()["pids"]):
                 self._group = cgroup.adopt(self._name, pid)
         except (OSError, PhaulError) as error:
@@ -186,11 +189,11 @@ class LazyRestore:
             self._pager.close()
         cgroup.remove(self._group)
 
-    def stop(self) -> None:
+    def stop(self, why: str = "the pager was stopped") -> None:
         """Nothing that needs it runs: end it; idempotent, never raises."""
         if self._starting is not None:
             self._starting.join(_START_S)
-        self._why_not = self._why_not or "the pager was stopped"
+        self._why_not = self._why_not or why
         pager, self._pager = self._pager, None
         if pager is not None:
             with contextlib.suppress(PhaulError):

@@ -39,6 +39,7 @@ from phaul_runtime.engine import (
 )
 from phaul_runtime.errors import (
     CriuError,
+    DestinationError,
     MigrationFailed,
     OutcomeUnknown,
     PhaulError,
@@ -80,6 +81,8 @@ if TYPE_CHECKING:
 HERE = "here"
 _RETRY_S = 1.0
 _FILL_POLL_S = 0.3
+# Longer than the destination itself waits, which knows the reason.
+_FILL_STALLED_S = 180.0
 
 
 def policy_from(config: Config) -> Policy:
@@ -373,15 +376,23 @@ class Migration:
         report.restore = f"full: {full_because}" if full_because else "lazy"
         if full_because:
             return
+        missing, since = -1, time.monotonic()
         try:
             while not (now := agent.filled()).over:
                 self.listener(Filling(now.pages, now.missing))
+                if now.missing != missing:
+                    missing, since = now.missing, time.monotonic()
+                elif time.monotonic() - since > _FILL_STALLED_S:
+                    raise DestinationError("no page has come for long")
                 time.sleep(_FILL_POLL_S)
         except PhaulError as error:
             report.warnings.append(
                 f"it is not known whether the last page has arrived: {error.message}; "
                 "if the pager there was killed, the copy reads zeros"
             )
+            return
+        if now.full_because:
+            report.restore = f"full: {now.full_because}"
             return
         report.lazy_complete_ms = now.ms
         report.lazy = {

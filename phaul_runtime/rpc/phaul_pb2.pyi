@@ -281,7 +281,7 @@ class CommitReply(_message.Message):
     def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., pid: _Optional[int] = ..., since_resume_ms: _Optional[float] = ...) -> None: ...
 
 class FilledReply(_message.Message):
-    __slots__ = ("error", "over", "pages", "missing", "faults", "worst_fault_ms", "ms")
+    __slots__ = ("error", "over", "pages", "missing", "faults", "worst_fault_ms", "ms", "full_because")
     ERROR_FIELD_NUMBER: _ClassVar[int]
     OVER_FIELD_NUMBER: _ClassVar[int]
     PAGES_FIELD_NUMBER: _ClassVar[int]
@@ -289,6 +289,7 @@ class FilledReply(_message.Message):
     FAULTS_FIELD_NUMBER: _ClassVar[int]
     WORST_FAULT_MS_FIELD_NUMBER: _ClassVar[int]
     MS_FIELD_NUMBER: _ClassVar[int]
+    FULL_BECAUSE_FIELD_NUMBER: _ClassVar[int]
     error: Error
     over: bool
     pages: int
@@ -296,7 +297,8 @@ class FilledReply(_message.Message):
     faults: int
     worst_fault_ms: float
     ms: float
-    def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., over: bool = ..., pages: _Optional[int] = ..., missing: _Optional[int] = ..., faults: _Optional[int] = ..., worst_fault_ms: _Optional[float] = ..., ms: _Optional[float] = ...) -> None: ...
+    full_because: str
+    def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., over: bool = ..., pages: _Optional[int] = ..., missing: _Optional[int] = ..., faults: _Optional[int] = ..., worst_fault_ms: _Optional[float] = ..., ms: _Optional[float] = ..., full_because: _Optional[str] = ...) -> None: ...
 
 class BeatReply(_message.Message):
     __slots__ = ("error", "bytes", "state", "failure", "trees")
