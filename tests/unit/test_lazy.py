@@ -1,0 +1,161 @@
+"""When a restore is lazy, and what becomes of one that cannot be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from phaul_runtime import lazy
+from phaul_runtime.errors import DestinationError
+from phaul_runtime.lazy import AUTO_FROM, LazyRestore
+from phaul_runtime.lazyplan import PAGE, LazyPlan, Run, Runs
+
+MIB = 1 << 20
+
+
+class Pager:
+    """A pager that only remembers what it was told."""
+
+    state = "waiting"
+    missing: Sequence[int] = ()
+    broken = ""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self._left = list(self.missing)
+
+    @classmethod
+    def start(cls, workdir: Path, **_: Any) -> Pager:
+        if cls.broken == "start":
+            raise DestinationError("no python there")
+        return cls()
+
+    def plan(self, path: Path, **_: Any) -> None:
+        if self.broken == "plan":
+            raise DestinationError("both are dead")
+        self.said.append(f"plan {LazyPlan.load(path).pages}")
+
+    def status(self, **_: Any) -> dict[str, Any]:
+        if self.broken == "status":
+            raise DestinationError("both are dead")
+        missing = self._left.pop(0) if self._left else 0
+        state = self.state if not self.missing or self._left else "done"
+        return {
+            "state": state,
+            "pids": [0, 0],
+            "pages": 9,
+            "missing": missing,
+            "faults": 1,
+            "worst_fault_ms": 2.0,
+            "ms": 3.0,
+        }
+
+    def stop(self) -> None:
+        self.said.append("stop")
+
+    def close(self) -> None:
+        self.said.append("close")
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> type[Pager]:
+    """Pages as many as `AUTO_FROM`, and a pager that works unless it is told not to."""
+
+    def plan(*_: Any) -> LazyPlan:
+        runs = Runs()
+        runs.append(Run(PAGE, AUTO_FROM // PAGE, 0, 0))
+        return LazyPlan(["/pages-1.img"], {1: runs})
+
+    class Fresh(Pager):
+        pass
+
+    monkeypatch.setattr(lazy, "plan_lazy", plan)
+    monkeypatch.setattr(lazy, "PagerClient", Fresh)
+    monkeypatch.setattr(lazy, "_POLL_S", 0)
+    return Fresh
+
+
+def begun(mode: str, directory: Path, cannot: str = "") -> LazyRestore:
+    found = LazyRestore(mode, directory, "1f-pager", lambda: cannot)
+    found.begin()
+    (directory / "3").mkdir()
+    return found
+
+
+def test_the_pager_gets_its_plan_and_criu_its_socket(tmp_path: Path, planned: type[Pager]) -> None:
+    restore = begun("auto", tmp_path)
+    assert restore.plan(tmp_path / "3")
+    assert restore.why_not == ""
+    socket = tmp_path / "3/lazy-pages.socket"
+    assert socket.readlink() == tmp_path / "pager/lazy-pages.socket"
+
+
+@pytest.mark.parametrize("broken", ["start", "plan"])
+def test_without_a_pager_auto_is_full_and_lazy_fails(
+    tmp_path: Path, planned: type[Pager], broken: str
+) -> None:
+    planned.broken = broken
+    (tmp_path / "auto").mkdir()
+    auto = begun("auto", tmp_path / "auto")
+    assert not auto.plan(tmp_path / "auto/3")
+    assert "no python" in auto.why_not or "both are dead" in auto.why_not
+    (tmp_path / "lazy").mkdir()
+    with pytest.raises(DestinationError, match="no lazy restore"):
+        begun("lazy", tmp_path / "lazy").plan(tmp_path / "lazy/3")
+
+
+def test_little_memory_is_restored_at_once(
+    tmp_path: Path, planned: type[Pager], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lazy, "AUTO_FROM", AUTO_FROM + 1)
+    restore = begun("auto", tmp_path)
+    assert not restore.plan(tmp_path / "3")
+    assert restore.why_not == "16 MiB are restored as fast at once"
+
+
+def test_full_starts_no_pager_and_what_cannot_be_lazy_says_why(
+    tmp_path: Path, planned: type[Pager]
+) -> None:
+    planned.broken = "start"  # would be told if it were started
+    full = LazyRestore("full", tmp_path, "1f-pager")
+    full.begin()
+    assert not full.plan(tmp_path)
+    assert full.why_not == "restore: full"
+    crun = begun("auto", tmp_path, "crun cannot")
+    assert not crun.plan(tmp_path / "3")
+    assert crun.why_not == "crun cannot"
+
+
+def test_a_pager_that_died_before_the_copy_ran_is_noticed(
+    tmp_path: Path, planned: type[Pager]
+) -> None:
+    restore = begun("auto", tmp_path)
+    assert restore.plan(tmp_path / "3")
+    assert not restore.lost()
+    planned.broken = "status"
+    assert restore.lost()
+
+
+def test_it_is_watched_to_the_last_page(tmp_path: Path, planned: type[Pager]) -> None:
+    planned.missing = (0, 8, 4, 0)  # the first answer is asked for at the start
+    planned.state = "filling"
+    restore = begun("auto", tmp_path)
+    assert restore.plan(tmp_path / "3")
+    seen: list[int] = []
+    restore.watch(lambda now: seen.append(now.missing))
+    assert seen == [8, 4, 0]
+
+
+def test_a_pager_that_does_nothing_is_told(
+    tmp_path: Path, planned: type[Pager], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lazy, "STALLED_S", -1.0)
+    planned.missing = (0, 8, 8, 8, 8)
+    planned.state = "filling"
+    restore = begun("auto", tmp_path)
+    assert restore.plan(tmp_path / "3")
+    with pytest.raises(DestinationError, match="8 pages are missing"):
+        restore.watch(lambda now: None)
