@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import grpc
 
-from phaul_runtime import __version__
+from phaul_runtime import __version__, cgroup
 from phaul_runtime.checks import check_cpu, check_space
 from phaul_runtime.criu import Criu
 from phaul_runtime.engine import Finding, load_engine
@@ -276,6 +276,8 @@ class Agent:
             self._server.add_insecure_port(f"unix:{self._sockets / CONTROL}")
         except (OSError, RuntimeError) as error:
             raise Refused(f"cannot listen in {self._sockets}: {error}") from error
+        # Of trees and pagers that ended while no agent was there.
+        cgroup.sweep()
         self._server.start()
         threading.Thread(target=self._accept, name="accept", daemon=True).start()
         threading.Thread(target=self._watch, name="watch", daemon=True).start()

@@ -93,6 +93,18 @@ def sweep() -> None:
                 group.rmdir()
 
 
+def remove_once_empty(name: str, *, within_s: float = 10.0) -> None:
+    """Remove `phaul-runtime/NAME` as soon as what was told to end in it has ended; idempotent."""
+    root = _root()
+    if root is None:
+        return
+    group = root / GROUP / name
+    deadline = time.monotonic() + within_s
+    while group.exists() and time.monotonic() < deadline:
+        remove(group)
+        time.sleep(_POLL_S)
+
+
 def remove(group: Path | None) -> None:
     """Remove a group if nothing lives in it, and the common parent with the last; idempotent."""
     if group is not None:

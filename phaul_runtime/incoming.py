@@ -88,7 +88,7 @@ class Incoming:
         self._engine: DestinationHalf = engine.destination(
             options, criu_log_level=self._log_level, hold_s=float(facts["hold_s"])
         )
-        self._lazy = LazyRestore("full", self._dir, self.id)
+        self._lazy = LazyRestore("full", self._dir, f"{self.id}-pager")
         self._filled: Filled | PhaulError | None = None
         self._held = False
         self._pid = int(facts.get("pid", 0))

@@ -72,7 +72,6 @@ class LazyRestore:
         self._index = ChainIndex()
         self._pager: PagerClient | None = None
         self._starting: threading.Thread | None = None
-        self._group: Path | None = None
 
     @property
     def why_not(self) -> str:
@@ -94,7 +93,7 @@ class LazyRestore:
             grace = ("--grace", f"{_GRACE_S:g}")
             self._pager = PagerClient.start(self._place, timeout_s=_START_S, extra=grace)
             for pid in filter(None, self._pager.status()["pids"]):
-                self._group = cgroup.adopt(self._name, pid)
+                cgroup.adopt(self._name, pid)
         except (OSError, PhaulError) as error:
             self._why_not = f"the pager does not start: {error}"
 
@@ -187,7 +186,7 @@ class LazyRestore:
             time.sleep(_POLL_S)
         if self._pager is not None:
             self._pager.close()
-        cgroup.remove(self._group)
+        cgroup.remove_once_empty(self._name)
 
     def stop(self, why: str = "the pager was stopped") -> None:
         """Nothing that needs it runs: end it; idempotent, never raises."""
@@ -198,7 +197,7 @@ class LazyRestore:
         if pager is not None:
             with contextlib.suppress(PhaulError):
                 pager.stop()
-            cgroup.remove(self._group)
+        cgroup.remove_once_empty(self._name)
 
 
 def _filled(status: Mapping[str, Any]) -> Filled:
