@@ -86,6 +86,7 @@ def test_a_hot_process_converges_and_is_slow_nowhere_afterwards(hosts: Hosts, ho
     assert hot.verified_on("b")["wrong"] == 0
 
 
+@pytest.mark.thorough
 def test_a_killed_command_leaves_it_slow_until_recover(hosts: Hosts, hot: Dirtier) -> None:
     argv = ["phaul-runtime", "migrate", str(hot.pid), "--to", "ssh://root@b", "--output", "json"]
     argv += ["--files", "copy", *configured(hosts)]
