@@ -16,10 +16,13 @@ KILLS = int(os.environ.get("KILLS", "3"))
 KILLER = """
 import glob, os, random, signal, sys, time
 
+# Not in one piece: this program's own command line must not look like a pager's.
+PAGER = b"-m\\0phaul_runtime" + b".pager"
+
 def pagers():
     for path in glob.glob("/proc/[0-9]*/cmdline"):
         try:
-            if b"-m\\0phaul_runtime.pager" in open(path, "rb").read():
+            if PAGER in open(path, "rb").read():
                 yield int(path.split("/")[2])
         except OSError:
             pass
@@ -76,8 +79,11 @@ def test_pagers_that_are_killed_lose_no_page(hosts: Hosts) -> None:
         killer = subprocess.Popen(
             hosts.lab.exec_argv("b", argv), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
         )
-        victim, report = moved(hosts, f"killed{moves}", "--restore", "lazy")
-        out, _ = killer.communicate(timeout=300)
+        try:
+            victim, report = moved(hosts, f"killed{moves}", "--restore", "lazy")
+            out, _ = killer.communicate(timeout=300)
+        finally:
+            killer.kill()
         kills += int(out)
         assert report["lazy_complete_ms"] is not None
         status = victim.verified_on("b")
