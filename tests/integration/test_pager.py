@@ -162,7 +162,7 @@ def test_kills_of_either_process(place: Place, seed: int) -> None:
     rng = random.Random(seed)
     pager = place.pager("--pause", "40")
     pager.plan(place.plan)
-    task = place.task(seed, steps=400)
+    task = place.task(seed, steps=2000)
     assert task.stdout is not None
     assert task.stdout.readline() == "runs\n"
     kills = 0
