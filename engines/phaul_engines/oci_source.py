@@ -18,7 +18,6 @@ from phaul_engines.gated import GatedCommand
 from phaul_engines.members import Members
 from phaul_engines.oci import Container, Runtime
 from phaul_engines.proctree import Tree, established_connections, read_tree
-from phaul_engines.standstill import Standstill
 from phaul_engines.tracked import TrackedSource
 from phaul_runtime.api import Outcome, PhaulConfig, PhaulLocal
 from phaul_runtime.cancel import Cancellation
@@ -132,7 +131,6 @@ class OciLocal(PhaulLocal):
         self._source = source
         self._handover = handover
         self._images_dir = Path()
-        self._watch: Standstill | None = None
 
     def dump_copy_restore(
         self, criu: Criu, config: PhaulConfig, last_client_images_dir: str | None
@@ -167,7 +165,7 @@ class OciLocal(PhaulLocal):
             code = command.wait(max(0.0, deadline - time.monotonic()))
         finally:
             command.close()
-            self._end_watch()
+            self._source.dump_ends()
             os.close(memory)
         if code != 0:
             if self._handover.committing and self._source.gone():
@@ -214,16 +212,11 @@ class OciLocal(PhaulLocal):
     def _on(self, action: str) -> None:
         if action == "pre-dump":
             self._source.about_to_freeze()
-            self._watch = self._source.dump_begins(self._handover)
+            self._source.dump_begins(self._handover)
             self._asked_at = time.monotonic()
         elif action == "post-dump":
-            self._end_watch()
+            self._source.dump_ends()
             self._handover.prepare(self._images_dir)
-
-    def _end_watch(self) -> None:
-        if self._watch is not None:
-            self._watch.end()
-            self._watch = None
 
 
 __all__ = ["OciLocal", "OciSource"]

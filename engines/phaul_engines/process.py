@@ -22,7 +22,6 @@ from phaul_engines.proctree import (
     read_process,
     read_tree,
 )
-from phaul_engines.standstill import Standstill
 from phaul_engines.tracked import TrackedSource
 from phaul_runtime import cgroup
 from phaul_runtime.api import Outcome, PhaulConfig, PhaulLocal
@@ -163,7 +162,6 @@ class ProcessLocal(PhaulLocal, CriuNotify):
         self._opts = opts
         self._handover = handover
         self._images_dir = Path()
-        self._watch: Standstill | None = None
 
     def dump_copy_restore(
         self, criu: Criu, config: PhaulConfig, last_client_images_dir: str | None
@@ -189,7 +187,7 @@ class ProcessLocal(PhaulLocal, CriuNotify):
             else:
                 raise
         finally:
-            self._end_watch()
+            self._source.dump_ends()
             os.close(directory)
         answered = time.monotonic()
         try:
@@ -208,17 +206,12 @@ class ProcessLocal(PhaulLocal, CriuNotify):
         if self._source.gone():
             raise TargetGone("the process has ended by itself")
         self._source.look()
-        self._watch = self._source.dump_begins(self._handover)
+        self._source.dump_begins(self._handover)
 
     def post_dump(self) -> None:
         """The tree is frozen, its memory is over: restore there, or let it run on here."""
-        self._end_watch()
+        self._source.dump_ends()
         self._handover.prepare(self._images_dir)
-
-    def _end_watch(self) -> None:
-        if self._watch is not None:
-            self._watch.end()
-            self._watch = None
 
 
 class ProcessDestination(DestinationHalf):

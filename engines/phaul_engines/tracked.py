@@ -19,6 +19,7 @@ class TrackedSource(SourceHalf):
     def __init__(self) -> None:
         self._members = Members()
         self._connections: list[Connection] = []
+        self._standstill: Standstill | None = None
 
     def identity(self) -> Mapping[str, Any]:
         """See `SourceHalf`."""
@@ -34,10 +35,16 @@ class TrackedSource(SourceHalf):
             (str(a), int(b), str(c), int(d)) for a, b, c, d in identity.get("connections", [])
         ]
 
-    def dump_begins(self, handover: Handover) -> Standstill:
-        """The freeze begins: tell `handover` when all have stopped, unless `end` is called."""
+    def dump_begins(self, handover: Handover) -> None:
+        """The freeze begins: tell `handover` when all have stopped, until `dump_ends`."""
         handover.freezing(self.identity())
-        return Standstill(self._members.members[0].pid, handover.stopped)
+        self._standstill = Standstill(self._members.members[0].pid, handover.stopped)
+
+    def dump_ends(self) -> None:
+        """The memory is dumped, or will not be; idempotent."""
+        if self._standstill is not None:
+            self._standstill.end()
+            self._standstill = None
 
     def throttle_cgroup(self) -> Path:
         """See `SourceHalf`."""
