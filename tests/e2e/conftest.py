@@ -134,3 +134,14 @@ def hosts(lab: Lab) -> Iterator[Hosts]:
     for host in ("a", "b"):
         # A tree that ended by itself leaves its group to the next migration's sweep.
         found.sh(host, "sleep 0.2; rmdir /sys/fs/cgroup/phaul-runtime/*/", check=False)
+
+
+@pytest.fixture
+def random_addresses(hosts: Hosts) -> Iterator[None]:
+    """Processes started meanwhile have random addresses, as on hosts that are not emulated."""
+    setting = "echo $1 > /proc/sys/kernel/randomize_va_space"
+    for host in ("a", "b"):
+        hosts.sh(host, setting, "2")
+    yield
+    for host in ("a", "b"):
+        hosts.sh(host, setting, "0")

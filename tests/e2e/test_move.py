@@ -9,6 +9,8 @@ import subprocess
 import threading
 import time
 
+import pytest
+
 from tests.e2e.conftest import Dirtier, Hosts, wait_until
 
 COPY = ("--files", "copy")
@@ -19,6 +21,7 @@ REPORT_FIELDS = {
 ITERATION_FIELDS = {"pages_written", "pages_skipped", "duration_ms", "bytes"}
 
 
+@pytest.mark.usefixtures("random_addresses")
 def test_dirtier_moves_there_and_back_and_there(hosts: Hosts) -> None:
     victim = hosts.dirtier("a", "rounds", "--mib", "64", "--hot-mib", "4", "--writes", "300")
     for source, destination in (("a", "b"), ("b", "a"), ("a", "b")):
@@ -46,6 +49,7 @@ def test_the_verifier_would_have_seen_a_wrong_page(hosts: Hosts) -> None:
     assert victim.verified_on("b")["wrong"] == 1
 
 
+@pytest.mark.usefixtures("random_addresses")
 def test_tree_with_pipes_and_session_moves(hosts: Hosts) -> None:
     victim = hosts.dirtier("a", "tree", "--mib", "8", "--children", "2", "--writes", "100")
     children = hosts.sh("a", "pgrep -P $1", str(victim.pid)).split()
