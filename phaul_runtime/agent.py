@@ -166,14 +166,15 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
         if first is not None:
             self.find(first.id).put_files(_chain(first, request))
 
-    @_answers(pb.PrepareReply)
-    def Prepare(  # noqa: D102, N802
-        self, request: Iterator[pb.PreparePart], _context: object
-    ) -> pb.PrepareReply:
+    @_answers(pb.Done)
+    def PutImages(self, request: Iterator[pb.ImageParts], _context: object) -> None:  # noqa: D102, N802
         first = next(request, None)
-        if first is None:
-            raise DestinationError("prepare came without images")
-        return self.find(first.id).prepare(_chain(first, request))
+        if first is not None:
+            self.find(first.id).put_images(_chain(first, request))
+
+    @_answers(pb.PrepareReply)
+    def Prepare(self, request: pb.ImageParts, _context: object) -> pb.PrepareReply:  # noqa: D102, N802
+        return self.find(request.id).prepare(request.parts)
 
     @_answers(pb.CommitReply)
     def Commit(self, request: pb.MigrationRef, _context: object) -> pb.CommitReply:  # noqa: D102, N802

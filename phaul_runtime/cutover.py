@@ -34,6 +34,7 @@ class Running:
 
     pid: int
     since_resume_ms: float
+    resume_ms: float
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,8 @@ class CutOver:
         prepared = time.monotonic()
         self.freeze["prepare_ms"] = (prepared - synced) * 1000
         self._prepared_at = prepared
-        self.journal.enter(State.PREPARED, pid=held.pid)
+        # On the disk with COMMITTING: until then this host's end is the end of its copy.
+        self.journal.enter(State.PREPARED, pid=held.pid, sync=False)
         self.listener(Prepared(held.pid))
         # The last moment at which a request to cancel counts; after it the source will die.
         self.cancellation.seal()
@@ -188,6 +190,7 @@ class CutOver:
             ) from error
         ran_at = time.monotonic() - running.since_resume_ms / 1000
         self.freeze["commit_ms"] = max(0.0, ran_at - killed) * 1000
+        self.freeze["resume_ms"] = running.resume_ms
         self.downtime_ms = (ran_at - self._frozen_at) * 1000
         try:
             self.journal.enter(State.DONE, pid=running.pid, downtime_ms=round(self.downtime_ms, 3))

@@ -273,8 +273,16 @@ class Incoming:
             self._engine.arrived(name, self._giving_up)
             self._trees.place(self._engine.trees())
 
-    def prepare(self, parts: Iterable[pb.PreparePart]) -> pb.PrepareReply:
-        """Take the final images, restore, hold.
+    def put_images(self, messages: Iterable[pb.ImageParts]) -> None:
+        """Take some of the final images; `prepare` brings the rest."""
+        with self._step:
+            self._expect(State.ITERATING)
+            images_dir = Path(self._require_server().last_images_dir or "")
+            for message in messages:
+                write_images(images_dir, message.parts)
+
+    def prepare(self, parts: Iterable[pb.ImagePart]) -> pb.PrepareReply:
+        """Take the final images, or what `put_images` has left of them, restore, hold.
 
         Raises:
             PhaulError: nothing of it is left but the directory, which `abort` removes.
@@ -285,7 +293,8 @@ class Incoming:
             self._trees.wait_ended()
             begun = time.monotonic()
             images_dir = Path(server.last_images_dir or "")
-            self.journal.enter(State.FROZEN, images_dir=str(images_dir))
+            # On the disk with PREPARED: before that nothing is here that outlives this host.
+            self.journal.enter(State.FROZEN, images_dir=str(images_dir), sync=False)
             write_images(images_dir, parts)
             # CRIU acknowledges pages before it has flushed them: only now is the chain whole.
             server.stop_iter()
@@ -305,7 +314,11 @@ class Incoming:
         forget_resumed(images_dir)
         if lazy:
             self._pid = self._engine.restore(self._criu, images_dir, lazy=True)
-        else:
+            if not self._lazy_handed():
+                self._engine.discard()
+                self._lazy.stop()
+                lazy = False
+        if not lazy:
             self._pid = self._engine.restore(self._criu, images_dir)
         try:
             self._hooks.run(POST_RESTORE, move_of(self.journal), self._pid)
@@ -313,6 +326,13 @@ class Incoming:
             self._engine.discard()
             raise
         self._held = True
+
+    def _lazy_handed(self) -> bool:
+        try:
+            return self._lazy.handed()
+        except PhaulError:
+            self._engine.discard()
+            raise
 
     def commit(self) -> pb.CommitReply:
         """Let it run; a repetition only answers again.
@@ -325,9 +345,10 @@ class Incoming:
                 self._run()
                 self._settle_soon()
             since = (time.monotonic() - self._resumed_at) * 1000 if self._resumed_at else 0.0
-            return pb.CommitReply(pid=self._pid, since_resume_ms=since)
+            return pb.CommitReply(pid=self._pid, since_resume_ms=since, resume_ms=self._resume_ms)
 
     _resumed_at = 0.0
+    _resume_ms = 0.0
 
     def _run(self) -> None:
         images_dir = Path(self.journal.facts["images_dir"])
@@ -344,8 +365,10 @@ class Incoming:
             self._held = False
         if self._held:
             self._held = False
+            told = time.monotonic()
             try:
                 self._resumed_at = self._engine.resume()
+                self._resume_ms = (self._resumed_at - told) * 1000
             except PhaulError as error:
                 if was_resumed(images_dir):
                     raise
@@ -468,24 +491,15 @@ class Incoming:
         self.journal.close()
 
 
-def write_images(images_dir: Path, parts: Iterable[pb.PreparePart]) -> None:
+def write_images(images_dir: Path, parts: Iterable[pb.ImagePart]) -> None:
     """Write images by name into `images_dir`, mode 0600; names that lead elsewhere are refused."""
-    name, fd = "", -1
-    try:
-        for part in parts:
-            if not part.name:
-                continue
-            if not _IMAGE_NAME.fullmatch(part.name):
-                raise DestinationError(f"malformed image name {part.name[:80]!r}")
-            if part.name != name:
-                if fd >= 0:
-                    os.close(fd)
-                name = part.name
-                flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-                fd = os.open(images_dir / name, flags, 0o600)
-            os.write(fd, part.data)
-    except OSError as error:
-        raise DestinationError(f"cannot write {name}: {error.strerror}") from error
-    finally:
-        if fd >= 0:
-            os.close(fd)
+    for part in parts:
+        if not _IMAGE_NAME.fullmatch(part.name):
+            raise DestinationError(f"malformed image name {part.name[:80]!r}")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        flags |= os.O_APPEND if part.more else os.O_TRUNC
+        try:
+            with os.fdopen(os.open(images_dir / part.name, flags, 0o600), "wb") as file:
+                file.write(part.data)
+        except OSError as error:
+            raise DestinationError(f"cannot write {part.name}: {error.strerror}") from error

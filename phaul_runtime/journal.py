@@ -115,15 +115,16 @@ class Journal:
                 )
             time.sleep(0.2)
 
-    def enter(self, state: State, **facts: Any) -> None:
-        """Go to `state`; on the disk on return.
+    def enter(self, state: State, *, sync: bool = True, **facts: Any) -> None:
+        """Go to `state`; on the disk on return, or with the next that is.
 
         Raises:
             MigrationFailed: the table has no such transition, or the disk refuses.
         """
         guard(self.role, self.state, state)
         self._append({"state": state.value, **facts})
-        self.sync()
+        if sync:
+            self.sync()
         self.state = state
 
     def note(self, **facts: Any) -> None:

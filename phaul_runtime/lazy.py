@@ -72,6 +72,8 @@ class LazyRestore:
         self._index = ChainIndex()
         self._pager: PagerClient | None = None
         self._starting: threading.Thread | None = None
+        self._handing: threading.Thread | None = None
+        self._not_handed: PhaulError | None = None
 
     @property
     def why_not(self) -> str:
@@ -111,7 +113,7 @@ class LazyRestore:
             self._fall_back(error)
 
     def plan(self, images_dir: Path) -> bool:
-        """In the freeze: whether the restore is a lazy one; then the pager has its plan.
+        """In the freeze: whether the restore may begin as a lazy one; `handed` follows it.
 
         Raises:
             DestinationError: `restore: lazy`, and it cannot be.
@@ -120,7 +122,7 @@ class LazyRestore:
             self._starting.join(_START_S)
         if not self._why_not:
             try:
-                self._hand_over(images_dir)
+                self._make_plan(images_dir)
             except (OSError, DestinationError) as error:
                 self._fall_back(error)
         if self._why_not and self._mode == "lazy":
@@ -131,7 +133,7 @@ class LazyRestore:
             self.stop()
         return not self._why_not
 
-    def _hand_over(self, images_dir: Path) -> None:
+    def _make_plan(self, images_dir: Path) -> None:
         plan = plan_lazy(self._index, images_dir)
         size = plan.pages * PAGE
         if self._mode == "auto" and size < AUTO_FROM:
@@ -140,9 +142,31 @@ class LazyRestore:
         plan.save(self._place / _PLAN)
         if self._pager is None:
             raise DestinationError("there is no pager")
-        self._pager.plan(self._place / _PLAN, timeout_s=_ANSWER_S)
         # CRIU looks for it in its work directory.
         (images_dir / LAZY_SOCKET).symlink_to(self._place / LAZY_SOCKET)
+        # Beside the restore: the pager makes a twin that knows the plan, which takes its time.
+        self._handing = threading.Thread(
+            target=self._hand_over, args=(self._pager,), name="hand over plan", daemon=True
+        )
+        self._handing.start()
+
+    def _hand_over(self, pager: PagerClient) -> None:
+        try:
+            pager.plan(self._place / _PLAN, timeout_s=_ANSWER_S)
+        except PhaulError as error:
+            self._not_handed = error
+
+    def handed(self) -> bool:
+        """After the restore: whether the pager has its plan; otherwise the copy has no memory.
+
+        Raises:
+            DestinationError: `restore: lazy`, and it has not.
+        """
+        if self._handing is not None:
+            self._handing.join()
+        if self._not_handed is not None:
+            self._fall_back(self._not_handed)
+        return not self._why_not
 
     def _fall_back(self, error: Exception) -> None:
         if self._mode == "lazy":
@@ -153,7 +177,9 @@ class LazyRestore:
     def lost(self) -> bool:
         """Whether a held copy has lost its pager, and with it its memory."""
         try:
-            return self._pager is None or self._pager.status()["state"] == "done"
+            return self._pager is None or (
+                not self._pager.connected() and self._pager.status()["state"] == "done"
+            )
         except PhaulError:
             return True
 
@@ -190,8 +216,9 @@ class LazyRestore:
 
     def stop(self, why: str = "the pager was stopped") -> None:
         """Nothing that needs it runs: end it; idempotent, never raises."""
-        if self._starting is not None:
-            self._starting.join(_START_S)
+        for thread in (self._starting, self._handing):
+            if thread is not None:
+                thread.join(_START_S)
         self._why_not = self._why_not or why
         pager, self._pager = self._pager, None
         if pager is not None:

@@ -31,7 +31,7 @@ from phaul_runtime.trees import Tree, TreeSender
 from phaul_runtime.wire import MAX_MESSAGE, VERSION_KEY, from_wire
 
 _Reply = TypeVar("_Reply", bound=Any)
-_PART = 1 << 20
+_MESSAGE = MAX_MESSAGE // 2
 _RETRY_S = 0.5
 # For the reason of a failure that is certain already.
 _ASK_S = 5.0
@@ -389,21 +389,12 @@ class RemoteAgent(PhaulRemote):
 
     def prepare(self, images_dir: Path) -> tuple[Held, int]:
         """See `cutover.Destination`."""
-        sent = 0
-
-        def parts() -> Iterator[pb.PreparePart]:
-            nonlocal sent
-            for path in image_files(images_dir):
-                with path.open("rb") as file:
-                    empty = True
-                    while (data := file.read(_PART)) or empty:
-                        empty = False
-                        sent += len(data)
-                        yield pb.PreparePart(id=self._id, name=path.name, data=data)
-
-        reply: pb.PrepareReply = self._call(self._stub.Prepare.future, parts(), self._prepare_s)
-        held = Held(reply.pid, reply.restore_ms, reply.images_ms, reply.full_because)
-        return held, sent
+        *first, last = in_messages(self._id, images_dir)
+        if first:
+            self._call(self._stub.PutImages.future, iter(first), self._prepare_s)
+        reply: pb.PrepareReply = self._call(self._stub.Prepare.future, last, self._prepare_s)
+        sent = sum(len(part.data) for message in (*first, last) for part in message.parts)
+        return Held(reply.pid, reply.restore_ms, reply.images_ms, reply.full_because), sent
 
     def commit(self) -> Running:
         """See `cutover.Destination`."""
@@ -418,7 +409,7 @@ class RemoteAgent(PhaulRemote):
                     raise
                 time.sleep(_RETRY_S)
             else:
-                return Running(reply.pid, reply.since_resume_ms)
+                return Running(reply.pid, reply.since_resume_ms, reply.resume_ms)
 
     def filled(self) -> pb.FilledReply:
         """How far the pager of the copy that runs is; raises if its pages are lost."""
@@ -439,6 +430,21 @@ class RemoteAgent(PhaulRemote):
         except PhaulError:
             return False
         return True
+
+
+def in_messages(migration_id: str, images_dir: Path) -> list[pb.ImageParts]:
+    """A dump's small images, in as few messages as hold them: each takes its time in the freeze."""
+    messages, room = [pb.ImageParts(id=migration_id)], _MESSAGE
+    for path in image_files(images_dir):
+        data, more = path.read_bytes(), False
+        while data or not more:
+            if not room:
+                messages.append(pb.ImageParts(id=migration_id))
+                room = _MESSAGE
+            part = data[:room]
+            messages[-1].parts.add(name=path.name, data=part, more=more)
+            data, more, room = data[len(part) :], True, room - len(part)
+    return messages
 
 
 def _by_name(places: Iterable[pb.TreePlace]) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import socket
 import sys
 import time
@@ -96,6 +97,15 @@ class PagerClient:
         if (self.workdir / CONTROL_SOCKET).exists():
             self._ask({"do": "stop"}, timeout_s)
         self.close()
+
+    def connected(self) -> bool:
+        """Whether the connection stands, which it does as long as the same pager process lives."""
+        if self._socket is None:
+            return False
+        try:
+            return not select.select([self._socket], [], [], 0)[0]
+        except OSError:
+            return False
 
     def close(self) -> None:
         """Disconnect; idempotent."""

@@ -18,7 +18,9 @@ again does no harm (a page that is there is left alone).
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
+import os
 import struct
 from collections.abc import Iterator
 from enum import IntEnum
@@ -32,7 +34,7 @@ _BODY = 16
 _HEAD = struct.Struct("=IIQ")
 _RANGE = struct.Struct("=QQ")
 _BODY_SIZE = _SIZE - _BODY
-_FRONT = mmap.PAGESIZE
+_FRONT = _MOST_PATH = mmap.PAGESIZE
 
 _mlock = libc.mlock
 _mlock.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
@@ -71,11 +73,23 @@ class Record(NamedTuple):
 
 
 class Board:
-    """Numbers that both see, for as long as either lives."""
+    """Numbers, and the path of the plan, that both see for as long as either lives."""
 
     def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, mmap.PAGESIZE)
-        self._words = memoryview(self._memory).cast("q")
+        self._memory = mmap.mmap(-1, _FRONT + _MOST_PATH)
+        self._words = memoryview(self._memory)[:_FRONT].cast("q")
+
+    @property
+    def path(self) -> str:
+        """Of the plan that was taken last."""
+        return os.fsdecode(self._memory[_FRONT:].rstrip(b"\0"))
+
+    @path.setter
+    def path(self, path: str) -> None:
+        data = os.fsencode(path)
+        if len(data) > _MOST_PATH:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        self._memory[_FRONT:] = data.ljust(_MOST_PATH, b"\0")
 
     def __getitem__(self, at: int) -> int:
         return self._words[at]

@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import resource
 import select
@@ -43,6 +44,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from phaul_runtime.errors import PhaulError
 from phaul_runtime.pager import LAZY_SOCKET, RESULT_FILE, criusock, twin, uffd
 from phaul_runtime.pager.control import Control
 from phaul_runtime.pager.journal import Board, Journal, Kind
@@ -58,10 +60,12 @@ _TICK_MS = 1000
 _BACK_OFF_MS = 1
 _TROUBLE_MS = 100
 _RETRY_S = 1.0
+# A twin that has read the plan itself is made when the freeze is over.
+_RENEW_S = 1.0
 
 # Words of the board.
 STAGE, HEIR, WORKER, KEEPER, CLEAN = range(5)
-FINISHED_NS, LAST_NS, TOTAL, FILLED, FAULTS, WORST_NS = range(5, 11)
+FINISHED_NS, LAST_NS, TOTAL, FILLED, FAULTS, WORST_NS, PLANS = range(5, 12)
 WAITING, LISTENING, RUNNING, DONE, STOPPED = range(5)
 _NAMES = ("waiting", "listening", "filling", "done", "stopped")
 
@@ -94,10 +98,14 @@ class Pager:
         self._board = Board()
         self._journal = Journal()
         self._source: Source | None = None
+        self._plans = 0
+        self._renew_at = math.inf
         self._tasks: list[Task] = []
         self._pid = 0
         self._deferred: list[tuple[int, int, int]] = []
-        self._listener = self._connection = -1
+        self._connection = -1
+        # From the start: a restore may be begun before the plan is here, it is heard only then.
+        self._listener = criusock.listen(LAZY_SOCKET)
         self._self_fd = self._keeper_fd = -1
         self._generation = 0
         self._stopping = False
@@ -139,6 +147,7 @@ class Pager:
         if inherited:
             # Of the one before this one: ended and closed long since.
             self._keeper_fd = -1
+            self._know_plan()
             self._replay()
         self._self_fd = os.pidfd_open(os.getpid())
         self._board[WORKER] = os.getpid()
@@ -148,16 +157,29 @@ class Pager:
         if self._connection >= 0:
             self.watch(self._connection, self._hear)
         elif self._board[STAGE] == LISTENING:
-            if self._listener < 0:
-                # The plan was taken and lost: a restore cannot connect, and fails loudly.
-                self._board[STAGE] = WAITING
-            elif self._tasks or self._pid:
+            if self._tasks or self._pid:
                 self._reset()
             else:
                 self.watch(self._listener, self._accept)
         for index, task in enumerate(self._tasks):
             self._watch_task(index, task)
         self.renew()
+
+    def _know_plan(self) -> None:
+        """Read the plan that the dead one has taken since this one was born.
+
+        It was good when it was taken. If it cannot be read now, whoever waits for a page waits on.
+        """
+        since = time.monotonic()
+        while self._plans != self._board[PLANS]:
+            try:
+                self._source = Source(Path(self._board.path))
+                self._plans = self._board[PLANS]
+            except (PhaulError, OSError):
+                late = time.monotonic() - since > self._grace_s
+                if self._board[STAGE] < RUNNING and late:
+                    raise
+                time.sleep(_RETRY_S)
 
     def _replay(self) -> None:
         """Do in memory what the dead one did since this one was born."""
@@ -204,6 +226,7 @@ class Pager:
             self._journal = Journal()
             return
         journal, before = self._journal, self._keeper_fd
+        self._renew_at = math.inf
         self._journal = Journal()
         generation = self._generation + 1
         try:
@@ -295,8 +318,11 @@ class Pager:
 
     def _turn(self) -> None:
         running = self._board[STAGE] == RUNNING
-        if self._journal.full or (
-            self._keeper_fd < 0 and self._keep and time.monotonic() >= self._retry_at
+        now = time.monotonic()
+        if (
+            self._journal.full
+            or now >= self._renew_at
+            or (self._keeper_fd < 0 and self._keep and now >= self._retry_at)
         ):
             self.renew()
         looked = time.monotonic_ns()
@@ -526,28 +552,25 @@ class Pager:
             if task.fd >= 0:
                 self.close(task.fd)
         self._board[FILLED] = self._board[FAULTS] = self._board[WORST_NS] = 0
-        if self._listener >= 0:
-            self.watch(self._listener, self._accept)
+        self.watch(self._listener, self._accept)
 
     # -- the agent -------------------------------------------------------------------------
 
     def plan(self, path: str) -> str:
-        """Take a plan and listen for CRIU; what is wrong with it, or nothing.
-
-        Only now: a restore that comes before its plan cannot connect, and fails loudly.
-        """
+        """Take a plan and hear CRIU; what is wrong with it, or nothing."""
         if self._connection >= 0 or self._board[STAGE] >= RUNNING:
             return "a restore is under way"
         new = Source(Path(path))
         if self._source is not None:
             self._source.close()
         self._source = new
-        if self._listener < 0:
-            self._listener = criusock.listen(LAZY_SOCKET)
-            self.watch(self._listener, self._accept)
+        self.watch(self._listener, self._accept)
+        self._plans += 1
+        self._board.path = path
+        # From here on the twin would read it too, if it had to.
+        self._board[PLANS] = self._plans
         self._board[STAGE] = LISTENING
-        # The twin must know it before a process runs by it.
-        self.renew()
+        self._renew_at = time.monotonic() + _RENEW_S
         return ""
 
     def stop(self) -> str:

@@ -246,15 +246,23 @@ class FilePart(_message.Message):
     data: bytes
     def __init__(self, id: _Optional[str] = ..., head: _Optional[_Union[FileFact, _Mapping]] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
-class PreparePart(_message.Message):
-    __slots__ = ("id", "name", "data")
+class ImageParts(_message.Message):
+    __slots__ = ("id", "parts")
     ID_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    parts: _containers.RepeatedCompositeFieldContainer[ImagePart]
+    def __init__(self, id: _Optional[str] = ..., parts: _Optional[_Iterable[_Union[ImagePart, _Mapping]]] = ...) -> None: ...
+
+class ImagePart(_message.Message):
+    __slots__ = ("name", "data", "more")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
-    id: str
+    MORE_FIELD_NUMBER: _ClassVar[int]
     name: str
     data: bytes
-    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
+    more: bool
+    def __init__(self, name: _Optional[str] = ..., data: _Optional[bytes] = ..., more: bool = ...) -> None: ...
 
 class PrepareReply(_message.Message):
     __slots__ = ("error", "pid", "restore_ms", "images_ms", "full_because")
@@ -271,14 +279,16 @@ class PrepareReply(_message.Message):
     def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., pid: _Optional[int] = ..., restore_ms: _Optional[float] = ..., images_ms: _Optional[float] = ..., full_because: _Optional[str] = ...) -> None: ...
 
 class CommitReply(_message.Message):
-    __slots__ = ("error", "pid", "since_resume_ms")
+    __slots__ = ("error", "pid", "since_resume_ms", "resume_ms")
     ERROR_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     SINCE_RESUME_MS_FIELD_NUMBER: _ClassVar[int]
+    RESUME_MS_FIELD_NUMBER: _ClassVar[int]
     error: Error
     pid: int
     since_resume_ms: float
-    def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., pid: _Optional[int] = ..., since_resume_ms: _Optional[float] = ...) -> None: ...
+    resume_ms: float
+    def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., pid: _Optional[int] = ..., since_resume_ms: _Optional[float] = ..., resume_ms: _Optional[float] = ...) -> None: ...
 
 class FilledReply(_message.Message):
     __slots__ = ("error", "over", "pages", "missing", "faults", "worst_fault_ms", "ms", "full_because")

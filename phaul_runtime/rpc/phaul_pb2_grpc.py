@@ -69,9 +69,14 @@ class AgentStub(object):
                 request_serializer=phaul__runtime_dot_rpc_dot_phaul__pb2.FilePart.SerializeToString,
                 response_deserializer=phaul__runtime_dot_rpc_dot_phaul__pb2.Done.FromString,
                 _registered_method=True)
-        self.Prepare = channel.stream_unary(
+        self.PutImages = channel.stream_unary(
+                '/phaul.v1.Agent/PutImages',
+                request_serializer=phaul__runtime_dot_rpc_dot_phaul__pb2.ImageParts.SerializeToString,
+                response_deserializer=phaul__runtime_dot_rpc_dot_phaul__pb2.Done.FromString,
+                _registered_method=True)
+        self.Prepare = channel.unary_unary(
                 '/phaul.v1.Agent/Prepare',
-                request_serializer=phaul__runtime_dot_rpc_dot_phaul__pb2.PreparePart.SerializeToString,
+                request_serializer=phaul__runtime_dot_rpc_dot_phaul__pb2.ImageParts.SerializeToString,
                 response_deserializer=phaul__runtime_dot_rpc_dot_phaul__pb2.PrepareReply.FromString,
                 _registered_method=True)
         self.Commit = channel.unary_unary(
@@ -160,7 +165,14 @@ class AgentServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Prepare(self, request_iterator, context):
+    def PutImages(self, request_iterator, context):
+        """Of the final images what one message does not hold.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Prepare(self, request, context):
         """The final images; restores and holds. The answer is "prepared".
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -247,9 +259,14 @@ def add_AgentServicer_to_server(servicer, server):
                     request_deserializer=phaul__runtime_dot_rpc_dot_phaul__pb2.FilePart.FromString,
                     response_serializer=phaul__runtime_dot_rpc_dot_phaul__pb2.Done.SerializeToString,
             ),
-            'Prepare': grpc.stream_unary_rpc_method_handler(
+            'PutImages': grpc.stream_unary_rpc_method_handler(
+                    servicer.PutImages,
+                    request_deserializer=phaul__runtime_dot_rpc_dot_phaul__pb2.ImageParts.FromString,
+                    response_serializer=phaul__runtime_dot_rpc_dot_phaul__pb2.Done.SerializeToString,
+            ),
+            'Prepare': grpc.unary_unary_rpc_method_handler(
                     servicer.Prepare,
-                    request_deserializer=phaul__runtime_dot_rpc_dot_phaul__pb2.PreparePart.FromString,
+                    request_deserializer=phaul__runtime_dot_rpc_dot_phaul__pb2.ImageParts.FromString,
                     response_serializer=phaul__runtime_dot_rpc_dot_phaul__pb2.PrepareReply.SerializeToString,
             ),
             'Commit': grpc.unary_unary_rpc_method_handler(
@@ -483,7 +500,7 @@ class Agent(object):
             _registered_method=True)
 
     @staticmethod
-    def Prepare(request_iterator,
+    def PutImages(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -496,8 +513,35 @@ class Agent(object):
         return grpc.experimental.stream_unary(
             request_iterator,
             target,
+            '/phaul.v1.Agent/PutImages',
+            phaul__runtime_dot_rpc_dot_phaul__pb2.ImageParts.SerializeToString,
+            phaul__runtime_dot_rpc_dot_phaul__pb2.Done.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Prepare(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
             '/phaul.v1.Agent/Prepare',
-            phaul__runtime_dot_rpc_dot_phaul__pb2.PreparePart.SerializeToString,
+            phaul__runtime_dot_rpc_dot_phaul__pb2.ImageParts.SerializeToString,
             phaul__runtime_dot_rpc_dot_phaul__pb2.PrepareReply.FromString,
             options,
             channel_credentials,

@@ -81,7 +81,7 @@ class There:
         return Held(1, 0.0, 0.0), 0
 
     def commit(self) -> Running:
-        return Running(1, 0.0)
+        return Running(1, 0.0, 0.0)
 
 
 class Slowed:

@@ -104,9 +104,10 @@ def test_steps_out_of_order_are_refused(client: Client) -> None:
     client.open()
     assert client.call("Commit", ref).error.message == "the migration is iterating"
     assert client.call("StopIter", ref).error.message == "no iteration was started"
-    parts = iter([pb.PreparePart(id=ID, name="a.img")])
+    parts = pb.ImageParts(id=ID, parts=[pb.ImagePart(name="a.img")])
+    assert client.call("PutImages", iter([parts])).error.message == "no iteration was started"
     assert client.call("Prepare", parts).error.message == "no iteration was started"
-    assert client.call("Prepare", iter([])).HasField("error")
+    assert client.call("Prepare", pb.ImageParts()).HasField("error")
     for _ in range(2):
         assert not client.call("Abort", ref).HasField("error")
     assert client.call("Beat", ref).state == "aborted"

@@ -7,6 +7,7 @@ import ctypes
 import json
 import os
 import random
+import select
 import signal
 import struct
 import subprocess
@@ -130,7 +131,6 @@ def kill_one(client: PagerClient, at: int) -> bool:
 def test_every_page_arrives_without_the_images(place: Place) -> None:
     pager = place.pager()
     assert pager.status()["state"] == "waiting"
-    assert not (place.workdir / "lazy-pages.socket").exists()
     pager.plan(place.plan)
     assert (place.workdir / "lazy-pages.socket").stat().st_mode & 0o777 == 0o600
     (place.images / "pages-1.img").unlink()
@@ -225,12 +225,26 @@ def test_a_failed_attempt_is_forgotten_and_the_next_succeeds(place: Place) -> No
     assert pager.wait(30)["state"] == "done"
 
 
-def test_a_restore_before_the_plan_cannot_connect(place: Place) -> None:
+@pytest.mark.parametrize("killed", [None, 0, 1])
+def test_a_restore_before_the_plan_waits_for_it(place: Place, killed: int | None) -> None:
     pager = place.pager()
     task = place.task()
-    assert task.wait(60) == 1
+    assert task.stdout is not None
+    assert not select.select([task.stdout], [], [], 1)[0]
     assert pager.status()["state"] == "waiting"
+    pager.plan(place.plan)
+    if killed is not None:  # what the one has read, the other has not yet
+        kill_one(pager, killed)
+    said, _ = task.communicate(timeout=60)
+    assert (task.returncode, said) == (0, "runs\n")
+    assert pager.wait(30)["state"] == "done"
+
+
+def test_without_a_plan_a_restore_fails(place: Place) -> None:
+    pager = place.pager()
+    task = place.task()
     pager.stop()
+    assert task.wait(60) == 1
 
 
 def test_stop_is_refused_while_a_process_needs_it(place: Place) -> None:

@@ -15,7 +15,7 @@ from grpc_tools import protoc
 from pycriu import rpc_pb2
 from pycriu.images import stats_pb2
 
-from phaul_runtime import errors
+from phaul_runtime import errors, remote
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.config import Config
 from phaul_runtime.criu import CriuVersion, criu_opts, error_lines
@@ -69,7 +69,7 @@ class Recorder:
 
     def commit(self) -> Running:
         self._called("commit")
-        return Running(7, 0.0)
+        return Running(7, 0.0, 0.0)
 
 
 @pytest.fixture
@@ -350,16 +350,35 @@ def test_json_that_is_none(data: bytes) -> None:
 @pytest.mark.parametrize("name", ["../x.img", "/etc/x.img", ".x.img", "x.sh", "a/b.img"])
 def test_image_names_that_lead_elsewhere(tmp_path: Path, name: str) -> None:
     with pytest.raises(DestinationError):
-        write_images(tmp_path, [pb.PreparePart(name=name, data=b"x")])
+        write_images(tmp_path, [pb.ImagePart(name=name, data=b"x")])
     assert not list(tmp_path.iterdir())
 
 
 def test_images_are_written_privately(tmp_path: Path) -> None:
-    parts = [("a.img", b"1"), ("a.img", b"2"), ("empty.img", b"")]
-    write_images(tmp_path, [pb.PreparePart(name=n, data=d) for n, d in parts])
+    parts = [("a.img", b"old", False), ("a.img", b"1", False), ("a.img", b"2", True)]
+    parts.append(("empty.img", b"", False))
+    write_images(tmp_path, [pb.ImagePart(name=n, data=d, more=m) for n, d, m in parts])
     assert (tmp_path / "a.img").read_bytes() == b"12"
     assert (tmp_path / "empty.img").read_bytes() == b""
     assert (tmp_path / "a.img").stat().st_mode & 0o777 == 0o600
+
+
+def test_images_that_one_message_does_not_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_MESSAGE", 10)
+    source, arrived = tmp_path / "source", tmp_path / "arrived"
+    contents = {"a.img": b"1" * 4, "b.img": bytes(range(25)), "c.img": b"", "d.json": b"{}"}
+    for directory in (source, arrived):
+        directory.mkdir()
+    for name, data in contents.items():
+        (source / name).write_bytes(data)
+    messages = remote.in_messages("1f", source)
+    assert len(messages) == 4
+    for message in messages:
+        assert sum(len(part.data) for part in message.parts) <= 10
+        write_images(arrived, message.parts)
+    assert {path.name: path.read_bytes() for path in arrived.iterdir()} == contents
 
 
 def test_numbered_directories_and_their_parents(tmp_path: Path) -> None:

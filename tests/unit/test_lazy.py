@@ -53,6 +53,9 @@ class Pager:
             "ms": 3.0,
         }
 
+    def connected(self) -> bool:
+        return self.broken != "status"
+
     def stop(self) -> None:
         self.said.append("stop")
 
@@ -100,11 +103,14 @@ def test_without_a_pager_auto_is_full_and_lazy_fails(
     planned.broken = broken
     (tmp_path / "auto").mkdir()
     auto = begun("auto", tmp_path / "auto")
-    assert not auto.plan(tmp_path / "auto/3")
+    # CRIU starts while the pager is given its plan.
+    assert auto.plan(tmp_path / "auto/3") == (broken == "plan")
+    assert not auto.handed()
     assert "no python" in auto.why_not or "both are dead" in auto.why_not
     (tmp_path / "lazy").mkdir()
+    must = begun("lazy", tmp_path / "lazy")
     with pytest.raises(DestinationError, match="no lazy restore"):
-        begun("lazy", tmp_path / "lazy").plan(tmp_path / "lazy/3")
+        _ = must.plan(tmp_path / "lazy/3") and must.handed()
 
 
 def test_little_memory_is_restored_at_once(
