@@ -39,10 +39,12 @@ class Carried:
 
     @property
     def own_ms(self) -> float | None:
-        """The reported downtime without CRIU's dump and restore."""
+        """The reported downtime without CRIU's dump and restore, of which `kill` and `resume` are
+        the last parts."""
         if self.downtime_ms is None or not {"dump", "restore"} <= self.steps.keys():
             return None
-        return self.downtime_ms - self.steps["dump"] - self.steps["restore"]
+        parts = ("dump", "kill", "restore", "resume")
+        return self.downtime_ms - sum(self.steps.get(name, 0.0) for name in parts)
 
 
 @dataclass(frozen=True)
