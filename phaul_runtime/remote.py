@@ -433,10 +433,17 @@ class RemoteAgent(PhaulRemote):
 
 
 def in_messages(migration_id: str, images_dir: Path) -> list[pb.ImageParts]:
-    """A dump's small images, in as few messages as hold them: each takes its time in the freeze."""
+    """A dump's small images, in as few messages as hold them: each takes its time in the freeze.
+
+    Raises:
+        MigrationFailed: one cannot be read.
+    """
     messages, room = [pb.ImageParts(id=migration_id)], _MESSAGE
     for path in image_files(images_dir):
-        data, more = path.read_bytes(), False
+        try:
+            data, more = path.read_bytes(), False
+        except OSError as error:
+            raise MigrationFailed(f"cannot read the image {path}: {error.strerror}") from error
         while data or not more:
             if not room:
                 messages.append(pb.ImageParts(id=migration_id))

@@ -177,7 +177,7 @@ class Late(type(Path())):  # type: ignore[misc]
         return self
 
     def __init__(self, path: Path, stop: Callable[[], None]) -> None:
-        pass
+        super().__init__(*([path] if sys.version_info >= (3, 12) else []))
 
     def open(self, *args: Any, **kwargs: Any) -> Any:
         self.stop()
