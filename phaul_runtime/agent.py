@@ -1,7 +1,7 @@
 """The destination's service: control by gRPC, memory by a stream socket, both unix sockets.
 
 Whoever may open the sockets may restore processes as root: they lie in a directory of mode 0700,
-and reach other hosts only through an authenticated transport (ssh).
+and are reached from other hosts only through ssh, or through the port of `front`.
 """
 
 from __future__ import annotations
@@ -303,14 +303,18 @@ class Agent:
                 channel, _ = self._listener.accept()
             except OSError:
                 return
-            threading.Thread(target=self._route, args=(channel,), daemon=True).start()
+            threading.Thread(target=self.take_stream, args=(channel,), daemon=True).start()
 
-    def _route(self, channel: socket.socket) -> None:
-        """Hand a connection to the migration that it names: for memory, or for a tree."""
+    def take_stream(self, channel: socket.socket) -> None:
+        """Hand a connection to the migration that it names: for memory, or for a tree.
+
+        Returns once it is handed over, or has ended; never raises.
+        """
         try:
-            channel.settimeout(_PREAMBLE_S)
+            deadline = time.monotonic() + _PREAMBLE_S
             name = b""
             while len(name) < ID_BYTES:
+                channel.settimeout(max(0.001, deadline - time.monotonic()))
                 data = channel.recv(ID_BYTES - len(name))
                 if not data:
                     raise DestinationError("the memory channel closed before it named a migration")

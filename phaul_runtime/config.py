@@ -34,13 +34,25 @@ class _Section(BaseModel):
 class TransportConfig(_Section):
     """How to reach the destination."""
 
-    to: str | None = Field(None, description="destination: ssh://[user@]host[:port] or local:")
+    to: str | None = Field(
+        None, description="destination: ssh://[user@]host[:port], tls://host[:port] or local:"
+    )
     ssh_command: list[str] = Field(["ssh"], min_length=1, description="the ssh program")
     ssh_options: list[str] = Field([], description="further arguments for ssh, as -i and a path")
     agent_command: list[str] = Field(
         ["phaul-runtime"], min_length=1, description="phaul-runtime at the destination"
     )
     connect_timeout_s: float = Field(30, gt=0, description="seconds to wait for the agent")
+    insecure: bool = Field(False, description="allow tcp://, in the clear and unauthenticated")
+
+
+class AgentConfig(_Section):
+    """This host's agent as a service; see `phaul-runtime agent --listen`."""
+
+    listen: str | None = Field(
+        None, description="address and port: tls://0.0.0.0:7007; none: only transports start it"
+    )
+    insecure: bool = Field(False, description="allow tcp://: whoever reaches the port is root here")
 
 
 class PolicyConfig(_Section):
@@ -147,6 +159,7 @@ class Config(_Section):
         "destination fills in the rest; auto: lazy where it can be, from 16 MiB",
     )
     transport: TransportConfig = TransportConfig()
+    agent: AgentConfig = AgentConfig()
     policy: PolicyConfig = PolicyConfig()
     filesystem: FilesystemConfig = FilesystemConfig()
     criu: CriuConfig = CriuConfig()

@@ -22,7 +22,7 @@ from phaul_runtime.journal import (
 )
 from phaul_runtime.states import Role
 
-_PRIVATE = re.compile(r"(?:(?:out|agent|ssh)-)?[0-9a-f]{8,64}")
+_PRIVATE = re.compile(r"(?:(?:out|agent|ssh|link)-)?[0-9a-f]{8,64}")
 # Between the making of a directory and its lock there is a moment.
 _SETTLED_S = 60.0
 

@@ -1,4 +1,4 @@
-"""`phaul-runtime agent`: what transports start at the destination."""
+"""`phaul-runtime agent`: the destination's side, started by a transport or as a service."""
 
 from __future__ import annotations
 
@@ -8,59 +8,93 @@ import select
 import signal
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import click
 
 from phaul_runtime import __version__
 from phaul_runtime.agent import Agent
-from phaul_runtime.config import load_config
+from phaul_runtime.config import Config, load_config
 from phaul_runtime.criu import Criu
 from phaul_runtime.hostfacts import PROTOCOL
+from phaul_runtime.service import Service, notify
 
 _READ = 4096
+_READY = f"phaul-runtime agent ready {PROTOCOL} {__version__}"
 
 
 @click.command("agent")
 @click.option(
     "--sockets",
-    required=True,
     type=click.Path(readable=False, path_type=Path),
     metavar="DIR",
-    help="Directory to be created for the control and the memory socket.",
+    help="Serve one connection: directory to be created for the control and the memory socket.",
 )
 @click.option(
+    "--listen",
+    metavar="URL",
+    help="Serve as long as it runs: tls://address:port, or tcp:// with --insecure.",
+)
+@click.option("--insecure", is_flag=True, help="Allow tcp://: whoever reaches it is root here.")
+@click.option(
     "--workdir",
-    default="/run/phaul",
-    show_default=True,
     type=click.Path(readable=False, path_type=Path),
     metavar="DIR",
-    help="Private directory for images; best on tmpfs.",
+    help="Private directory for images; best on tmpfs.  [default: of the configuration]",
 )
 @click.option(
     "--state-dir",
-    default="/var/lib/phaul-runtime",
-    show_default=True,
     type=click.Path(readable=False, path_type=Path),
     metavar="DIR",
-    help="Directory of the journals; not on tmpfs.",
+    help="Directory of the journals; not on tmpfs.  [default: of the configuration]",
 )
 @click.option(
     "--criu",
     "criu_binary",
-    default="criu",
-    show_default=True,
     metavar="PROGRAM",
-    help="CRIU's binary.",
+    help="CRIU's binary.  [default: of the configuration]",
 )
-def agent_command(sockets: Path, workdir: Path, state_dir: Path, criu_binary: str) -> None:
-    """Serve one connection as the destination; ends with its standard input.
+@click.option(
+    "--config",
+    "config_path",
+    type=click.Path(readable=False, path_type=Path),
+    metavar="FILE",
+    help="Configuration, laid over /etc/phaul-runtime/config.yaml.",
+)
+def agent_command(sockets: Path | None, config_path: Path | None, **given: Any) -> None:
+    """Serve as the destination of migrations.
 
-    Transports start it; there is no need to run it by hand. It also ends when its client gives no
-    sign of life. What it has restored and been told to run outlives it.
+    Without --sockets it is a service with a port (--listen, or agent.listen in the configuration)
+    until SIGTERM. With --sockets it serves one connection: transports start it so, and it ends with
+    its standard input, or when its client gives no sign of life.
+
+    What it has restored and been told to run outlives it.
     """
     logging.basicConfig(
         format="phaul-runtime agent: %(levelname)s: %(message)s", level=logging.WARNING
     )
+    config = _configure(config_path, given)
+    if sockets is None:
+        _serve(config)
+    elif given["listen"]:
+        raise click.UsageError("--sockets and --listen exclude each other")
+    else:
+        _serve_one(sockets, config)
+
+
+def _configure(path: Path | None, given: dict[str, Any]) -> Config:
+    overrides = {
+        "workdir": given["workdir"] and str(given["workdir"].absolute()),
+        "state_dir": given["state_dir"] and str(given["state_dir"].absolute()),
+        "criu.binary": given["criu_binary"],
+        "agent.listen": given["listen"],
+        "agent.insecure": given["insecure"] or None,
+    }
+    return load_config(path, {key: value for key, value in overrides.items() if value is not None})
+
+
+def _wake_on_signals() -> tuple[int, int]:
+    """A pipe that becomes readable once a signal asks to end, and its other end."""
     wake_read, wake_write = os.pipe()
 
     def stop(_number: int, _frame: FrameType | None) -> None:
@@ -68,20 +102,43 @@ def agent_command(sockets: Path, workdir: Path, state_dir: Path, criu_binary: st
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, stop)
+    return wake_read, wake_write
+
+
+def _serve_one(sockets: Path, config: Config) -> None:
+    wake_read, wake_write = _wake_on_signals()
     agent = Agent(
         sockets,
-        workdir,
-        state_dir,
-        Criu(criu_binary),
+        Path(config.workdir),
+        Path(config.state_dir),
+        Criu(config.criu.binary),
         on_lost=lambda: os.write(wake_write, b"x"),
-        hooks=load_config().hooks.hooks(),
+        hooks=config.hooks.hooks(),
     )
     agent.start()
     try:
-        click.echo(f"phaul-runtime agent ready {PROTOCOL} {__version__}")
+        click.echo(_READY)
         while True:
             readable, _, _ = select.select([0, wake_read], [], [])
             if wake_read in readable or not os.read(0, _READ):
                 break
     finally:
         agent.stop()
+
+
+def _serve(config: Config) -> None:
+    wake_read, _ = _wake_on_signals()
+    service = Service(
+        config.agent,
+        Path(config.workdir),
+        Path(config.state_dir),
+        Criu(config.criu.binary),
+        config.hooks.hooks(),
+    )
+    try:
+        click.echo(f"{_READY} {service.start()}")
+        notify("READY=1")
+        select.select([wake_read], [], [])
+        notify("STOPPING=1")
+    finally:
+        service.stop()

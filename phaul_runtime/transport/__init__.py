@@ -26,7 +26,7 @@ GROUP = "phaul_runtime.transports"
 
 @dataclass(frozen=True)
 class Destination:
-    """Where to move to: `ssh://[user@]host[:port]` or `local:`."""
+    """Where to move to: `ssh://[user@]host[:port]`, `tls://host[:port]`, `local:`."""
 
     url: str
     scheme: str
@@ -152,3 +152,8 @@ def load_transport(destination: Destination) -> Transport:
 def socket_directory(workdir: str, token: str) -> Path:
     """Where the agent that serves one channel has its sockets."""
     return Path(workdir) / f"agent-{token}"
+
+
+def link_directory(workdir: str, token: str) -> Path:
+    """Where the client of an agent that is a service has its control socket."""
+    return Path(workdir) / f"link-{token}"

@@ -1,0 +1,94 @@
+"""The agent as a service: one port, many migrations, until it is told to stop.
+
+What it has restored and been told to run outlives it: each restored tree, and each pager that still
+fills one, has a cgroup of its own (`cgroup`), and the unit ends only the service's main process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+from phaul_runtime.agent import Agent
+from phaul_runtime.config import AgentConfig
+from phaul_runtime.criu import Criu
+from phaul_runtime.errors import Refused, UsageError
+from phaul_runtime.front import Front
+from phaul_runtime.images import remove_tree
+from phaul_runtime.journal import is_locked
+from phaul_runtime.lifecycle import Hooks
+from phaul_runtime.transport import socket_directory
+from phaul_runtime.transport.link import parse_listen
+from phaul_runtime.wire import CONTROL
+
+
+class Service:
+    """An `Agent` behind a port.
+
+    Args:
+        config: its `listen` has the address.
+        workdir: private directory for images and the agent's sockets.
+        state_dir: of the journals.
+        criu: a session factory.
+        hooks: of this host.
+
+    Raises:
+        UsageError: the address is malformed.
+        Refused: `tcp://` without `insecure`.
+    """
+
+    def __init__(
+        self, config: AgentConfig, workdir: Path, state_dir: Path, criu: Criu, hooks: Hooks
+    ) -> None:
+        if config.listen is None:
+            raise UsageError("no address to listen on", hint="--listen tls://0.0.0.0:7007")
+        self._scheme, self._host, self._port = parse_listen(config.listen)
+        if self._scheme == "tcp" and not config.insecure:
+            raise Refused(
+                "tcp:// lets whoever reaches the port restore processes as root",
+                hint="use tls://, or set agent.insecure: true",
+            )
+        # By its address, so that the next one finds what this one could not put away.
+        token = hashlib.sha256(config.listen.encode()).hexdigest()[:16]
+        self._sockets = socket_directory(str(workdir), token)
+        self._agent = Agent(self._sockets, workdir, state_dir, criu, hooks=hooks)
+        self._front = Front(self._sockets / CONTROL, self._agent.take_stream)
+
+    def start(self) -> str:
+        """Listen; returns the address with the port that it has.
+
+        Raises:
+            Refused: another one does, or something cannot be made.
+        """
+        if self._sockets.exists():
+            if is_locked(self._sockets):
+                raise Refused("another agent serves this address", hint=f"it has {self._sockets}")
+            remove_tree(self._sockets)
+        self._agent.start()
+        try:
+            port = self._front.start(self._host, self._port)
+        except Refused:
+            self._agent.stop()
+            raise
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        return f"{self._scheme}://{host}:{port}"
+
+    def stop(self) -> None:
+        """Discard what was not committed, and go; what was committed runs on. Idempotent."""
+        self._front.stop()
+        self._agent.stop()
+
+
+def notify(state: str, environment: Callable[[str], str | None] = os.environ.get) -> None:
+    """Tell systemd, if it asked to be told: `READY=1`, `STOPPING=1`."""
+    address = environment("NOTIFY_SOCKET")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel, contextlib.suppress(OSError):
+        channel.sendto(state.encode(), address)

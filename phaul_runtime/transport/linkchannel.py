@@ -1,0 +1,159 @@
+"""The client's end of `tcp://` and `tls://`: one connection for control, one for each stream.
+
+gRPC insists on opening its connections itself: it gets a unix socket in a directory of mode 0700,
+and what arrives there goes on to the agent, as with ssh.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from phaul_runtime.errors import ChannelError, DestinationUnreachable, PhaulError, Refused
+from phaul_runtime.images import remove_tree
+from phaul_runtime.journal import lock_directory
+from phaul_runtime.transport import Channel, Destination
+from phaul_runtime.transport.carry import expose, join
+from phaul_runtime.transport.link import CONTROL, PORT, STREAM, Deadline, dial, greet
+from phaul_runtime.wire import CONTROL as CONTROL_SOCKET
+
+if TYPE_CHECKING:
+    from phaul_runtime.cancel import Cancellation
+
+Secure = Callable[[socket.socket, Deadline], socket.socket]
+"""Authenticates both ends of a new connection; raises ChannelError or OSError."""
+
+
+class LinkChannel(Channel):
+    """A channel to an agent that is a service.
+
+    Args:
+        destination: its address.
+        directory: made for the control socket, removed by `close`.
+        timeout_s: for opening one connection, all of it.
+        secure: None leaves connections in the clear.
+    """
+
+    def __init__(
+        self,
+        destination: Destination,
+        directory: Path,
+        *,
+        timeout_s: float,
+        secure: Secure | None = None,
+    ) -> None:
+        self.name = destination.name
+        self._host = destination.host
+        self._port = PORT if destination.port is None else destination.port
+        self._directory = directory
+        self._timeout_s = timeout_s
+        self._secure = secure
+        self._lock = -1
+        self._first: socket.socket | None = None
+        self._open: set[socket.socket] = set()
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._trouble = ""
+
+    def start(self, cancellation: Cancellation) -> None:
+        """Open the control connection, and listen for gRPC.
+
+        Raises:
+            DestinationUnreachable: no agent, or one that refuses this host.
+            Refused: the directory cannot be made.
+        """
+        try:
+            self._first = self._connection(CONTROL, cancellation)
+        except ChannelError as error:
+            raise DestinationUnreachable(error.message, host=self.name, hint=error.hint) from error
+        try:
+            self._directory.mkdir(mode=0o700, parents=True)
+            self._lock = lock_directory(self._directory)
+            self._listener.bind(str(self._directory / CONTROL_SOCKET))
+            self._listener.listen()
+        except OSError as error:
+            self.close()
+            raise Refused(f"cannot listen in {self._directory}: {error.strerror}") from error
+        threading.Thread(target=self._accept, name="control", daemon=True).start()
+
+    def _connection(self, purpose: str, cancellation: Cancellation | None = None) -> socket.socket:
+        deadline = Deadline.within(self._timeout_s)
+        channel: socket.socket | None = None
+        try:
+            channel = dial(self._host, self._port, deadline, cancellation)
+            if self._secure is not None:
+                channel = self._secure(channel, deadline)
+            greet(channel, purpose, deadline)
+        except PhaulError as error:
+            _close(channel)
+            if isinstance(error, ChannelError):
+                raise ChannelError(error.message, hint=error.hint, host=self.name) from error
+            raise
+        except OSError as error:
+            _close(channel)
+            raise ChannelError(
+                f"port {self._port}: {error.strerror or error}",
+                host=self.name,
+                hint="does phaul-runtime agent --listen run there?",
+            ) from error
+        return channel
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                inner, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(inner,), daemon=True).start()
+
+    def _serve(self, inner: socket.socket) -> None:
+        outer, self._first = self._first, None
+        try:
+            if outer is None:
+                outer = self._connection(CONTROL)
+        except ChannelError as error:
+            self._trouble = error.message
+            inner.close()
+            return
+        self._trouble = ""
+        ends = {inner, outer}
+        self._open |= ends
+        join(outer, inner)
+        self._open -= ends
+
+    def control_target(self) -> str:
+        """See `Channel`."""
+        return f"unix:{self._directory / CONTROL_SOCKET}"
+
+    def connect(self) -> socket.socket:
+        """See `Channel`."""
+        return expose(self._connection(STREAM))
+
+    def trouble(self) -> str:
+        """See `Channel`."""
+        return self._trouble
+
+    def close(self) -> None:
+        """See `Channel`; the agent stays."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        _close(self._first)
+        self._first = None
+        for channel in tuple(self._open):
+            with contextlib.suppress(OSError):
+                channel.shutdown(socket.SHUT_RDWR)
+        if self._lock >= 0:
+            remove_tree(self._directory)
+            os.close(self._lock)
+            self._lock = -1
+
+
+def _close(channel: socket.socket | None) -> None:
+    if channel is not None:
+        with contextlib.suppress(OSError):
+            channel.close()

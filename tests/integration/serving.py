@@ -1,0 +1,74 @@
+"""An agent as a service in this process, and a client of it, over loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from phaul_runtime.cancel import Cancellation
+from phaul_runtime.config import AgentConfig, Config, TransportConfig
+from phaul_runtime.criu import Criu
+from phaul_runtime.lifecycle import Hooks
+from phaul_runtime.remote import RemoteAgent
+from phaul_runtime.service import Service
+from phaul_runtime.transport import Channel, Destination, load_transport
+
+ID = "2f" * 8
+
+
+class Served:
+    """A running service."""
+
+    def __init__(self, root: Path, config: AgentConfig) -> None:
+        self.workdir = root / "work there"
+        self.state_dir = root / "state there"
+        self.service = Service(config, self.workdir, self.state_dir, Criu("no-such-criu"), Hooks())
+        self.url = self.service.start()
+        self.port = Destination.parse(self.url).port or 0
+        self.agent = self.service._agent
+
+    def raw(self) -> socket.socket:
+        """A connection that has said nothing yet."""
+        channel = socket.create_connection(("127.0.0.1", self.port), 10)
+        channel.settimeout(10)
+        return channel
+
+
+@contextlib.contextmanager
+def serving(root: Path, config: AgentConfig) -> Iterator[Served]:
+    served = Served(root, config)
+    try:
+        yield served
+    finally:
+        served.service.stop()
+        assert not [p for p in served.workdir.iterdir() if p.name.startswith("agent-")]
+
+
+@contextlib.contextmanager
+def channel_to(url: str, root: Path, transport: TransportConfig) -> Iterator[Channel]:
+    destination = Destination.parse(url)
+    config = Config(workdir=str(root / "work here"), transport=transport)
+    channel = load_transport(destination).open(destination, config, Cancellation(), "ab" * 8)
+    try:
+        yield channel
+    finally:
+        channel.close()
+        assert not list((root / "work here").iterdir())
+
+
+@contextlib.contextmanager
+def agent_behind(channel: Channel) -> Iterator[RemoteAgent]:
+    remote = RemoteAgent(channel, call_s=20, prepare_s=20, commit_s=5, cancellation=Cancellation())
+    try:
+        yield remote
+    finally:
+        remote.close()
+
+
+def open_migration(remote: RemoteAgent, migration_id: str = ID) -> None:
+    remote.open(
+        migration_id, engine="process", target="1", manifest={}, options={}, lost_s=30,
+        log_level=0, restore="full",
+    )  # fmt: skip
