@@ -31,6 +31,10 @@ class _Section(BaseModel):
         return {} if value is None else value
 
 
+_Path = Annotated[str, Field(pattern="^/")]
+_TLS = "/etc/phaul-runtime/tls"
+
+
 class TransportConfig(_Section):
     """How to reach the destination."""
 
@@ -43,6 +47,9 @@ class TransportConfig(_Section):
         ["phaul-runtime"], min_length=1, description="phaul-runtime at the destination"
     )
     connect_timeout_s: float = Field(30, gt=0, description="seconds to wait for the agent")
+    ca: _Path = Field(f"{_TLS}/ca.pem", description="certificates of the fleet's CA, for tls://")
+    cert: _Path = Field(f"{_TLS}/host.pem", description="this host's certificate")
+    key: _Path = Field(f"{_TLS}/host.key", description="its private key")
     insecure: bool = Field(False, description="allow tcp://, in the clear and unauthenticated")
 
 
@@ -52,6 +59,9 @@ class AgentConfig(_Section):
     listen: str | None = Field(
         None, description="address and port: tls://0.0.0.0:7007; none: only transports start it"
     )
+    ca: _Path = Field(f"{_TLS}/ca.pem", description="certificates of the CA of all clients")
+    cert: _Path = Field(f"{_TLS}/host.pem", description="this host's certificate")
+    key: _Path = Field(f"{_TLS}/host.key", description="its private key")
     insecure: bool = Field(False, description="allow tcp://: whoever reaches the port is root here")
 
 

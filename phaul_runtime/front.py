@@ -11,15 +11,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
+import ssl
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from phaul_runtime.errors import ChannelError, Refused
+from phaul_runtime.errors import PhaulError, Refused
 from phaul_runtime.transport.carry import expose, join
-from phaul_runtime.transport.link import CONTROL, Deadline, agree, receive, tune
+from phaul_runtime.transport.link import CONTROL, Deadline, agree, dismiss, receive, tune
+from phaul_runtime.transport.mutualtls import explain
 
 log = logging.getLogger(__name__)
 
@@ -135,9 +137,9 @@ class Front:
                 purpose = receive(channel, deadline)
                 inner = self._reach_control() if purpose == CONTROL else None
                 agree(channel, deadline)
-        except (OSError, ChannelError) as error:
+        except (OSError, PhaulError) as error:
             log.warning("%s refused: %s", peer, _reason(error))
-            channel.close()
+            dismiss(channel)
             return
         if inner is None:
             self._take_stream(expose(channel))
@@ -163,8 +165,10 @@ class Front:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, ChannelError):
+    if isinstance(error, PhaulError):
         return error.message
+    if isinstance(error, ssl.SSLError):
+        return explain(error, "the client")
     if isinstance(error, TimeoutError):
         return f"it said nothing within {GREETING_S:g} s"
     return str(error)

@@ -7,9 +7,11 @@ fills one, has a cgroup of its own (`cgroup`), and the unit ends only the servic
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import socket
+import ssl
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,12 +19,13 @@ from phaul_runtime.agent import Agent
 from phaul_runtime.config import AgentConfig
 from phaul_runtime.criu import Criu
 from phaul_runtime.errors import Refused, UsageError
-from phaul_runtime.front import Front
+from phaul_runtime.front import Front, Secure
 from phaul_runtime.images import remove_tree
 from phaul_runtime.journal import is_locked
 from phaul_runtime.lifecycle import Hooks
 from phaul_runtime.transport import socket_directory
 from phaul_runtime.transport.link import parse_listen
+from phaul_runtime.transport.mutualtls import Credentials, as_server
 from phaul_runtime.wire import CONTROL
 
 
@@ -38,7 +41,7 @@ class Service:
 
     Raises:
         UsageError: the address is malformed.
-        Refused: `tcp://` without `insecure`.
+        Refused: `tcp://` without `insecure`, or `tls://` without certificates.
     """
 
     def __init__(
@@ -56,7 +59,12 @@ class Service:
         token = hashlib.sha256(config.listen.encode()).hexdigest()[:16]
         self._sockets = socket_directory(str(workdir), token)
         self._agent = Agent(self._sockets, workdir, state_dir, criu, hooks=hooks)
-        self._front = Front(self._sockets / CONTROL, self._agent.take_stream)
+        secure: Secure | None = None
+        if self._scheme == "tls":
+            credentials = Credentials(config.ca, config.cert, config.key)
+            credentials.load(ssl.PROTOCOL_TLS_SERVER)
+            secure = functools.partial(as_server, credentials)
+        self._front = Front(self._sockets / CONTROL, self._agent.take_stream, secure)
 
     def start(self) -> str:
         """Listen; returns the address with the port that it has.

@@ -18,6 +18,7 @@ _COMMANDS = {
     "history": ("phaul_runtime.cli.history_cmd", "history_command"),
     "show": ("phaul_runtime.cli.history_cmd", "show_command"),
     "agent": ("phaul_runtime.cli.agent_cmd", "agent_command"),
+    "cert": ("phaul_runtime.cli.cert_cmd", "cert_group"),
     "hook": ("phaul_runtime.cli.hook_cmd", "hook_group"),
     "config": ("phaul_runtime.cli.config_cmd", "config_group"),
 }

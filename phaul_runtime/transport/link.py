@@ -26,9 +26,13 @@ CONTROL, STREAM = "control", "stream"
 _HELLO = b"phaul-runtime 1 "
 _OK = b"ok"
 _LINE = 256
-# The first bytes of a TLS record: a client's hello, an alert.
-_TLS_HELLO, _TLS_ALERT = b"\x16\x03", b"\x15\x03"
+# The first bytes of a TLS client's hello.
+_TLS_HELLO = b"\x16\x03"
+SPEAKS_TLS = b"no plain connections: that port speaks TLS, write tls://\n"
+_SPEAKS_NO_TLS = b"no TLS is spoken on that port\n"
 _POLL_S = 0.2
+_DISMISS_S = 1.0
+_DISMISS_BYTES = 64 << 10
 _CHUNK = 256 << 10
 # A peer that vanished is noticed within 20 s, as with ssh.
 _KEEPALIVE = (
@@ -127,7 +131,7 @@ def read_line(channel: socket.socket, deadline: Deadline) -> bytes:
         if not byte or byte == b"\n":
             break
         line += byte
-        if bytes(line[:2]) in (_TLS_HELLO, _TLS_ALERT):
+        if line == _TLS_HELLO:
             break
     return bytes(line)
 
@@ -145,12 +149,10 @@ def greet(channel: socket.socket, purpose: str, deadline: Deadline) -> None:
     if answer == _OK:
         channel.settimeout(None)
         return
-    if answer.startswith(_TLS_ALERT):
-        raise ChannelError("that port speaks TLS", hint="write tls:// instead of tcp://")
     if not answer:
         raise ChannelError("the connection was closed without an answer")
     if answer.startswith(b"no "):
-        raise ChannelError(answer[3:].decode("ascii", "replace"))
+        raise ChannelError(f"the agent says: {answer.decode('ascii', 'replace')}")
     raise ChannelError("no phaul-runtime agent answers on that port")
 
 
@@ -163,6 +165,8 @@ def receive(channel: socket.socket, deadline: Deadline) -> str:
     """
     line = read_line(channel, deadline)
     if line.startswith(_TLS_HELLO):
+        with contextlib.suppress(OSError):
+            channel.sendall(_SPEAKS_NO_TLS)
         raise ChannelError("a TLS client came to a tcp:// port")
     if not line:
         raise ChannelError("it left without a word")
@@ -183,6 +187,24 @@ def agree(channel: socket.socket, deadline: Deadline) -> None:
     deadline.limit(channel)
     channel.sendall(_OK + b"\n")
     channel.settimeout(None)
+
+
+def dismiss(channel: socket.socket) -> None:
+    """Close a connection that was refused, so that what was said last arrives.
+
+    Closed with something unread, it would be reset, and the peer lose the reason.
+    """
+    deadline = Deadline.within(_DISMISS_S)
+    with contextlib.suppress(OSError):
+        channel.shutdown(socket.SHUT_WR)
+        read = 0
+        while read < _DISMISS_BYTES:
+            deadline.limit(channel)
+            size = len(channel.recv(_CHUNK))
+            read += size
+            if not size:
+                break
+    channel.close()
 
 
 def splice(one: socket.socket, other: socket.socket) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import ssl
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from phaul_runtime.journal import lock_directory
 from phaul_runtime.transport import Channel, Destination
 from phaul_runtime.transport.carry import expose, join
 from phaul_runtime.transport.link import CONTROL, PORT, STREAM, Deadline, dial, greet
+from phaul_runtime.transport.mutualtls import explain
 from phaul_runtime.wire import CONTROL as CONTROL_SOCKET
 
 if TYPE_CHECKING:
@@ -93,6 +95,12 @@ class LinkChannel(Channel):
             if isinstance(error, ChannelError):
                 raise ChannelError(error.message, hint=error.hint, host=self.name) from error
             raise
+        except ssl.SSLError as error:
+            # The agent's verdict on this host's certificate.
+            _close(channel)
+            raise ChannelError(
+                explain(error, f"the agent at {self.name}"), host=self.name
+            ) from error
         except OSError as error:
             _close(channel)
             raise ChannelError(

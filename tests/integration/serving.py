@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from phaul_runtime.cancel import Cancellation
@@ -16,6 +17,21 @@ from phaul_runtime.service import Service
 from phaul_runtime.transport import Channel, Destination, load_transport
 
 ID = "2f" * 8
+
+
+def wait(condition: Callable[[], object], within_s: float = 20) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def exactly(channel: socket.socket, size: int) -> bytes:
+    """So many bytes; fewer if the peer ended."""
+    got = bytearray()
+    while len(got) < size and (data := channel.recv(min(1 << 16, size - len(got)))):
+        got += data
+    return bytes(got)
 
 
 class Served:
@@ -72,3 +88,21 @@ def open_migration(remote: RemoteAgent, migration_id: str = ID) -> None:
         migration_id, engine="process", target="1", manifest={}, options={}, lost_s=30,
         log_level=0, restore="full",
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def memory(
+    served: Served, url: str, root: Path, transport: TransportConfig
+) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A migration's memory channel: what the client's CRIU would get, and the agent's."""
+    with channel_to(url, root, transport) as channel, agent_behind(channel) as remote:
+        open_migration(remote)
+        with channel.open_memory(ID) as ours:
+            migration = served.agent.service.find(ID)
+            wait(lambda: migration._memory)
+            theirs = migration._memory
+            assert theirs is not None
+            for end in (ours, theirs):
+                assert end.getblocking()
+            yield ours, theirs
+        assert remote.abort()

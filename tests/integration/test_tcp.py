@@ -7,8 +7,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,39 +15,32 @@ from phaul_runtime import front as front_module
 from phaul_runtime.config import AgentConfig, TransportConfig
 from phaul_runtime.errors import DestinationUnreachable, Refused
 from phaul_runtime.transport.link import _HELLO
-from tests.integration.serving import ID, agent_behind, channel_to, open_migration, serving
+from tests.integration.serving import ID, agent_behind, channel_to, open_migration, serving, wait
 
 HERE = TransportConfig(insecure=True)
 THERE = AgentConfig(listen="tcp://127.0.0.1:0", insecure=True)
 
 
-def wait(condition: Callable[[], object], within_s: float = 20) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def test_it_is_refused_unless_the_configuration_says_insecure(tmp_path: Path) -> None:
+def test_it_is_refused_unless_the_configuration_says_insecure(root: Path) -> None:
     with (
         pytest.raises(Refused, match=r"whoever reaches the port.*\n.*agent\.insecure: true"),
-        serving(tmp_path, AgentConfig(listen="tcp://127.0.0.1:0")),
+        serving(root, AgentConfig(listen="tcp://127.0.0.1:0")),
     ):
         pass
-    with serving(tmp_path, THERE) as served:
+    with serving(root, THERE) as served:
         with (
             pytest.raises(Refused, match=r"in the clear.*\n.*transport\.insecure: true"),
-            channel_to(served.url, tmp_path, TransportConfig()),
+            channel_to(served.url, root, TransportConfig()),
         ):
             pass
-        with channel_to(served.url, tmp_path, HERE) as channel, agent_behind(channel) as remote:
+        with channel_to(served.url, root, HERE) as channel, agent_behind(channel) as remote:
             assert remote.hello().hostname == socket.gethostname()
 
 
-def test_memory_arrives_at_its_migration_by_the_tcp_connection_itself(tmp_path: Path) -> None:
+def test_memory_arrives_at_its_migration_by_the_tcp_connection_itself(root: Path) -> None:
     with (
-        serving(tmp_path, THERE) as served,
-        channel_to(served.url, tmp_path, HERE) as channel,
+        serving(root, THERE) as served,
+        channel_to(served.url, root, HERE) as channel,
         agent_behind(channel) as remote,
     ):
         open_migration(remote)
@@ -74,26 +65,26 @@ def test_memory_arrives_at_its_migration_by_the_tcp_connection_itself(tmp_path: 
         assert remote.abort()
 
 
-def test_many_clients_one_after_the_other_and_a_lost_one(tmp_path: Path) -> None:
-    with serving(tmp_path, THERE) as served:
+def test_many_clients_one_after_the_other_and_a_lost_one(root: Path) -> None:
+    with serving(root, THERE) as served:
         for number in range(3):
-            with channel_to(served.url, tmp_path, HERE) as channel, agent_behind(channel) as remote:
+            with channel_to(served.url, root, HERE) as channel, agent_behind(channel) as remote:
                 migration_id = f"{number:08x}"
                 open_migration(remote, migration_id)
                 # The last is lost without a word: the service goes on.
                 if number < 2:
                     assert remote.abort()
-        with channel_to(served.url, tmp_path, HERE) as channel, agent_behind(channel) as remote:
+        with channel_to(served.url, root, HERE) as channel, agent_behind(channel) as remote:
             remote.hello()
 
 
 def test_what_says_nothing_or_nonsense_keeps_nobody_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(front_module, "_WAITING_OF_ONE", 4)
-    with serving(tmp_path, THERE) as served:
+    with serving(root, THERE) as served:
         silent = [served.raw() for _ in range(3)]
-        with channel_to(served.url, tmp_path, HERE) as channel, agent_behind(channel) as remote:
+        with channel_to(served.url, root, HERE) as channel, agent_behind(channel) as remote:
             remote.hello()
         # Beyond its share an address is not even listened to.
         silent.append(served.raw())
@@ -116,15 +107,15 @@ def test_what_says_nothing_or_nonsense_keeps_nobody_out(
         with served.raw() as channel_:
             channel_.sendall(_HELLO + b"shell\n")
             assert channel_.recv(100).startswith(b"no such purpose")
-        with channel_to(served.url, tmp_path, HERE) as channel, agent_behind(channel) as remote:
+        with channel_to(served.url, root, HERE) as channel, agent_behind(channel) as remote:
             remote.hello()
 
 
 def test_a_connection_that_says_too_little_in_time_is_closed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(front_module, "GREETING_S", 0.5)
-    with serving(tmp_path, THERE) as served, served.raw() as channel:
+    with serving(root, THERE) as served, served.raw() as channel:
         # A byte now and then does not win it more time.
         ended = threading.Event()
 
@@ -151,37 +142,37 @@ def test_a_connection_that_says_too_little_in_time_is_closed(
         ("tcp://127.0.0.1:{silent}", "timed out"),
     ],
 )
-def test_where_no_agent_answers(tmp_path: Path, url: str, says: str) -> None:
+def test_where_no_agent_answers(root: Path, url: str, says: str) -> None:
     with socket.socket() as closed, socket.create_server(("127.0.0.1", 0)) as silent:
         closed.bind(("127.0.0.1", 0))
         target = url.format(closed=closed.getsockname()[1], silent=silent.getsockname()[1])
         here = TransportConfig(insecure=True, connect_timeout_s=0.5)
-        (tmp_path / "work here").mkdir()
-        with pytest.raises(DestinationUnreachable) as caught, channel_to(target, tmp_path, here):
+        (root / "work here").mkdir()
+        with pytest.raises(DestinationUnreachable) as caught, channel_to(target, root, here):
             pass
         assert says in str(caught.value).splitlines()[0]
 
 
-def test_one_address_has_one_agent(tmp_path: Path) -> None:
-    with serving(tmp_path, THERE) as served:
+def test_one_address_has_one_agent(root: Path) -> None:
+    with serving(root, THERE) as served:
         again = AgentConfig(listen=served.url, insecure=True)
-        with pytest.raises(Refused, match="Address already in use"), serving(tmp_path, again):
+        with pytest.raises(Refused, match="Address already in use"), serving(root, again):
             pass
 
 
-def test_the_command_serves_until_sigterm(tmp_path: Path) -> None:
+def test_the_command_serves_until_sigterm(root: Path) -> None:
     argv = [sys.executable, "-m", "phaul_runtime", "agent", "--listen", "tcp://127.0.0.1:0"]
-    argv += ["--insecure", "--workdir", str(tmp_path / "w"), "--state-dir", str(tmp_path / "s")]
+    argv += ["--insecure", "--workdir", str(root / "w"), "--state-dir", str(root / "s")]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True) as it:
         assert it.stdout is not None
         ready = it.stdout.readline()
         assert ready.startswith("phaul-runtime agent ready ")
         url = ready.split()[-1]
-        with channel_to(url, tmp_path, HERE) as channel, agent_behind(channel) as remote:
+        with channel_to(url, root, HERE) as channel, agent_behind(channel) as remote:
             remote.hello()
         it.terminate()
         assert it.wait(30) == 0
-    assert not list((tmp_path / "w").iterdir())
+    assert not list((root / "w").iterdir())
 
 
 @pytest.mark.parametrize(
