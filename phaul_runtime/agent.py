@@ -36,7 +36,8 @@ from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.rpc import phaul_pb2_grpc
 from phaul_runtime.settle import Settler
 from phaul_runtime.states import Role, Verdict
-from phaul_runtime.wire import CONTROL, ID_BYTES, MAX_MESSAGE, MEMORY, VERSION_KEY, to_wire
+from phaul_runtime.transport.image_proxy import restored
+from phaul_runtime.wire import CONTROL, ID_BYTES, MAX_MESSAGE, MEMORY, VERSION_KEY, ZSTD, to_wire
 
 log = logging.getLogger(__name__)
 
@@ -320,8 +321,16 @@ class Agent:
                     raise DestinationError("the memory channel closed before it named a migration")
                 name += data
             channel.settimeout(None)
-            migration_id, _, tree = name.decode("ascii", "replace").strip().partition(" ")
+            migration_id, *words = name.decode("ascii", "replace").split()
             migration = self.service.find(migration_id)
+            if words[-1:] == [ZSTD]:
+                words.pop()
+                try:
+                    channel = restored(channel)
+                except Refused as error:
+                    migration.refuse_memory(error)
+                    raise
+            tree = " ".join(words)
             if tree:
                 migration.serve_tree(tree, channel)
             else:

@@ -6,11 +6,21 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
 from phaul_runtime.config_source import Key, Source, read_yaml
 from phaul_runtime.errors import ConfigError
@@ -35,6 +45,29 @@ _Path = Annotated[str, Field(pattern="^/")]
 _TLS = "/etc/phaul-runtime/tls"
 
 
+_UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+_SIZE = re.compile(r"([0-9]+) ?(|KiB|MiB|GiB)")
+
+
+def _bytes(value: Any) -> Any:
+    """`10MiB` is the number of its bytes."""
+    if not isinstance(value, str):
+        return value
+    found = _SIZE.fullmatch(value.strip())
+    if found is None:
+        raise ValueError("input should be a number of bytes, as 65536, 512KiB, 10MiB or 1GiB")
+    return int(found[1]) * _UNITS[found[2]]
+
+
+_Size = Annotated[
+    int,
+    BeforeValidator(_bytes),
+    WithJsonSchema(
+        {"anyOf": [{"type": "integer"}, {"type": "string", "pattern": f"^{_SIZE.pattern}$"}]}
+    ),
+]
+
+
 class TransportConfig(_Section):
     """How to reach the destination."""
 
@@ -51,6 +84,15 @@ class TransportConfig(_Section):
     cert: _Path = Field(f"{_TLS}/host.pem", description="this host's certificate")
     key: _Path = Field(f"{_TLS}/host.key", description="its private key")
     insecure: bool = Field(False, description="allow tcp://, in the clear and unauthenticated")
+    compression: Literal["none", "zstd"] = Field("none", description="of memory and trees")
+    bandwidth_limit: Annotated[_Size, Field(ge=1024)] | None = Field(
+        None, description="of memory and trees together, bytes per second, as 10MiB"
+    )
+    proxy_buffer: Annotated[_Size, Field(ge=64 << 10)] | None = Field(
+        None,
+        description="memory for pages on their way, taken from CRIU before the link takes them, "
+        "as 256MiB; null: 64MiB with compression or a limit, else CRIU writes to the link itself",
+    )
 
 
 class AgentConfig(_Section):

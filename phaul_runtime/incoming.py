@@ -20,6 +20,7 @@ from phaul_runtime.criu import Criu
 from phaul_runtime.engine import DestinationHalf, load_engine
 from phaul_runtime.errors import DestinationError, PhaulError
 from phaul_runtime.filecarry import FileStage
+from phaul_runtime.hangup import hang_up
 from phaul_runtime.images import directory_bytes, forget_resumed, remove_tree, was_resumed
 from phaul_runtime.journal import Journal, checked_id, lock_directory
 from phaul_runtime.lazy import Filled, LazyRestore
@@ -179,6 +180,13 @@ class Incoming:
         self._memory = channel
         self._memory_here.set()
 
+    def refuse_memory(self, error: PhaulError) -> None:
+        """The memory channel has arrived and is of no use; `start_iter` says why."""
+        self._memory_refused = error
+        self._memory_here.set()
+
+    _memory_refused: PhaulError | None = None
+
     def beat(self) -> pb.BeatReply:
         """The client lives."""
         self.seen = time.monotonic()
@@ -204,7 +212,10 @@ class Incoming:
         """A directory and a page server for the next iteration."""
         with self._step:
             self._expect(State.ITERATING)
-            if not self._memory_here.wait(MEMORY_WITHIN_S) or self._memory is None:
+            arrived = self._memory_here.wait(MEMORY_WITHIN_S)
+            if self._memory_refused is not None:
+                raise self._memory_refused
+            if not arrived or self._memory is None:
                 raise DestinationError("the memory channel did not arrive")
             if self._server is None:
                 config = PhaulConfig(0, self._memory.fileno(), str(self._dir))
@@ -436,8 +447,7 @@ class Incoming:
         """
         if self._memory is not None:
             # Ends a page server that waits for memory, and so whoever waits for it.
-            with contextlib.suppress(OSError):
-                self._memory.shutdown(socket.SHUT_RDWR)
+            hang_up(self._memory)
         self._trees.stop()
         # Not before a step that takes its time has ended can anything be discarded.
         self._giving_up.request()

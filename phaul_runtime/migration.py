@@ -362,6 +362,7 @@ class Migration:
         report = client.migrate()
         report.files_copied = cut_over.files_sent
         report.bytes_transferred += carried
+        report.link_bytes = session.link_bytes
         # An address leaves this host before CRIU's lock on its connections does.
         report.warnings += self._hooks.try_to(COMMITTED, move_of(journal))
         report.warnings += self._source.finish()

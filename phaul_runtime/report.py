@@ -33,6 +33,8 @@ class MigrationReport:
         downtime_ms: from the freeze to the moment when the destination's copy ran.
         total_ms: from the start of the command to its end; for library use, of `migrate`.
         bytes_transferred: memory, images and files.
+        link_bytes: what memory and trees of it were on the link; None without compression, limit or
+            proxy buffer, when nobody counts it.
         restored_pid: the root's pid at the destination.
         expected_freeze_ms: the source's part of the downtime (`dump_ms` in `freeze`) as it was
             expected after the last round, to be held against what it became; None if there was
@@ -59,6 +61,7 @@ class MigrationReport:
     throttled_to: float | None = None
     total_ms: float = 0.0
     bytes_transferred: int = 0
+    link_bytes: int | None = None
     restored_pid: int | None = None
     iterations: list[Iteration] = field(default_factory=list)
     converged: bool = True

@@ -14,6 +14,7 @@ from typing import Any
 from phaul_runtime.api import PhaulConfig
 from phaul_runtime.criu import Criu, CriuNotify, criu_opts, error_lines, read_log
 from phaul_runtime.errors import DestinationError, PhaulError
+from phaul_runtime.hangup import hang_up
 from phaul_runtime.images import ImageDirs
 
 LOG_FILE = "page-server.log"
@@ -117,8 +118,7 @@ class PhaulServer:
                 log=error_lines(self._log_text()),
             )
         channel = socket.socket(fileno=os.dup(self.config.memfd))
-        with contextlib.suppress(OSError):
-            channel.shutdown(socket.SHUT_RDWR)
+        hang_up(channel)
         channel.close()
 
     def stop_iter(self) -> None:

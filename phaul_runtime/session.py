@@ -15,6 +15,7 @@ from phaul_runtime.images import remove_tree
 from phaul_runtime.journal import lock_directory
 from phaul_runtime.remote import RemoteAgent
 from phaul_runtime.transport import Channel, Destination, load_transport
+from phaul_runtime.transport.image_proxy import ImageProxy, ProxiedChannel
 
 if TYPE_CHECKING:
     from phaul_runtime.config import Config
@@ -45,6 +46,7 @@ class Session:
         self._id = migration_id
         self._cancellation = cancellation
         self._roll_back = roll_back
+        self._proxy: ImageProxy | None = None
         self._channel: Channel | None = None
         self._memory: socket.socket | None = None
         self._workdir: Path | None = None
@@ -53,9 +55,12 @@ class Session:
 
     def __enter__(self) -> Session:
         timeouts = self._config.timeouts
+        self._proxy = ImageProxy.of(self._config.transport)
         self._channel = load_transport(self._destination).open(
             self._destination, self._config, self._cancellation, self._id
         )
+        if self._proxy is not None:
+            self._channel = ProxiedChannel(self._channel, self._proxy)
         self.agent = RemoteAgent(
             self._channel,
             call_s=timeouts.call_s,
@@ -64,6 +69,11 @@ class Session:
             cancellation=self._cancellation,
         )
         return self
+
+    @property
+    def link_bytes(self) -> int | None:
+        """What memory and trees were on the link, if an image proxy counted it."""
+        return None if self._proxy is None else self._proxy.counts.sent
 
     def make_workdir(self) -> Path:
         """Make the directory for this side's images, removed at the end.

@@ -15,9 +15,10 @@ from phaul_runtime.rpc import phaul_pb2 as pb
 # The agent's two sockets, in its socket directory.
 CONTROL = "control.sock"
 MEMORY = "memory.sock"
-# A memory connection begins with the migration's id, a tree's with that and the tree's name, padded
-# to this length.
+# A memory connection begins with the migration's id, a tree's with that and the tree's name; then
+# what was done to the stream, if anything was; padded to this length.
 ID_BYTES = 96
+ZSTD = "+zstd"
 # Of the control channel; streams send parts of 1 MiB.
 MAX_MESSAGE = 8 << 20
 

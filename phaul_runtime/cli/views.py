@@ -256,6 +256,11 @@ def _iteration(event: ev.IterationDone) -> str:
     )
 
 
+def _transferred(report: MigrationReport) -> str:
+    text = mib(report.bytes_transferred)
+    return text if report.link_bytes is None else f"{text}, {mib(report.link_bytes)} on the link"
+
+
 def _estimate(report: MigrationReport) -> list[tuple[str, str]]:
     """What was expected beside what came of it."""
     rows = []
@@ -287,7 +292,7 @@ def report_rows(report: MigrationReport) -> list[tuple[str, str]]:
             ),
             *_estimate(report),
             ("total", f"{report.total_ms / 1000:.1f} s"),
-            ("transferred", mib(report.bytes_transferred)),
+            ("transferred", _transferred(report)),
             ("pre-copy", f"{len(report.iterations)} rounds, {pages} pages ({report.pre_copy})"),
             (
                 "final dump",

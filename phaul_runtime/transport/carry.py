@@ -16,7 +16,7 @@ import ssl
 import threading
 from collections import deque
 
-from phaul_runtime.transport.link import splice
+from phaul_runtime.transport.link import cut, splice
 
 log = logging.getLogger(__name__)
 
@@ -79,9 +79,7 @@ class _Pump:
                     self._wait()
         except (OSError, _Broken) as error:
             log.debug("a TLS connection broke: %s", error)
-            for channel in (self._plain, self._secured):
-                with contextlib.suppress(OSError):
-                    channel.shutdown(socket.SHUT_RDWR)
+            cut(self._plain, self._secured)
         finally:
             self._plain.close()
             self._secured.close()

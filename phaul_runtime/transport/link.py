@@ -207,27 +207,40 @@ def dismiss(channel: socket.socket) -> None:
     channel.close()
 
 
+def cut(*channels: socket.socket) -> None:
+    """End connections for whoever uses them, both ways; they are still to be closed."""
+    for channel in channels:
+        with contextlib.suppress(OSError):
+            channel.shutdown(socket.SHUT_RDWR)
+
+
 def splice(one: socket.socket, other: socket.socket) -> None:
     """Join two connections until both have ended, and close them; half an end is passed on."""
-    back = threading.Thread(target=_pour, args=(other, one), name="splice", daemon=True)
+    back = threading.Thread(target=_pour_or_cut, args=(other, one), name="splice", daemon=True)
     back.start()
-    _pour(one, other)
+    _pour_or_cut(one, other)
     back.join()
     one.close()
     other.close()
 
 
-def _pour(source: socket.socket, sink: socket.socket) -> None:
-    buffer = memoryview(bytearray(_CHUNK))
+def _pour_or_cut(source: socket.socket, sink: socket.socket) -> None:
     try:
-        while size := source.recv_into(buffer):
-            sink.sendall(buffer[:size])
+        pour(source, sink)
     except OSError:
         # Broken, not ended: the other half is of no use to anybody either.
-        for channel in (source, sink):
-            with contextlib.suppress(OSError):
-                channel.shutdown(socket.SHUT_RDWR)
-        return
+        cut(source, sink)
+
+
+def pour(source: socket.socket, sink: socket.socket) -> None:
+    """Carry one direction until its end, which is passed on.
+
+    Raises:
+        OSError: one of the two broke.
+    """
+    buffer = memoryview(bytearray(_CHUNK))
+    while size := source.recv_into(buffer):
+        sink.sendall(buffer[:size])
     with contextlib.suppress(OSError):
         sink.shutdown(socket.SHUT_WR)
 
