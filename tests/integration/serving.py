@@ -37,10 +37,10 @@ def exactly(channel: socket.socket, size: int) -> bytes:
 class Served:
     """A running service."""
 
-    def __init__(self, root: Path, config: AgentConfig) -> None:
+    def __init__(self, root: Path, config: AgentConfig, criu: str) -> None:
         self.workdir = root / "work there"
         self.state_dir = root / "state there"
-        self.service = Service(config, self.workdir, self.state_dir, Criu("no-such-criu"), Hooks())
+        self.service = Service(config, self.workdir, self.state_dir, Criu(criu), Hooks())
         self.url = self.service.start()
         self.port = Destination.parse(self.url).port or 0
         self.agent = self.service._agent
@@ -53,8 +53,8 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(root: Path, config: AgentConfig) -> Iterator[Served]:
-    served = Served(root, config)
+def serving(root: Path, config: AgentConfig, *, criu: str = "no-such-criu") -> Iterator[Served]:
+    served = Served(root, config, criu)
     try:
         yield served
     finally:

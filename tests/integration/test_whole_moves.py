@@ -1,0 +1,185 @@
+"""Whole moves over loopback: client, transport, agent, fake engine; CRIU is a stand-in."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from phaul_runtime import agent as agent_module
+from phaul_runtime import incoming as incoming_module
+from phaul_runtime import migration as migration_module
+from phaul_runtime import settle as settle_module
+from phaul_runtime.api import Outcome, PhaulConfig
+from phaul_runtime.cancel import Cancellation
+from phaul_runtime.config import AgentConfig, Config, TransportConfig
+from phaul_runtime.criu import Criu
+from phaul_runtime.engine import DestinationHalf, Finding, Handover
+from phaul_runtime.events import Event
+from phaul_runtime.migration import Migration
+from phaul_runtime.testing import FakeCase, FakeEngine, Place
+from phaul_runtime.testing.fake import FakeDestination, FakeLocal, FakeSource
+from tests.integration import fakecriu
+from tests.integration.fleet import Fleet, Tap, tapped
+from tests.integration.serving import serving, wait
+
+pytest.importorskip("pycriu")
+FINAL = b"".join(fakecriu.content(page) for page in range(10**6, 10**6 + fakecriu.PAGES))
+
+
+class Local(FakeLocal):
+    """Dumps memory as well, as an engine with CRIU would."""
+
+    def dump_copy_restore(
+        self, criu: Criu, config: PhaulConfig, last_client_images_dir: str | None
+    ) -> Outcome:
+        channel = socket.socket(fileno=os.dup(config.memfd))
+        with channel:
+            fakecriu.send_round(channel, FINAL)
+        return super().dump_copy_restore(criu, config, last_client_images_dir)
+
+
+class Source(FakeSource):
+    def local(self, handover: Handover, cancellation: Cancellation) -> Any:
+        return Local(self, handover)
+
+
+class Destination(FakeDestination):
+    """Its copy lives in another directory: the hosts are one."""
+
+    case: FakeCase
+
+    def check(self, manifest: Mapping[str, Any]) -> Any:
+        return [Finding("name", "ok", "it is free")]
+
+    def prepare(self, manifest: Mapping[str, Any], migration_id: str) -> None:
+        super().prepare(self.case.there(manifest), migration_id)
+
+
+class Engine(FakeEngine):
+    def __init__(self) -> None:
+        self.case: FakeCase | None = None
+
+    def source(self, target: str, options: Any, *, criu_log_level: int) -> FakeSource:
+        return Source(target)
+
+    def destination(self, options: Any, *, criu_log_level: int, hold_s: float) -> DestinationHalf:
+        half = Destination(hold_s)
+        assert self.case is not None
+        half.case = self.case
+        return half
+
+
+class Moves:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.notes = root / "notes"
+        self.criu = root / "criu"
+        program = f'{sys.executable} {fakecriu.__file__} "$@" 2>>{root}/errors'
+        self.criu.write_text(f"#!/bin/sh\nexec {program}\n")
+        self.criu.chmod(0o755)
+        self.engine = Engine()
+        self.case = self.engine.case = FakeCase(root / "v", self.engine)
+        self.told: list[Event] = []
+
+    def run(self, url: str, transport: TransportConfig) -> dict[str, Any]:
+        config = Config.model_validate({
+            "engine": "fake",
+            "workdir": str(self.root / "here"),
+            "state_dir": str(self.root / "state here"),
+            "log_dir": str(self.root / "log"),
+            "criu": {"binary": str(self.criu)},
+            "policy": {"max_iterations": 3, "max_downtime_ms": 1},
+            "checks": {"ignore": ["workdir", "state", "space"]},
+            "transport": {**transport.model_dump(), "to": url},
+        })  # fmt: skip
+        report = Migration(config, self.case.start(), self.told.append).run()
+        return report.to_json()
+
+    def went_through(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {"sent": [], "taken": []}
+        for line in self.notes.read_text().splitlines():
+            what, _, rest = line.partition(" ")
+            found[what].append(rest)
+        return found
+
+
+@pytest.fixture
+def moves(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Moves]:
+    found = Moves(root)
+    monkeypatch.setenv("FAKECRIU_NOTES", str(found.notes))
+    for module in (agent_module, incoming_module, migration_module, settle_module):
+        monkeypatch.setattr(module, "load_engine", lambda _: found.engine)
+    yield found
+    # Of the stand-in; shown where a test fails.
+    sys.stdout.write((root / "errors").read_text())
+    found.case.clear()
+
+
+def check(moves: Moves, report: dict[str, Any], tap: Tap) -> None:
+    """It has moved, once and whole, and what CRIU sent was what the page servers got."""
+    assert (report["result"], len(report["iterations"])) == ("moved", 3)
+    assert not moves.case.alive(Place.SOURCE)
+    before = moves.case.told(Place.DESTINATION)
+    assert before is not None
+    wait(lambda: (now := moves.case.told(Place.DESTINATION)) and now.passes > before.passes + 1)
+    after = moves.case.told(Place.DESTINATION)
+    assert after is not None
+    assert after.wrong == 0
+    through = moves.went_through()
+    assert len(through["sent"]) == 4
+    assert through["sent"] == through["taken"]
+    assert len(tap.seen) > 0
+
+
+ZSTD = {"compression": "zstd", "bandwidth_limit": "200MiB", "proxy_buffer": "1MiB"}
+
+
+@pytest.mark.parametrize("scheme", ["tcp", "tls"])
+@pytest.mark.parametrize("proxy", [{}, ZSTD], ids=["plain", "zstd"])
+def test_a_whole_move(moves: Moves, root: Path, scheme: str, proxy: dict[str, Any]) -> None:
+    if scheme == "tls":
+        fleet = Fleet(root / "fleet")
+        there, here = fleet.there(), fleet.here(**proxy)
+    else:
+        there = AgentConfig(listen="tcp://127.0.0.1:0", insecure=True)
+        here = TransportConfig.model_validate({"insecure": True, **proxy})
+    with serving(root, there, criu=str(moves.criu)) as served, tapped(served.port) as tap:
+        url = served.url.replace(str(served.port), str(tap.port))
+        report = moves.run(url, here)
+        check(moves, report, tap)
+        seen = bytes(tap.seen)
+    # Of each page a part that is in no other, of the three rounds and of the final dump.
+    numbers = range(fakecriu.PAGES, 4 * fakecriu.PAGES)
+    pages = [fakecriu.content(page)[:64] in seen for page in numbers]
+    clear = scheme == "tcp" and not proxy
+    assert pages == [clear] * len(pages)
+    assert (FINAL[:64] in seen) == clear
+    assert (json.dumps(str(root)).strip('"').encode() in seen) == (scheme == "tcp")
+    if proxy:
+        sent = 4 * fakecriu.PAGES * 4096
+        assert 0 < report["link_bytes"] < sent / 4
+    else:
+        assert report["link_bytes"] is None
+
+
+def test_several_moves_by_one_service_and_restored_ones_outlive_it(
+    moves: Moves, root: Path
+) -> None:
+    fleet = Fleet(root / "fleet")
+    with serving(root, fleet.there(), criu=str(moves.criu)) as served:
+        first = moves.run(served.url, fleet.here())
+        assert first["result"] == "moved"
+        moves.notes.unlink()
+        second = moves.run(served.url, fleet.here())
+        assert second["result"] == "moved"
+    assert moves.case.alive(Place.DESTINATION)
+    for pid in (first["restored_pid"], second["restored_pid"]):
+        os.kill(pid, 0)
+    os.kill(first["restored_pid"], 9)
