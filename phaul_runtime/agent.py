@@ -41,12 +41,15 @@ from phaul_runtime.wire import CONTROL, ID_BYTES, MAX_MESSAGE, MEMORY, VERSION_K
 
 log = logging.getLogger(__name__)
 
-_WORKERS = 16
+# Started as they are needed; a service may have many restores under way, and each keeps one.
+_WORKERS = 64
 _WATCH_S = 1.0
 _PREAMBLE_S = 10.0
 _STOP_S = 5.0
 # An agent that nobody has called for so long, and that holds nothing, has lost its client.
 _IDLE_S = 900.0
+# What is over can still be asked for that long after its client's last sign of life.
+_REMEMBERED_S = 900.0
 
 _Reply = TypeVar("_Reply", bound=Any)
 
@@ -110,6 +113,14 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
         """All migrations of this agent."""
         with self._lock:
             return list(self._migrations.values())
+
+    def forget(self, silent_s: float) -> None:
+        """Drop what is over, and whose client has been silent for so long."""
+        with self._lock:
+            for migration in list(self._migrations.values()):
+                silent = time.monotonic() - migration.seen
+                if migration.over and silent > silent_s and migration.wait_settled(0):
+                    del self._migrations[migration.id]
 
     @_answers(pb.HelloReply)
     def Hello(self, request: pb.HelloRequest, _context: object) -> pb.HelloReply:  # noqa: D102, N802
@@ -284,8 +295,13 @@ class Agent:
         threading.Thread(target=self._accept, name="accept", daemon=True).start()
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
-    def stop(self) -> None:
-        """Discard what was not committed, and go; what was committed runs on. Idempotent."""
+    def stop(self, *, settle_within_s: float | None = None) -> None:
+        """Discard what was not committed, and go; what was committed runs on. Idempotent.
+
+        Args:
+            settle_within_s: how long to wait for pagers whose copies still miss pages, to put away
+                the images after them; None for as long as it takes. A pager goes on by itself.
+        """
         self._stopping.set()
         for migration in self.service.all():
             migration.abort(client_lost=True)
@@ -297,6 +313,11 @@ class Agent:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+        deadline = time.monotonic() + (settle_within_s or 0)
+        for migration in self.service.all():
+            left = None if settle_within_s is None else max(0.0, deadline - time.monotonic())
+            if not migration.wait_settled(left):
+                log.warning("%s: left to its pager; its images are put away later", migration.id)
 
     def _accept(self) -> None:
         while not self._stopping.is_set():
@@ -321,8 +342,8 @@ class Agent:
                     raise DestinationError("the memory channel closed before it named a migration")
                 name += data
             channel.settimeout(None)
-            migration_id, *words = name.decode("ascii", "replace").split()
-            migration = self.service.find(migration_id)
+            words = name.decode("ascii", "replace").split()
+            migration = self.service.find(words.pop(0) if words else "")
             if words[-1:] == [ZSTD]:
                 words.pop()
                 try:
@@ -351,5 +372,6 @@ class Agent:
                     log.warning("%s: no sign of its client for %.0f s", migration.id, silent)
                     migration.abort(client_lost=True)
                     self._on_lost()
+            self.service.forget(_REMEMBERED_S)
             if time.monotonic() - self.service.heard > _IDLE_S:
                 self._on_lost()

@@ -393,15 +393,24 @@ class Incoming:
         self.journal.enter(State.DONE, pid=self._pid)
 
     def _settle_soon(self) -> None:
-        self._settler = threading.Thread(target=self._settle, name="settle")
+        self._settler = threading.Thread(target=self._settle, name="settle", daemon=True)
         self._settler.start()
 
     _settler: threading.Thread | None = None
 
-    def wait_settled(self) -> None:
-        """Wait until a committed migration has put away its images."""
-        if self._settler is not None:
-            self._settler.join()
+    def wait_settled(self, within_s: float | None = None) -> bool:
+        """Wait until a committed migration has put away its images.
+
+        Args:
+            within_s: at the most; None for as long as its pager has pages to fill in.
+
+        Returns:
+            Whether it has, or had nothing to put away.
+        """
+        if self._settler is None:
+            return True
+        self._settler.join(within_s)
+        return not self._settler.is_alive()
 
     def _settle(self) -> None:
         """After the commit, when time no longer matters."""

@@ -12,9 +12,10 @@ import hashlib
 import os
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 
+from phaul_runtime import leftovers
 from phaul_runtime.agent import Agent
 from phaul_runtime.config import AgentConfig
 from phaul_runtime.criu import Criu
@@ -27,6 +28,9 @@ from phaul_runtime.transport import socket_directory
 from phaul_runtime.transport.link import parse_listen
 from phaul_runtime.transport.mutualtls import Credentials, as_server
 from phaul_runtime.wire import CONTROL
+
+# For hooks, and for the pagers of copies that have just begun to run.
+_SETTLE_S = 30.0
 
 
 class Service:
@@ -49,6 +53,7 @@ class Service:
     ) -> None:
         if config.listen is None:
             raise UsageError("no address to listen on", hint="--listen tls://0.0.0.0:7007")
+        self._workdir, self._state_dir = workdir, state_dir
         self._scheme, self._host, self._port = parse_listen(config.listen)
         if self._scheme == "tcp" and not config.insecure:
             raise Refused(
@@ -72,6 +77,9 @@ class Service:
         Raises:
             Refused: another one does, or something cannot be made.
         """
+        # What an agent left that was killed, or that left a pager at work: a pager has what it
+        # needs open.
+        leftovers.sweep(self._workdir, self._state_dir)
         if self._sockets.exists():
             if is_locked(self._sockets):
                 raise Refused("another agent serves this address", hint=f"it has {self._sockets}")
@@ -88,12 +96,12 @@ class Service:
     def stop(self) -> None:
         """Discard what was not committed, and go; what was committed runs on. Idempotent."""
         self._front.stop()
-        self._agent.stop()
+        self._agent.stop(settle_within_s=_SETTLE_S)
 
 
-def notify(state: str, environment: Callable[[str], str | None] = os.environ.get) -> None:
+def notify(state: str, environment: Mapping[str, str] = os.environ) -> None:
     """Tell systemd, if it asked to be told: `READY=1`, `STOPPING=1`."""
-    address = environment("NOTIFY_SOCKET")
+    address = environment.get("NOTIFY_SOCKET")
     if not address:
         return
     if address.startswith("@"):

@@ -29,7 +29,9 @@ def move_options(command: _Command) -> _Command:
         ),
         click.option("--engine", metavar="NAME", help="Engine of the target.  [default: process]"),
         click.option(
-            "--to", metavar="URL", help="Destination: ssh://[user@]host[:port] or local:."
+            "--to",
+            metavar="URL",
+            help="Destination: ssh://[user@]host[:port], tls://host[:port] or local:.",
         ),
         click.option(
             "--config",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.config import AgentConfig, Config, TransportConfig
 from phaul_runtime.criu import Criu
+from phaul_runtime.hangup import hang_up
 from phaul_runtime.lifecycle import Hooks
 from phaul_runtime.remote import RemoteAgent
 from phaul_runtime.service import Service
@@ -32,6 +35,27 @@ def exactly(channel: socket.socket, size: int) -> bytes:
     while len(got) < size and (data := channel.recv(min(1 << 16, size - len(got)))):
         got += data
     return bytes(got)
+
+
+def gives_up_in_the_middle(ours: socket.socket, theirs: socket.socket) -> None:
+    """A page server fails while CRIU writes to it: the write has to fail, not to wait for ever."""
+    failed: list[OSError] = []
+
+    def write() -> None:
+        try:
+            while True:
+                ours.sendall(bytes(1 << 20))
+        except OSError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    exactly(theirs, 1 << 20)
+    # Nothing more fits in between.
+    wait(lambda: not select.select([], [ours], [], 0.5)[1])
+    hang_up(theirs)
+    thread.join(20)
+    assert isinstance(failed[0], (BrokenPipeError, ConnectionResetError))
 
 
 class Served:

@@ -15,7 +15,16 @@ from phaul_runtime import front as front_module
 from phaul_runtime.config import AgentConfig, TransportConfig
 from phaul_runtime.errors import DestinationUnreachable, Refused
 from phaul_runtime.transport.link import _HELLO
-from tests.integration.serving import ID, agent_behind, channel_to, open_migration, serving, wait
+from tests.integration.serving import (
+    ID,
+    agent_behind,
+    channel_to,
+    gives_up_in_the_middle,
+    memory,
+    open_migration,
+    serving,
+    wait,
+)
 
 HERE = TransportConfig(insecure=True)
 THERE = AgentConfig(listen="tcp://127.0.0.1:0", insecure=True)
@@ -63,6 +72,14 @@ def test_memory_arrives_at_its_migration_by_the_tcp_connection_itself(root: Path
             thread.join()
             assert got == sent
         assert remote.abort()
+
+
+def test_an_agent_that_gives_up_ends_a_writer_in_the_middle(root: Path) -> None:
+    with (
+        serving(root, THERE) as served,
+        memory(served, served.url, root, HERE) as (ours, theirs),
+    ):
+        gives_up_in_the_middle(ours, theirs)
 
 
 def test_many_clients_one_after_the_other_and_a_lost_one(root: Path) -> None:

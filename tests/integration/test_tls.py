@@ -24,6 +24,7 @@ from tests.integration.serving import (
     agent_behind,
     channel_to,
     exactly,
+    gives_up_in_the_middle,
     memory,
     serving,
     wait,
@@ -103,6 +104,13 @@ def test_a_stream_that_is_not_read_holds_up_its_writer_only(
         assert exactly(ours, 3) == b"now"
         got = exactly(theirs, sent)
         assert got.count(0) == sent
+
+
+def test_an_agent_that_gives_up_ends_a_writer_in_the_middle(
+    served: Served, root: Path, fleet: Fleet
+) -> None:
+    with memory(served, served.url, root, fleet.here()) as (ours, theirs):
+        gives_up_in_the_middle(ours, theirs)
 
 
 def test_a_connection_that_is_cut_is_no_end(served: Served, root: Path, fleet: Fleet) -> None:

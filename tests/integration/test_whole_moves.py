@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -63,8 +65,8 @@ class Destination(FakeDestination):
 
 
 class Engine(FakeEngine):
-    def __init__(self) -> None:
-        self.case: FakeCase | None = None
+    def __init__(self, case: FakeCase | None = None) -> None:
+        self.case = case
 
     def source(self, target: str, options: Any, *, criu_log_level: int) -> FakeSource:
         return Source(target)
@@ -167,6 +169,70 @@ def test_a_whole_move(moves: Moves, root: Path, scheme: str, proxy: dict[str, An
         assert 0 < report["link_bytes"] < sent / 4
     else:
         assert report["link_bytes"] is None
+
+
+AGENT = """
+import sys
+from pathlib import Path
+from phaul_runtime import agent, incoming, settle
+from phaul_runtime.cli.main import cli
+from phaul_runtime.testing import FakeCase
+from tests.integration.test_whole_moves import Engine
+engine = Engine()
+engine.case = FakeCase(Path(sys.argv.pop(1)), engine)
+engine.case._count = int(sys.argv.pop(1))
+for module in (agent, incoming, settle):
+    module.load_engine = lambda _: engine
+cli()
+"""
+
+
+class Service:
+    """The command as a unit has it: a process of its own, on the same port each time."""
+
+    def __init__(self, moves: Moves, config: AgentConfig, count: int, port: int) -> None:
+        self.state = moves.root / "state there"
+        self.url = f"tls://127.0.0.1:{port}"
+        settings = {"agent": {**config.model_dump(), "listen": self.url}}
+        file = moves.root / "agent.yaml"
+        file.write_text(json.dumps(settings))
+        argv = [sys.executable, "-c", AGENT, str(moves.root / "v"), str(count), "agent"]
+        argv += ["--config", str(file), "--criu", str(moves.criu)]
+        argv += ["--workdir", str(moves.root / "there"), "--state-dir", str(self.state)]
+        self.process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline().split()[-1] == self.url
+
+    def end(self, number: int) -> int:
+        self.process.send_signal(number)
+        code = self.process.wait(30)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        return code
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["ended", "killed"])
+def test_a_restart_leaves_what_was_restored_running(
+    moves: Moves, root: Path, number: signal.Signals
+) -> None:
+    fleet = Fleet(root / "fleet")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    service = Service(moves, fleet.there(), 1, port)
+    restored = [moves.run(service.url, fleet.here())["restored_pid"]]
+    assert service.end(number) == (0 if number == signal.SIGTERM else -number)
+    again = Service(moves, fleet.there(), 2, port)
+    try:
+        restored.append(moves.run(again.url, fleet.here())["restored_pid"])
+        for pid in restored:
+            # Neither a zombie nor stopped.
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+            assert state in "RS"
+    finally:
+        assert again.end(signal.SIGTERM) == 0
+        for pid in restored:
+            os.kill(pid, signal.SIGKILL)
+    assert list((root / "there").iterdir()) == []
 
 
 def test_several_moves_by_one_service_and_restored_ones_outlive_it(
