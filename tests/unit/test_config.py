@@ -74,11 +74,31 @@ def problem(tmp_path: Path, text: str, **overrides: object) -> str:
         ("a: b: c\n", "c.yaml:1:5: mapping values are not allowed"),
         ("policy:\n\tname: budget\n", "c.yaml:2:1"),
         ("- 1\n", "c.yaml:1: expected keys and values"),
+        ("transport: {bandwidth_limit: 10MB}\n",
+         "c.yaml:1: transport.bandwidth_limit: value error, input should be a number of bytes"),
+        ("transport:\n  proxy_buffer: 1KiB\n", "c.yaml:2: transport.proxy_buffer: input should be"),
+        ("transport: {bandwidth_limit: -5}\n", "c.yaml:1: transport.bandwidth_limit"),
+        ("transport: {bandwidth_limit: 1.5}\n", "c.yaml:1: transport.bandwidth_limit"),
+        ("transport: {compression: gzip}\n", "'none' or 'zstd', not 'gzip'"),
+        ("transport: {ca: ca.pem}\n", "c.yaml:1: transport.ca"),
+        ("agent: {listen: 5}\n", "c.yaml:1: agent.listen"),
         ("timeouts: {lost_s: 1, heartbeat_s: 2}\n", "lost_s must be larger than heartbeat_s"),
     ],
 )  # fmt: skip
 def test_errors_name_place_key_and_what_is_accepted(tmp_path: Path, text: str, says: str) -> None:
     assert says in problem(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("65536", 65536), ("'65536'", 65536), ("10MiB", 10 << 20), ("512 KiB", 512 << 10),
+     ("2GiB", 2 << 30), ("null", None)],
+)  # fmt: skip
+def test_sizes_have_units(tmp_path: Path, text: str, size: int | None) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(f"transport: {{bandwidth_limit: {text}, proxy_buffer: {text}}}\n")
+    found = load_config(file).transport
+    assert (found.bandwidth_limit, found.proxy_buffer) == (size, size)
 
 
 def test_all_errors_are_named(tmp_path: Path) -> None:
