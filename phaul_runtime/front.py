@@ -135,7 +135,7 @@ class Front:
                 if self._secure is not None:
                     channel = self._secure(channel, deadline)
                 purpose = receive(channel, deadline)
-                inner = self._reach_control() if purpose == CONTROL else None
+                inner = self._reach_control(deadline) if purpose == CONTROL else None
                 agree(channel, deadline)
         except (OSError, PhaulError) as error:
             log.warning("%s refused: %s", peer, _reason(error))
@@ -146,10 +146,12 @@ class Front:
         else:
             self._serve_control(channel, inner)
 
-    def _reach_control(self) -> socket.socket:
+    def _reach_control(self, deadline: Deadline) -> socket.socket:
         inner = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
+            deadline.limit(inner)
             inner.connect(str(self._control))
+            inner.settimeout(None)
         except OSError:
             inner.close()
             raise

@@ -24,7 +24,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from phaul_runtime.errors import ChannelError, Refused
@@ -154,6 +154,13 @@ class Counts:
 
     taken: int = 0
     sent: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def add(self, *, taken: int = 0, sent: int = 0) -> None:
+        """Several streams count at once."""
+        with self._lock:
+            self.taken += taken
+            self.sent += sent
 
 
 class ImageProxy:
@@ -245,6 +252,9 @@ class _Stream:
         except OSError as error:
             log.debug("image proxy: %s", error)
             self.stop()
+        except Exception:
+            log.exception("the image proxy failed")
+            self.stop()
         finally:
             self._left.release()
 
@@ -257,7 +267,7 @@ class _Stream:
     def _take(self) -> None:
         """From CRIU, as fast as memory allows."""
         while chunk := self._inner.recv(_PIECE):
-            self._counts.taken += len(chunk)
+            self._counts.add(taken=len(chunk))
             self._buffer.put(chunk)
         self._buffer.end()
 
@@ -268,7 +278,7 @@ class _Stream:
                 self._link.sendall(data)
             else:
                 self._send_slowly(self._bucket, memoryview(data))
-            self._counts.sent += len(data)
+            self._counts.add(sent=len(data))
         self._link.shutdown(socket.SHUT_WR)
 
     def _send_slowly(self, bucket: Bucket, data: memoryview) -> None:

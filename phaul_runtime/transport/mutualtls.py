@@ -31,7 +31,7 @@ _REASONS = {
     "TLSV1_ALERT_PROTOCOL_VERSION": "{who} does not speak TLS 1.3",
     "UNSUPPORTED_PROTOCOL": "{who} does not speak TLS 1.3",
 }
-_PLAIN = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST")
+_PLAIN = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE")
 # X509_V_ERR_*: not yet valid, expired, unknown issuer (four ways), not for that, name, address.
 _VERIFICATIONS = {
     9: "the certificate of {who} is not valid yet: are both clocks right?",

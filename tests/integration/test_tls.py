@@ -13,6 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
 
 from phaul_runtime.config import AgentConfig, TransportConfig
 from phaul_runtime.errors import DestinationUnreachable, Refused
@@ -271,7 +277,13 @@ def test_files_that_will_not_do_are_named(root: Path, fleet: Fleet) -> None:
     garbage.write_text("no certificate\n")
     opened.write_bytes(Path(fleet.files("here")["key"]).read_bytes())
     opened.chmod(0o644)
+    locked = root / "locked.key"
+    key = load_pem_private_key(Path(fleet.files("here")["key"]).read_bytes(), None)
+    pem = (Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"secret"))
+    locked.write_bytes(key.private_bytes(*pem))
+    locked.chmod(0o600)
     cases: list[tuple[dict[str, str], str]] = [
+        ({"key": str(locked)}, "has a passphrase"),
         ({"ca": str(root / "none.pem")}, "none.pem: No such file"),
         ({"ca": str(garbage)}, "garbage.pem is no certificate of a CA"),
         ({"cert": str(garbage)}, "are not a certificate and its key"),
