@@ -20,7 +20,7 @@ from pathlib import Path
 
 from phaul_runtime.errors import PhaulError, Refused
 from phaul_runtime.transport.carry import expose, join
-from phaul_runtime.transport.link import CONTROL, Deadline, agree, dismiss, receive, tune
+from phaul_runtime.transport.link import CONTROL, Deadline, agree, cut, dismiss, receive, tune
 from phaul_runtime.transport.mutualtls import explain
 
 log = logging.getLogger(__name__)
@@ -89,9 +89,7 @@ class Front:
             self._listener.close()
         with self._lock:
             joined = tuple(self._joined)
-        for channel in joined:
-            with contextlib.suppress(OSError):
-                channel.shutdown(socket.SHUT_RDWR)
+        cut(*joined)
 
     def _accept(self, listener: socket.socket) -> None:
         while not self._stopping.is_set():
@@ -128,8 +126,8 @@ class Front:
                 self._waiting += Counter()  # drops what is at 0
 
     def _receive(self, channel: socket.socket, peer: str) -> None:
-        try:
-            with self._place(peer):
+        with self._place(peer):
+            try:
                 deadline = Deadline.within(GREETING_S)
                 tune(channel)
                 if self._secure is not None:
@@ -137,10 +135,10 @@ class Front:
                 purpose = receive(channel, deadline)
                 inner = self._reach_control(deadline) if purpose == CONTROL else None
                 agree(channel, deadline)
-        except (OSError, PhaulError) as error:
-            log.warning("%s refused: %s", peer, _reason(error))
-            dismiss(channel)
-            return
+            except (OSError, PhaulError) as error:
+                log.warning("%s refused: %s", peer, _reason(error))
+                dismiss(channel)
+                return
         if inner is None:
             self._take_stream(expose(channel))
         else:

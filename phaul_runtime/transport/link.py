@@ -196,11 +196,12 @@ def dismiss(channel: socket.socket) -> None:
     """
     deadline = Deadline.within(_DISMISS_S)
     with contextlib.suppress(OSError):
-        channel.shutdown(socket.SHUT_WR)
+        # Of the connection below TLS, where there is any.
+        socket.socket.shutdown(channel, socket.SHUT_WR)
         read = 0
         while read < _DISMISS_BYTES:
             deadline.limit(channel)
-            size = len(channel.recv(_CHUNK))
+            size = len(socket.socket.recv(channel, _CHUNK))
             read += size
             if not size:
                 break
@@ -208,10 +209,14 @@ def dismiss(channel: socket.socket) -> None:
 
 
 def cut(*channels: socket.socket) -> None:
-    """End connections for whoever uses them, both ways; they are still to be closed."""
+    """End connections for whoever uses them, both ways; they are still to be closed.
+
+    Never by a TLS connection's own `shutdown`: that takes the encryption away first, and somebody
+    may be about to write.
+    """
     for channel in channels:
         with contextlib.suppress(OSError):
-            channel.shutdown(socket.SHUT_RDWR)
+            socket.socket.shutdown(channel, socket.SHUT_RDWR)
 
 
 def splice(one: socket.socket, other: socket.socket) -> None:

@@ -20,7 +20,7 @@ from phaul_runtime.images import remove_tree
 from phaul_runtime.journal import lock_directory
 from phaul_runtime.transport import Channel, Destination
 from phaul_runtime.transport.carry import expose, join
-from phaul_runtime.transport.link import CONTROL, PORT, STREAM, Deadline, dial, greet
+from phaul_runtime.transport.link import CONTROL, PORT, STREAM, Deadline, cut, dial, greet
 from phaul_runtime.transport.mutualtls import explain
 from phaul_runtime.wire import CONTROL as CONTROL_SOCKET
 
@@ -58,6 +58,7 @@ class LinkChannel(Channel):
         self._lock = -1
         self._first: socket.socket | None = None
         self._open: set[socket.socket] = set()
+        self._changing = threading.Lock()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._trouble = ""
 
@@ -129,9 +130,11 @@ class LinkChannel(Channel):
             return
         self._trouble = ""
         ends = {inner, outer}
-        self._open |= ends
+        with self._changing:
+            self._open |= ends
         join(outer, inner)
-        self._open -= ends
+        with self._changing:
+            self._open -= ends
 
     def control_target(self) -> str:
         """See `Channel`."""
@@ -152,9 +155,9 @@ class LinkChannel(Channel):
         self._listener.close()
         _close(self._first)
         self._first = None
-        for channel in tuple(self._open):
-            with contextlib.suppress(OSError):
-                channel.shutdown(socket.SHUT_RDWR)
+        with self._changing:
+            channels = tuple(self._open)
+        cut(*channels)
         if self._lock >= 0:
             remove_tree(self._directory)
             os.close(self._lock)

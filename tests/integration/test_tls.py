@@ -22,7 +22,8 @@ from cryptography.hazmat.primitives.serialization import (
 
 from phaul_runtime.config import AgentConfig, TransportConfig
 from phaul_runtime.errors import DestinationUnreachable, Refused
-from phaul_runtime.transport.link import _HELLO, SPEAKS_TLS
+from phaul_runtime.transport.link import _HELLO, SPEAKS_TLS, Deadline, cut
+from phaul_runtime.transport.mutualtls import Credentials, as_client, as_server
 from tests.integration.fleet import CLIENT_ONLY, SERVER_ONLY, Fleet, tapped
 from tests.integration.serving import (
     ID,
@@ -132,6 +133,22 @@ def test_a_connection_that_is_cut_is_no_end(served: Served, root: Path, fleet: F
             assert end.recv(1) == b""
             with pytest.raises(OSError, match="pipe"):
                 wait(lambda end=end: end.send(b"x") < 0)  # type: ignore[misc]
+
+
+def test_what_is_cut_by_another_thread_sends_nothing_in_the_clear(fleet: Fleet) -> None:
+    # As `close` and `stop` do it, while a pump may be about to write.
+    one, other = socket.socketpair()
+    deadline = Deadline.within(20)
+    theirs = Credentials(**fleet.files("there"))
+    thread = threading.Thread(target=lambda: as_server(theirs, other, deadline).detach())
+    thread.start()
+    secured = as_client(Credentials(**fleet.files("here")), one, "127.0.0.1", deadline)
+    thread.join()
+    with secured:
+        cut(secured)
+        assert secured.version() == "TLSv1.3"
+        with pytest.raises(OSError, match=r"(?i)pipe|EOF|protocol"):
+            secured.send(b"a page")
 
 
 @pytest.mark.parametrize("clear", [False, True])
