@@ -13,7 +13,7 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 LAB := tests/lab/lab
-APT := qemu-system-x86 qemu-utils mmdebstrap openssh-client e2fsprogs rsync gcc libc6-dev make python3-venv
+APT := qemu-system-x86 qemu-utils mmdebstrap openssh-client e2fsprogs rsync acl gcc libc6-dev make python3-venv
 PYCRIU = $(shell $(LAB) pycriu)
 
 all: test
