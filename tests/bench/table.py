@@ -117,7 +117,7 @@ def readings(results: Results) -> list[tuple[str, float | None]]:
         return spread(results, workload, method, freeze_ms)
 
     found: list[tuple[str, float | None]] = []
-    for key in ("phaul-lazy", "phaul-full", "criu", "runc"):
+    for key in ("phaul-lazy", "phaul-tcp", "phaul-full", "criu", "runc"):
         name = f"downtime at 1024 MiB idle / at 64 MiB idle, {key}"
         found.append((name, ratio(freeze(LARGE, key), freeze(SMALL, key))))
     for one, others in (
@@ -131,7 +131,7 @@ def readings(results: Results) -> list[tuple[str, float | None]]:
         for other in others:
             name = f"downtime at 256 MiB, 10 % hot: {one} / {other}"
             found.append((name, ratio(freeze(HOT, one), freeze(HOT, other))))
-    for key in ("phaul-lazy", "phaul-full", "phaul-runc-lazy", "phaul-runc"):
+    for key in ("phaul-lazy", "phaul-tcp", "phaul-full", "phaul-runc-lazy", "phaul-runc"):
         own = spread(results, SMALL, key, lambda run: run.carried.own_ms)
         reported = spread(results, SMALL, key, lambda run: run.carried.downtime_ms)
         found.append((f"own share of the freeze at 64 MiB idle, {key}", ratio(own, reported)))
@@ -140,10 +140,10 @@ def readings(results: Results) -> list[tuple[str, float | None]]:
         )
     raw = Spread.of(results.raw_mib_s)
     for workload in workloads(results):
-        pages = spread(
-            results, workload.key, "phaul-full", lambda run: run.carried.first_round_mib_s
-        )
-        found.append((f"page throughput / plain socket, {workload.key}", ratio(pages, raw)))
+        for key in ("phaul-tcp", "phaul-full"):
+            pages = spread(results, workload.key, key, lambda run: run.carried.first_round_mib_s)
+            name = f"page throughput / plain socket, {workload.key}, {key}"
+            found.append((name, ratio(pages, raw)))
     return [(name, value) for name, value in found if value is not None]
 
 

@@ -62,13 +62,16 @@ def parse(key: str) -> Workload:
 
 # Which method moves what unless something else is asked for: all where they are compared side by
 # side, few for the growth with memory and for hot regions.
-SIZES = ("phaul-lazy", "phaul-full", "criu", "runc")
+SIZES = ("phaul-lazy", "phaul-tcp", "phaul-full", "criu", "runc")
 HOT = ("phaul-lazy", "phaul-full", "phaul-policy")
 # What takes long and is no close call, or is compared by another workload, is measured once.
+ENGINES = ("podman-pre", "podman", "phaul-docker-lazy", "phaul-docker", "docker")
 ONCE: dict[str, tuple[str, ...]] = {
-    "idle-64": ("podman-pre", "podman", "phaul-docker-lazy", "phaul-docker", "docker"),
+    "idle-64": (*ENGINES, "criu", "runc", "phaul-local", "phaul-go"),
     "idle-256": ("criu", "runc"),
     "idle-1024": ("criu", "runc"),
+    "256-10": ("criu", "podman", "phaul-docker", "docker"),
+    "redis": ("phaul-docker-lazy", "phaul-docker", "docker", "podman-pre", "podman"),
 }
 PLAN: dict[str, tuple[str, ...] | None] = {
     "idle-64": None,

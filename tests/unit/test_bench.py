@@ -73,7 +73,7 @@ def test_the_plan_is_a_selection() -> None:
     usual = {workload.key: keys for workload, keys in plan([], [])}
     assert usual.keys() == PLAN.keys()
     assert usual["256-10"] == tuple(METHODS)
-    assert usual["idle-1024"] == ("phaul-lazy", "phaul-full", "criu", "runc")
+    assert usual["idle-1024"] == ("phaul-lazy", "phaul-tcp", "phaul-full", "criu", "runc")
     named = plan(["idle-1024", "redis"], ["phaul-go", "runc"])
     assert [keys for _, keys in named] == [("runc", "phaul-go"), ("runc",)]
     with pytest.raises(ValueError, match="no method nothing"):
@@ -119,7 +119,7 @@ def test_what_is_read_off() -> None:
     assert found["downtime at 256 MiB, 10 % hot: phaul-runc / runc"] == 0.25
     assert found["own share of the freeze at 64 MiB idle, phaul-full"] == 0.25
     assert found["own part of the freeze at 64 MiB idle, ms, phaul-full"] == 100
-    assert found["page throughput / plain socket, idle-64"] == 0.75
+    assert found["page throughput / plain socket, idle-64, phaul-full"] == 0.75
     assert not any("phaul-lazy" in name for name in found)
 
 

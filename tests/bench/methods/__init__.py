@@ -12,6 +12,7 @@ from tests.bench.methods.phaul import (
     PhaulPolicy,
     PhaulRunc,
     PhaulRuncLazy,
+    PhaulTcp,
 )
 from tests.bench.methods.plain import Criu, GoPhaul
 
@@ -19,6 +20,7 @@ METHODS: dict[str, type[Method]] = {
     method.key: method
     for method in (
         PhaulLazy,
+        PhaulTcp,
         PhaulFull,
         PhaulPolicy,
         Criu,

@@ -10,9 +10,10 @@ from tests.bench.methods.bundle import Bundle
 from tests.bench.methods.engine import OfDocker
 from tests.bench.methods.plain import Namespaced, Plain
 from tests.bench.result import Carried
-from tests.e2e.conftest import Hosts
+from tests.e2e.conftest import Hosts, wait_until
 
 PAGE = 4096
+_AGENT = "/var/tmp/bench-agent.pid"
 
 
 def parse_report(report: dict[str, Any]) -> Carried:
@@ -54,6 +55,7 @@ class _Phaul:
     restore = "full"
     engine = "process"
     flags: ClassVar[tuple[str, ...]] = ()
+    more = ""
 
     @classmethod
     def _path(cls) -> str:
@@ -62,7 +64,7 @@ class _Phaul:
     @classmethod
     def configure(cls, hosts: Hosts) -> None:
         """Lay the configuration on a, as far as the version there knows it."""
-        text = f"policy:\n  name: {cls.policy}\n"
+        text = f"policy:\n  name: {cls.policy}\n{cls.more}"
         if knows_restore(hosts):
             text += f"restore: {cls.restore}\n"
         elif cls.restore != "full":
@@ -103,6 +105,34 @@ class PhaulLazy(PhaulFull):
     title = "phaul-runtime, process, lazy"
     restore = "lazy"
     lazy = True
+
+
+class PhaulTcp(PhaulLazy):
+    """CRIU writes memory to the connection itself, and nobody encrypts it."""
+
+    key = "phaul-tcp"
+    title = "phaul-runtime, process, lazy, tcp://"
+    more = "transport: {insecure: true}\n"
+
+    @classmethod
+    def prepare(cls, hosts: Hosts) -> None:
+        """See `Method`."""
+        super().prepare(hosts)
+        cls.tidy(hosts)
+        start = "setsid phaul-runtime agent --listen tcp://0.0.0.0 --insecure"
+        hosts.sh("b", f"{start} >/var/tmp/bench-agent.log 2>&1 </dev/null & echo $! >{_AGENT}")
+        ready = "grep ' agent ready ' /var/tmp/bench-agent.log"
+        wait_until("the agent listens", lambda: hosts.sh("b", ready, check=False) != "")
+
+    @classmethod
+    def tidy(cls, hosts: Hosts) -> None:
+        """See `Method`."""
+        end = f"[ ! -e {_AGENT} ] || kill $(cat {_AGENT}); rm -f {_AGENT}"
+        hosts.sh("b", end, check=False)
+
+    def move(self) -> Carried:
+        """See `Method`."""
+        return self.migrate(self.hosts, str(self.pid), "tcp://b")
 
 
 class PhaulPolicy(PhaulFull):
