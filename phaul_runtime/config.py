@@ -152,6 +152,7 @@ class TimeoutsConfig(_Section):
     commit_s: float = Field(60, gt=0, description="how long a commit is repeated")
     heartbeat_s: float = Field(2, gt=0, description="between two signs of life")
     lost_s: float = Field(30, gt=0, description="a silent client is given up after that")
+    same_id_s: float = Field(3600, gt=0, description="for an earlier command with the same --id")
 
     @model_validator(mode="after")
     def _lost_is_longer(self) -> TimeoutsConfig:

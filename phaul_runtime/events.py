@@ -176,6 +176,14 @@ class Recovering(Event):
 
 
 @dataclass(frozen=True)
+class OutcomeRecorded(Event):
+    """An earlier command with this id has moved it, or not; nothing is done now."""
+
+    id: str
+    result: str
+
+
+@dataclass(frozen=True)
 class Warned(Event):
     """Something the user should know; the move goes on."""
 

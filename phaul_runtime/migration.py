@@ -101,6 +101,8 @@ class Migration:
         target: what the engine is to move.
         listener: told of everything that happens.
         cancellation: asks to stop; honoured up to the cut-over.
+        id: unused on both hosts; `once` has the way for one that may be known already.
+        channel: names the channel's directories; the id by default.
     """
 
     config: Config
@@ -108,6 +110,7 @@ class Migration:
     listener: Listener = nobody
     cancellation: Cancellation = field(default_factory=Cancellation)
     id: str = field(default_factory=lambda: secrets.token_hex(8))
+    channel: str = ""
 
     def __post_init__(self) -> None:
         self.criu = Criu(self.config.criu.binary, deadline_s=self.config.criu.timeout_s)
@@ -173,12 +176,18 @@ class Migration:
         result = {3: "refused", 4: "failed", 5: "unknown", 6: "cancelled"}.get(
             error.exit_code, "error"
         )
-        report = MigrationReport(result, error=str(error), exit_code=int(error.exit_code))
+        report = MigrationReport(
+            result,
+            error=str(error),
+            error_kind=type(error).__name__,
+            exit_code=int(error.exit_code),
+        )
         report.logs = self._keep_logs(error)
         return self._finish_report(report, None)
 
     def _session(self, destination: Destination) -> Session:
-        return Session(self.config, destination, self.id, self.cancellation, self.roll_back)
+        config, stop = self.config, self.cancellation
+        return Session(config, destination, self.id, stop, self.roll_back, token=self.channel)
 
     # -- steps -----------------------------------------------------------------------------
 

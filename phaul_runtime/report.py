@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 SCHEMA = "phaul-runtime/report/1"
@@ -48,6 +49,7 @@ class MigrationReport:
         lazy_complete_ms: from the moment when the copy ran to its last page, after a lazy restore.
         lazy: `pages` that came after that moment, `faults` that waited for one, and the longest
             of those waits, `worst_fault_ms`.
+        error_kind: the class in errors.py that `error` is of, as `DestinationUnreachable`.
     """
 
     result: str
@@ -75,12 +77,25 @@ class MigrationReport:
     lazy: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     error: str = ""
+    error_kind: str = ""
     exit_code: int = 0
     logs: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary; `schema` comes first, milliseconds have three decimals."""
         return {"schema": SCHEMA, **_rounded(asdict(self))}
+
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> MigrationReport:
+        """A report from what `to_json` made; keys of other versions are left out."""
+        known = {field.name for field in fields(cls)}
+        report = cls(**{name: value for name, value in told.items() if name in known})
+        names = {field.name for field in fields(Iteration)}
+        report.iterations = [
+            Iteration(**{name: value for name, value in each.items() if name in names})
+            for each in told.get("iterations", [])
+        ]
+        return report
 
 
 def _rounded(value: Any) -> Any:

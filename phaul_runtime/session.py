@@ -31,6 +31,7 @@ class Session:
         cancellation: ends the waits.
         roll_back: called where the block ends with an error that is no `OutcomeUnknown`, with the
             channel still open.
+        token: names the channel's directories; the id by default.
     """
 
     def __init__(
@@ -40,6 +41,8 @@ class Session:
         migration_id: str,
         cancellation: Cancellation,
         roll_back: Callable[[Session, BaseException], object],
+        *,
+        token: str = "",
     ) -> None:
         self._config = config
         self._destination = destination
@@ -47,6 +50,7 @@ class Session:
         self._cancellation = cancellation
         self._roll_back = roll_back
         self._proxy: ImageProxy | None = None
+        self._token = token or migration_id
         self._channel: Channel | None = None
         self._memory: socket.socket | None = None
         self._workdir: Path | None = None
@@ -57,7 +61,7 @@ class Session:
         timeouts = self._config.timeouts
         self._proxy = ImageProxy.of(self._config.transport)
         self._channel = load_transport(self._destination).open(
-            self._destination, self._config, self._cancellation, self._id
+            self._destination, self._config, self._cancellation, self._token
         )
         if self._proxy is not None:
             self._channel = ProxiedChannel(self._channel, self._proxy)

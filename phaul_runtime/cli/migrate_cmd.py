@@ -7,10 +7,18 @@ from typing import Any
 import click
 
 from phaul_runtime.cancel import Cancellation
-from phaul_runtime.cli.options import cancel_on_signals, chosen_target, configure, move_options
+from phaul_runtime.cli.options import (
+    cancel_on_signals,
+    cancel_on_stdin,
+    chosen_target,
+    configure,
+    move_options,
+)
 from phaul_runtime.cli.views import make_view
 from phaul_runtime.errors import PhaulError
+from phaul_runtime.journal import checked_id
 from phaul_runtime.migration import Migration
+from phaul_runtime.once import migrate_once
 
 
 @click.command("migrate")
@@ -27,9 +35,27 @@ from phaul_runtime.migration import Migration
     metavar="N",
     help="Pre-dump rounds at the most.  [default: 8]",
 )
+@click.option(
+    "--id",
+    "migration_id",
+    metavar="HEX",
+    help="Name the migration; asked again with the same, it reports what became of it and moves "
+    "nothing twice.",
+)
+@click.option(
+    "--stdin",
+    "stdin_cancels",
+    is_flag=True,
+    help="Read standard input: a line `cancel` is what Ctrl-C is.",
+)
 @click.option("--dry-run", is_flag=True, help="Check everything, move nothing.")
 def migrate_command(
-    max_downtime_ms: int | None, max_iterations: int | None, dry_run: bool, **given: Any
+    max_downtime_ms: int | None,
+    max_iterations: int | None,
+    migration_id: str | None,
+    stdin_cancels: bool,
+    dry_run: bool,
+    **given: Any,
 ) -> int:
     """Move TARGET to another host while it runs.
 
@@ -50,13 +76,22 @@ def migrate_command(
     cancellation = Cancellation()
     view = make_view(given["output"])
     migration = Migration(config, name, view, cancellation)
+    if migration_id is not None:
+        migration.id = checked_id(migration_id)
+    if stdin_cancels:
+        cancel_on_stdin(cancellation)
     with cancel_on_signals(cancellation):
         try:
             with view:
-                report = migration.run(dry_run=dry_run)
+                if migration_id is not None and not dry_run:
+                    report = migrate_once(migration)
+                else:
+                    report = migration.run(dry_run=dry_run)
         except PhaulError as error:
             view.report(migration.failed(error))
             click.echo(f"phaul-runtime: {error}", err=True)
             return int(error.exit_code)
     view.report(report)
-    return 0
+    if report.exit_code:
+        click.echo(f"phaul-runtime: {report.error}", err=True)
+    return report.exit_code

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,15 +119,36 @@ def configure(given: Mapping[str, Any], **flags: object) -> Config:
     return config
 
 
+def cancel_on_stdin(cancellation: Cancellation) -> None:
+    """From now on a line `cancel` on standard input asks to cancel; its end means nothing.
+
+    A command behind ssh gets no signals.
+    """
+
+    def read() -> None:
+        said = b""
+        # Not by sys.stdin, whose lock a blocked reader would hold when the interpreter ends.
+        while data := os.read(0, 4096):
+            *lines, said = (said + data).split(b"\n")
+            if b"cancel" in (line.strip() for line in lines):
+                _ask(cancellation)
+
+    threading.Thread(target=read, name="stdin", daemon=True).start()
+
+
+def _ask(cancellation: Cancellation) -> None:
+    if cancellation.request():
+        click.echo("phaul-runtime: cancelling; the source runs on", err=True)
+    else:
+        click.echo("phaul-runtime: too late to cancel; finishing", err=True)
+
+
 @contextmanager
 def cancel_on_signals(cancellation: Cancellation) -> Iterator[None]:
     """While in here, SIGINT and SIGTERM ask to cancel; past the point of no return they wait."""
 
     def ask(_number: int, _frame: FrameType | None) -> None:
-        if cancellation.request():
-            click.echo("phaul-runtime: cancelling; the source runs on", err=True)
-        else:
-            click.echo("phaul-runtime: too late to cancel; finishing", err=True)
+        _ask(cancellation)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -218,14 +218,16 @@ def describe(event: ev.Event) -> str:
             return f"outcome unknown, recovering: {event.reason}"
         case ev.Committed():
             return f"moved: runs there as pid {event.pid}, downtime {event.downtime_ms:.0f} ms"
-        case ev.Filled() | ev.RolledBack():
+        case ev.Filled() | ev.RolledBack() | ev.OutcomeRecorded():
             return _last(event)
         case ev.Warned():
             return f"warning: {event.text}"
     return ""
 
 
-def _last(event: ev.Filled | ev.RolledBack) -> str:
+def _last(event: ev.Filled | ev.RolledBack | ev.OutcomeRecorded) -> str:
+    if isinstance(event, ev.OutcomeRecorded):
+        return f"{event.id} was asked for before: {event.result}"
     if isinstance(event, ev.Filled):
         return f"memory complete {event.ms / 1000:.1f} s later: {event.pages} pages were filled in"
     state = "clean" if event.destination_clean else "did not confirm that it is clean"

@@ -90,6 +90,7 @@ EVENTS: list[ev.Event] = [
     ev.Filled(10, 2, 30.0),
     ev.Recovering("why"),
     ev.RolledBack("why", True),
+    ev.OutcomeRecorded("1f", "moved"),
     ev.Warned("careful"),
 ]
 
