@@ -9,7 +9,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -31,7 +31,9 @@ SYSTEM_CONFIG = Path("/etc/phaul-runtime/config.yaml")
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A mapping whose keys are all known, its values of exactly their types."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     @model_validator(mode="before")
@@ -68,7 +70,7 @@ _Size = Annotated[
 ]
 
 
-class TransportConfig(_Section):
+class TransportConfig(Section):
     """How to reach the destination."""
 
     to: str | None = Field(
@@ -95,7 +97,7 @@ class TransportConfig(_Section):
     )
 
 
-class AgentConfig(_Section):
+class AgentConfig(Section):
     """This host's agent as a service; see `phaul-runtime agent --listen`."""
 
     listen: str | None = Field(
@@ -107,7 +109,7 @@ class AgentConfig(_Section):
     insecure: bool = Field(False, description="allow tcp://: whoever reaches the port is root here")
 
 
-class PolicyConfig(_Section):
+class PolicyConfig(Section):
     """When to stop iterating."""
 
     name: Literal["budget", "phaul"] = Field(
@@ -122,7 +124,7 @@ class PolicyConfig(_Section):
     )
 
 
-class FilesystemConfig(_Section):
+class FilesystemConfig(Section):
     """What the target has on disks."""
 
     rootfs: Literal["shared", "rsync"] = Field(
@@ -136,7 +138,7 @@ class FilesystemConfig(_Section):
     )
 
 
-class CriuConfig(_Section):
+class CriuConfig(Section):
     """CRIU itself."""
 
     binary: str = Field("criu", min_length=1, description="CRIU's name or path, on both hosts")
@@ -144,7 +146,7 @@ class CriuConfig(_Section):
     timeout_s: float = Field(3600, gt=0, description="longest wait for any one answer of CRIU")
 
 
-class TimeoutsConfig(_Section):
+class TimeoutsConfig(Section):
     """How long to wait, seconds."""
 
     call_s: float = Field(60, gt=0, description="for an ordinary answer of the agent")
@@ -164,7 +166,7 @@ class TimeoutsConfig(_Section):
 _Commands = list[Annotated[list[str], Field(min_length=1)]]
 
 
-class HooksConfig(_Section):
+class HooksConfig(Section):
     """Programs of this host, run at steps of a move; see `lifecycle`."""
 
     pre_freeze: _Commands = Field([], description="at the source, before it freezes; may refuse")
@@ -186,13 +188,23 @@ class HooksConfig(_Section):
         return Hooks(commands, self.timeout_s, HookDirectory(Path(self.directory)))
 
 
-class ChecksConfig(_Section):
+class ChecksConfig(Section):
     """Preflight."""
 
     ignore: list[str] = Field([], description="names of checks that do not count")
 
 
-class Config(_Section):
+class BatchConfig(Section):
+    """`phaul-runtime batch`."""
+
+    store: str = Field(
+        "",
+        description="where batches are kept: a directory (empty: batches in state_dir) or "
+        "postgresql://...",
+    )
+
+
+class Config(Section):
     """The whole configuration."""
 
     engine: str = Field("process", min_length=1, description="engine of the target")
@@ -219,6 +231,7 @@ class Config(_Section):
     timeouts: TimeoutsConfig = TimeoutsConfig()
     checks: ChecksConfig = ChecksConfig()
     hooks: HooksConfig = HooksConfig()
+    batch: BatchConfig = BatchConfig()
     engines: dict[str, dict[str, Any] | None] = Field({}, description="options of each engine")
 
     _source: Source = PrivateAttr(default_factory=Source)
@@ -229,7 +242,7 @@ class Config(_Section):
         Raises:
             ConfigError: as for any other key.
         """
-        return _validated(model, self.engines.get(name) or {}, self._source, ("engines", name))
+        return validated(model, self.engines.get(name) or {}, self._source, ("engines", name))
 
 
 def load_config(path: Path | None = None, overrides: Mapping[str, object] | None = None) -> Config:
@@ -249,7 +262,7 @@ def load_config(path: Path | None = None, overrides: Mapping[str, object] | None
         source = source.overlay(read_yaml(path))
     for dotted, value in (overrides or {}).items():
         source = source.overlay(_flag(dotted, value))
-    config = _validated(Config, source.values, source, ())
+    config = validated(Config, source.values, source, ())
     config._source = source
     return config
 
@@ -262,7 +275,12 @@ def _flag(dotted: str, value: object) -> Source:
     return Source(nested, {tuple(keys): "command line"})
 
 
-def _validated(model: type[_Model], values: Any, source: Source, prefix: Key) -> _Model:
+def validated(model: type[_Model], values: Any, source: Source, prefix: Key) -> _Model:
+    """A model of `values`, which stand in `source` under the key `prefix`.
+
+    Raises:
+        ConfigError: all that is wrong, a line each.
+    """
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -294,12 +312,16 @@ def _explain(model: type[BaseModel], problem: Any, source: Source, prefix: Key) 
 
 def _keys_at(model: type[BaseModel], key: tuple[Any, ...]) -> list[str]:
     for part in key:
+        if isinstance(part, int):
+            continue
         field = model.model_fields.get(str(part))
-        inner = field.annotation if field else None
+        inner: Any = field.annotation if field else None
+        if get_args(inner):  # of a list: its items
+            inner = get_args(inner)[0]
         if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
             return []
         model = inner
-    return list(model.model_fields)
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def config_schema() -> dict[str, Any]:

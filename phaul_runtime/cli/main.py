@@ -17,6 +17,7 @@ _COMMANDS = {
     "recover": ("phaul_runtime.cli.recover_cmd", "recover_command"),
     "history": ("phaul_runtime.cli.history_cmd", "history_command"),
     "show": ("phaul_runtime.cli.history_cmd", "show_command"),
+    "batch": ("phaul_runtime.cli.batch_cmd", "batch_group"),
     "agent": ("phaul_runtime.cli.agent_cmd", "agent_command"),
     "cert": ("phaul_runtime.cli.cert_cmd", "cert_group"),
     "hook": ("phaul_runtime.cli.hook_cmd", "hook_group"),

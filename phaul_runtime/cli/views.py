@@ -41,7 +41,7 @@ class View:
         raise NotImplementedError
 
 
-def _echo(text: str) -> None:
+def echo(text: str) -> None:
     """Print; if nobody reads any more (`| head`), the move matters more than its display."""
     try:
         click.echo(text)
@@ -54,11 +54,11 @@ class JsonView(View):
 
     def __call__(self, event: ev.Event) -> None:
         """Print an event."""
-        _echo(json.dumps({"time": round(time.time(), 3), **event.to_json()}))
+        echo(json.dumps({"time": round(time.time(), 3), **event.to_json()}))
 
     def report(self, report: MigrationReport) -> None:
         """Print the report."""
-        _echo(json.dumps(report.to_json()))
+        echo(json.dumps(report.to_json()))
 
 
 class PlainView(View):
@@ -72,7 +72,7 @@ class PlainView(View):
 
     def line(self, text: str) -> None:
         """Print one line."""
-        _echo(text)
+        echo(text)
 
     def report(self, report: MigrationReport) -> None:
         """Print the report as a table of two columns."""

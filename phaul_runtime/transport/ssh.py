@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from phaul_runtime.config import Config
 
 # No questions, no shared connection whose life others decide, no waiting for a dead peer.
-_OPTIONS = (
+SSH_OPTIONS = (
     "BatchMode=yes",
     "ControlMaster=no",
     "ControlPath=none",
@@ -62,7 +62,7 @@ class SshTransport(Transport):
     def _argv(destination: Destination, config: Config, here: Path, there: Path) -> list[str]:
         settings = config.transport
         argv = [*settings.ssh_command]
-        for option in (*_OPTIONS, f"ConnectTimeout={max(1, round(settings.connect_timeout_s))}"):
+        for option in (*SSH_OPTIONS, f"ConnectTimeout={max(1, round(settings.connect_timeout_s))}"):
             argv += ["-o", option]
         argv += settings.ssh_options
         for name in (CONTROL, MEMORY):
