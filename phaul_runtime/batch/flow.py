@@ -4,8 +4,8 @@ Every step's outcome is in the database before the next is taken; a killed proce
 run again from their beginning, and take what is recorded instead of doing it again. What was
 under way when it died is asked for again, by the id of its attempt (see `outcome`).
 
-`VERSION` has to change with the order of the steps in here: workflows are only taken up by a
-program of the version that began them.
+`record.VERSION` has to change with the order of the steps in here: workflows are only taken up by
+a program of the version that began them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from phaul_runtime.batch.plan import MoveState, Planner
 from phaul_runtime.errors import PhaulError
 from phaul_runtime.events import Listener
 
-VERSION = "phaul-batch-1"
 SCHEDULER, MOVE = "phaul_batch", "phaul_move"
 STOP = "stop"
 _TOPIC = "moves"

@@ -18,6 +18,8 @@ from phaul_runtime.errors import PhaulError, Refused
 if TYPE_CHECKING:
     from dbos import DBOSClient
 
+# Of the order of the steps in `flow`.
+VERSION = "phaul-batch-1"
 _ACTIVE = ("PENDING", "ENQUEUED", "DELAYED")
 _PAGE = 200
 
@@ -33,6 +35,7 @@ class BatchRecord:
         active: a workflow of it decides what starts next, in some process or until one takes it up.
         states: of every move.
         attempts: of every move that has ended at least once, the oldest first.
+        version: of the program that began or resumed it last.
         began, ended: seconds since the epoch; `ended` is 0 while it is active.
     """
 
@@ -41,6 +44,7 @@ class BatchRecord:
     generation: int
     active: bool
     states: dict[str, MoveState]
+    version: str = ""
     attempts: dict[str, list[Attempt]] = field(default_factory=dict)
     began: float = 0.0
     ended: float = 0.0
@@ -105,6 +109,11 @@ def application_name(batch_id: str) -> str:
     return f"phaul-batch-{batch_id}"
 
 
+def application_version(batch_id: str) -> str:
+    """DBOS's name of the version of `flow`; no two batches of a database may have the same."""
+    return f"{VERSION}-{batch_id}"
+
+
 def read(store: Store, batch_id: str) -> BatchRecord:
     """A batch as it stands.
 
@@ -143,6 +152,7 @@ def read(store: Store, batch_id: str) -> BatchRecord:
         int(last.workflow_id.rpartition(":")[2]),
         active,
         states,
+        last.app_version or "",
         attempts,
         began=(schedulers[0].created_at or 0) / 1000,
         ended=0.0 if active else (last.completed_at or last.updated_at or 0) / 1000,

@@ -17,7 +17,12 @@ from phaul_runtime.batch.extra import require
 from phaul_runtime.batch.model import Batch, Move
 from phaul_runtime.batch.outcome import Answer
 from phaul_runtime.batch.plan import MoveState
-from phaul_runtime.batch.record import BatchRecord, application_name, read
+from phaul_runtime.batch.record import (
+    BatchRecord,
+    application_name,
+    application_version,
+    read,
+)
 from phaul_runtime.batch.store import SCHEMA, Store
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.errors import ExitCode, OutcomeUnknown, PhaulError, Refused
@@ -108,6 +113,12 @@ class Controller:
             states = {n: s.value for n, s in record.states.items() if s.ended}
             self.listener(BatchStarted(self.batch_id, len(record.states), states))
             if record.active:
+                if record.version != application_version(self.batch_id):
+                    raise Refused(
+                        f"batch {self.batch_id} was begun by a program of another version "
+                        f"({record.version})",
+                        hint="resume it with that version of phaul-runtime",
+                    )
                 ended = self._work(flow.scheduler_id(self.batch_id, record.generation))
                 if not retry_failed or self._stop.is_set():
                     return ended
@@ -154,7 +165,7 @@ class Controller:
                     "system_database_url": self.store.url(self.batch_id),
                     "dbos_system_schema": SCHEMA,
                     "executor_id": self._executor,
-                    "application_version": flow.VERSION,
+                    "application_version": application_version(self.batch_id),
                     "serializer": dbos.DBOSPortableJSONSerializer(),
                     "log_level": "WARNING",
                     "notification_listener_polling_interval_sec": self.pace.messages,

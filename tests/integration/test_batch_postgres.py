@@ -1,0 +1,137 @@
+"""Two controllers share a batch in a PostgreSQL of their own; either may die."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.test_batch import LIMITS, WITHIN_S, World
+
+SERVER_USER = "postgres"
+
+
+def programs() -> Path | None:
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if found:
+        return found[-1].parent
+    there = shutil.which("initdb")
+    return Path(there).parent if there else None
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """A cluster on a unix socket; nothing listens on the network."""
+    where = programs()
+    if where is None:
+        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    # Its path has to fit into a socket's address.
+    with tempfile.TemporaryDirectory(prefix="phaul-pg-", dir="/tmp") as text:
+        directory = Path(text)
+        as_user: list[str | Path] = []
+        if os.geteuid() == 0:
+            as_user = ["runuser", "-u", SERVER_USER, "--"]
+            shutil.chown(directory, SERVER_USER)
+        data = directory / "data"
+        subprocess.run(
+            [*as_user, where / "initdb", "-D", data, "-A", "trust", "-U", "phaul", "--no-sync"],
+            check=True, capture_output=True, timeout=120, cwd="/",
+        )  # fmt: skip
+        settings = f"-c listen_addresses='' -k {directory} -c fsync=off"
+        control = [*as_user, where / "pg_ctl", "-D", data, "-w", "-t", "60"]
+        log = directory / "log"
+        # Not into a pipe, which the server would hold.
+        subprocess.run(
+            [*control, "-l", log, "-o", settings, "start"],
+            check=True, stdout=subprocess.DEVNULL, timeout=120, cwd="/",
+        )  # fmt: skip
+        try:
+            yield f"postgresql://phaul@/postgres?host={directory}"
+        finally:
+            subprocess.run([*control, "-m", "immediate", "stop"], check=False,
+                           capture_output=True, timeout=120, cwd="/")  # fmt: skip
+
+
+@pytest.fixture
+def world(server: str, tmp_path: Path) -> Iterator[World]:
+    world = World.make(tmp_path, server)
+    yield world
+    for process in world.running:
+        if process.poll() is None:
+            process.kill()
+            process.communicate(timeout=60)
+
+
+def test_two_controllers_killed_and_resumed_every_move_is_done_once(world: World) -> None:
+    world.env["FAKE_SECONDS"] = "1.5"
+    file = world.moves(12, limits=LIMITS)
+    one = world.start("run", str(file), "--id", "shared", "--controller", "one")
+    world.wait("it has begun", lambda: len(world.log()) >= 1)
+    two = world.start("resume", "shared", "--controller", "two")
+    world.wait("2 moved", lambda: world.moved() >= 2)
+    # The first decides what starts: the second takes that over, and what the first had under way.
+    one.kill()
+    one.communicate(timeout=60)
+    world.wait("5 moved", lambda: world.moved() >= 5)
+    one = world.start("resume", "shared", "--controller", "one")
+    world.wait("8 moved", lambda: world.moved() >= 8)
+    two.kill()
+    told, _ = two.communicate(timeout=60)
+    assert "taken_over" in told
+    out, err = one.communicate(timeout=WITHIN_S)
+    assert one.returncode == 0, err
+    assert json.loads(out.splitlines()[-1])["states"] == {"moved": 12}
+    world.assert_done_once(12)
+    assert world.most_at_once(lambda _: "all") == 3
+    assert world.most_at_once(lambda line: line["host"]) <= 2
+    assert world.most_at_once(lambda line: line["to"]) <= 2
+    (status,) = world.batch("status", "shared")
+    who = {each["controller"] for move in status["moves"] for each in move["attempts"]}
+    assert who == {"one", "two"}
+
+
+def test_batches_in_one_database_are_apart(world: World) -> None:
+    file = world.moves(4)
+    world.held.touch()
+    first = world.start("run", str(file), "--id", "first", "--controller", "same")
+    world.wait("all have begun", lambda: len(world.log()) == 4)
+    first.kill()
+    first.communicate(timeout=60)
+    begun = len(world.log())
+    other = World.make(world.root / "other", world.store)
+    assert other.batch("run", str(other.moves(2)), "--id", "second", "--controller", "same")
+    # Another batch does not take up what the first left.
+    assert len(world.log()) == begun
+    world.held.unlink()
+    assert world.batch("resume", "first", "--controller", "same")[-1]["states"] == {"moved": 4}
+    world.assert_done_once(4)
+    ids = [each["batch"] for each in world.batch("status")]
+    assert ids.index("first") < ids.index("second")
+
+
+def test_a_controllers_name_is_taken_while_it_lives(world: World) -> None:
+    file = world.moves(1)
+    world.held.touch()
+    runner = world.start("run", str(file), "--id", "named", "--controller", "one")
+    world.wait("it has begun", lambda: len(world.log()) >= 1)
+    second = world.start("resume", "named", "--controller", "one")
+    _, err = second.communicate(timeout=WITHIN_S)
+    assert second.returncode == 3
+    assert "another process is controller one of batch named" in err
+    world.held.unlink()
+    assert runner.wait(WITHIN_S) == 0
+
+
+def test_a_database_that_does_not_answer_is_a_clear_error(tmp_path: Path) -> None:
+    world = World.make(tmp_path, f"postgresql://phaul@/postgres?host={tmp_path}")
+    process = world.start("run", str(world.moves(1)))
+    _, err = process.communicate(timeout=WITHIN_S)
+    assert process.returncode == 3
+    assert "cannot reach postgresql+psycopg://phaul@/postgres" in err
+    assert "Traceback" not in err
