@@ -42,11 +42,14 @@ class Here:
         controller: this one's name.
         ask: see `MoveRunner.ask`, cancellation and all.
         listener: told of what this process does.
+        shared: other processes may take moves from the queue; without them there is none, and a
+            move begins at once.
     """
 
     controller: str
     ask: Callable[[Move, str, float], Answer]
     listener: Listener
+    shared: bool
 
 
 _here: list[Here] = []
@@ -175,16 +178,12 @@ def batch_workflow(
     planner = Planner(batch, {name: MoveState(state) for name, state in ended.items()})
     while True:
         for move in planner.start():
+            arguments = (batch_id, me, told[move.name], rules, numbers.get(move.name, 1))
             with SetWorkflowID(f"{me}:{move.name}"):
-                DBOS.enqueue_workflow(
-                    queue_of(batch_id),
-                    move_workflow,
-                    batch_id,
-                    me,
-                    told[move.name],
-                    rules,
-                    numbers.get(move.name, 1),
-                )
+                if _here[0].shared:
+                    DBOS.enqueue_workflow(queue_of(batch_id), move_workflow, *arguments)
+                else:
+                    DBOS.start_workflow(move_workflow, *arguments)
         if planner.over:
             return {name: state.value for name, state in planner.states.items()}
         message = DBOS.recv(_TOPIC, timeout_seconds=_LOOK_S)

@@ -42,12 +42,12 @@ class Pace:
     """How often the database is looked at, seconds.
 
     Attributes:
-        queue: for moves that may start.
+        queue: for moves that may start, by each of several controllers.
         messages: for moves that have ended; PostgreSQL tells by itself.
     """
 
     queue: float = 0.1
-    messages: float = 0.05
+    messages: float = 0.03
 
 
 @dataclass
@@ -158,7 +158,7 @@ class Controller:
 
         quiet(self.listener)
         with self.store.presence(self.batch_id, self.name):
-            flow.be(flow.Here(self.name, self._ask, self.listener))
+            flow.be(flow.Here(self.name, self._ask, self.listener, self.store.shared))
             dbos.DBOS(
                 config={
                     "name": application_name(self.batch_id),
@@ -173,9 +173,10 @@ class Controller:
             )
             try:
                 dbos.DBOS.launch()
-                dbos.DBOS.register_queue(
-                    flow.queue_of(self.batch_id), polling_interval_sec=self.pace.queue
-                )
+                if self.store.shared:
+                    dbos.DBOS.register_queue(
+                        flow.queue_of(self.batch_id), polling_interval_sec=self.pace.queue
+                    )
                 yield flow
             except (dbos.error.DBOSException, SQLAlchemyError) as error:
                 raise Refused(f"{self.store}: {str(error).splitlines()[0]}") from error
