@@ -146,7 +146,9 @@ def load_batch(path: Path) -> Batch:
     if not moves:
         raise ConfigError(f"{path}: there are no moves")
     batch = validated(Batch, values, source, ())
-    wrong = [*_wrong_moves(batch, source), *_wrong_order(batch, source)]
+    wrong = [*_wrong_moves(batch, source), *_unknown_names(batch, source)]
+    # Order makes sense only between moves and groups that there are.
+    wrong = wrong or list(_wrong_order(batch, source))
     if wrong:
         raise ConfigError(wrong[0], log=wrong[1:])
     return batch
@@ -200,11 +202,7 @@ def _known(names: Iterable[str]) -> str:
 
 
 def _wrong_order(batch: Batch, source: Source) -> Iterable[str]:
-    """Names in `after` that there are not, circles, and one target in two moves at once."""
-    unknown = list(_unknown_names(batch, source))
-    if unknown:
-        yield from unknown
-        return
+    """Circles, and one target in two moves at once."""
     before = predecessors(batch)
     circle = find_circle(before)
     if circle:
@@ -227,6 +225,7 @@ def _wrong_order(batch: Batch, source: Source) -> Iterable[str]:
 
 
 def _unknown_names(batch: Batch, source: Source) -> Iterable[str]:
+    """Names in `after` that there are not."""
     known = {move.name for move in batch.moves} | set(batch.groups)
     wanted: list[tuple[Key, list[str]]] = [
         (("moves", number, "after"), move.after) for number, move in enumerate(batch.moves)

@@ -137,6 +137,8 @@ class SqliteStore(Store):
     def prepare(self, batch_id: str) -> None:
         """See `Store`."""
         path = self._path(batch_id)
+        if path.exists():
+            raise UsageError(f"there is a batch {batch_id} already: {path}")
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             path.with_suffix(".lock").touch(mode=0o600)
@@ -144,8 +146,6 @@ class SqliteStore(Store):
             with contextlib.closing(sqlite3.connect(path)) as database:
                 # Readers do not wait for writers then, and a commit waits for the disk once.
                 database.execute("PRAGMA journal_mode=WAL")
-        except FileExistsError as error:
-            raise UsageError(f"there is a batch {batch_id} already: {path}") from error
         except (OSError, sqlite3.Error) as error:
             raise Refused(
                 f"cannot write to {self.directory}: {error}",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -102,16 +101,6 @@ class Dirtier:
         target = self.status(host)["passes"] + 2
         wait_until("every page verified", lambda: self.status(host)["passes"] >= target)
         return self.status(host)
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """CI has 45 minutes: what is `thorough` is left to `make test-all` (THOROUGH=1)."""
-    if os.environ.get("THOROUGH"):
-        return
-    left = [item for item in items if item.get_closest_marker("thorough")]
-    if left and len(items) > len(left):  # one that was named alone is run
-        config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if item not in left]
 
 
 @pytest.fixture(scope="session")
