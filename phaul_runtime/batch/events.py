@@ -76,6 +76,14 @@ class TakenOver(Event):
 
 
 @dataclass(frozen=True)
+class Standing(Event):
+    """Where the batch stands at all of its controllers; `states` of the moves that have ended."""
+
+    batch: str
+    states: dict[str, int]
+
+
+@dataclass(frozen=True)
 class BatchEnded(Event):
     """Nothing is under way any more; `states` counts the moves in each state."""
 

@@ -25,7 +25,7 @@ from phaul_runtime.errors import PhaulError
 from phaul_runtime.events import Listener
 
 SCHEDULER, MOVE = "phaul_batch", "phaul_move"
-STOP = "stop"
+STOP, LEAVE = "stop", "leave"
 _TOPIC = "moves"
 # A lost message would otherwise be waited for for ever.
 _LOOK_S = 300.0
@@ -44,12 +44,22 @@ class Here:
         listener: told of what this process does.
         shared: other processes may take moves from the queue; without them there is none, and a
             move begins at once.
+        wait: for so many seconds; True, at once, if this process is about to leave.
     """
 
     controller: str
     ask: Callable[[Move, str, float], Answer]
     listener: Listener
     shared: bool
+    wait: Callable[[float], bool]
+
+
+class Left(BaseException):
+    """This process leaves before the end of a workflow.
+
+    No Exception, which DBOS would take for the workflow's outcome: it stays as it is, for whoever
+    takes it up.
+    """
 
 
 _here: list[Here] = []
@@ -116,7 +126,7 @@ def move_workflow(
         if following is not Next.RETRY:
             break
         _here[0].listener(MoveRetried(name, attempt.id, "another attempt", attempt.error))
-        DBOS.sleep(rules["retry_pause_s"])
+        _wait(rules["retry_pause_s"])
         number += 1
     last = attempts[-1]
     result = MoveResult(name, last.state, [each.to_json() for each in attempts])
@@ -129,6 +139,12 @@ def move_workflow(
     return result.to_json()
 
 
+def _wait(seconds: float) -> None:
+    # Not DBOS's sleep, which nothing ends early; whoever takes it up waits once more.
+    if _here[0].wait(seconds):
+        raise Left
+
+
 def _attempt(
     attempt: Attempt, told: dict[str, Any], rules: dict[str, Any], *, may_retry: bool
 ) -> Next:
@@ -136,6 +152,7 @@ def _attempt(
     answered_at = attempt.began
     pause_s = _ASK_PAUSE_S
     while True:
+        _wait(0)
         said = _ask(told, {"id": attempt.id, "number": attempt.number, "asks": attempt.asks},
                     rules["move_timeout_s"])  # fmt: skip
         attempt.asks += 1
@@ -155,7 +172,7 @@ def _attempt(
         _here[0].listener(
             MoveRetried(told["name"], attempt.id, "asked again", attempt.error or "no answer")
         )
-        DBOS.sleep(pause_s)
+        _wait(pause_s)
         pause_s = min(pause_s * 2, _ASK_PAUSE_MAX_S)
 
 
@@ -190,6 +207,8 @@ def batch_workflow(
         for news in [message] if message is not None else _look(me, planner):
             if STOP in news:
                 planner.stopping = True
+            elif LEAVE in news:
+                _wait(0)  # it was meant for the process that decided then
             elif planner.states[news["move"]] is MoveState.RUNNING:
                 planner.ended(news["move"], MoveState(news["state"]))
                 if planner.stopping and planner.failures == batch.stop_after_failures:
@@ -213,6 +232,11 @@ def _look(scheduler: str, planner: Planner) -> list[dict[str, Any]]:
 
     dead = DBOS.run_step({"name": "look"}, find)
     return [{"move": each.rpartition(":")[2], "state": MoveState.ERROR.value} for each in dead]
+
+
+def leave(scheduler: str) -> None:
+    """Have a scheduler that runs in this process, which is about to leave, wait no longer."""
+    DBOS.send(scheduler, {LEAVE: True}, _TOPIC)
 
 
 def stop(scheduler: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from phaul_runtime.batch.model import Batch
 from phaul_runtime.batch.outcome import Attempt
 from phaul_runtime.batch.plan import MoveState, Planner
 from phaul_runtime.batch.store import SCHEMA, Store
-from phaul_runtime.errors import PhaulError, Refused
+from phaul_runtime.errors import NoSuchMigration, Refused
 
 if TYPE_CHECKING:
     from dbos import DBOSClient
@@ -53,11 +53,19 @@ class BatchRecord:
         """How many moves are in each state."""
         return dict(Counter(state.value for state in self.states.values()))
 
-    @property
-    def left(self) -> list[str]:
-        """Moves that a resumed batch would do."""
-        again = (MoveState.WAITING, MoveState.RUNNING, MoveState.CANCELLED)
-        return [name for name, state in self.states.items() if state in again]
+    def again(self, *, retry_failed: bool = False) -> set[str]:
+        """Moves that a resumed batch would do; empty if there is nothing to be done.
+
+        Those whose outcome is unknown are asked for again, which is safe. One that was skipped is
+        done if what it waits for is.
+        """
+        done = {MoveState.MOVED} if retry_failed else {
+            MoveState.MOVED, MoveState.REFUSED, MoveState.FAILED, MoveState.ERROR,
+        }  # fmt: skip
+        left = {name for name, state in self.states.items() if state not in done}
+        if all(self.states[name] is MoveState.SKIPPED for name in left):
+            return set()
+        return left
 
     def next_numbers(self) -> dict[str, int]:
         """The number of each move's next attempt, where it is not 1.
@@ -78,10 +86,11 @@ def client(store: Store, batch_id: str) -> Iterator[DBOSClient]:
 
     Raises:
         Refused: it cannot be reached.
+        NoSuchMigration: it has nothing yet.
     """
     require("dbos")
     from dbos import DBOSClient, DBOSPortableJSONSerializer  # noqa: PLC0415 - of the extra
-    from sqlalchemy.exc import SQLAlchemyError  # noqa: PLC0415 - of the extra
+    from sqlalchemy.exc import OperationalError, SQLAlchemyError  # noqa: PLC0415 - of the extra
 
     from phaul_runtime.batch.quiet import quiet  # noqa: PLC0415
 
@@ -98,6 +107,10 @@ def client(store: Store, batch_id: str) -> Iterator[DBOSClient]:
         raise Refused(f"cannot read {store}: {error}") from error
     try:
         yield found
+    except OperationalError as error:
+        if "no such table" in str(error):
+            raise NoSuchMigration(f"batch {batch_id} in {store} was never begun") from error
+        raise Refused(f"cannot read {store}: {str(error).splitlines()[0]}") from error
     except SQLAlchemyError as error:
         raise Refused(f"cannot read {store}: {str(error).splitlines()[0]}") from error
     finally:
@@ -131,9 +144,7 @@ def read(store: Store, batch_id: str) -> BatchRecord:
             if status.workflow_id.rpartition(":")[0] == batch_id
         ]
         if not schedulers:
-            raise PhaulError(
-                f"batch {batch_id} in {store} was never begun", hint="run it again under another id"
-            )
+            raise NoSuchMigration(f"batch {batch_id} in {store} was never begun")
         schedulers.sort(key=lambda status: int(status.workflow_id.rpartition(":")[2]))
         moves = _moves(found, batch_id)
     last = schedulers[-1]
@@ -157,6 +168,24 @@ def read(store: Store, batch_id: str) -> BatchRecord:
         began=(schedulers[0].created_at or 0) / 1000,
         ended=0.0 if active else (last.completed_at or last.updated_at or 0) / 1000,
     )
+
+
+def never_begun(store: Store, batch_id: str) -> bool:
+    """Whether there is a place for a batch, and nothing in it: its runner was killed early."""
+    if batch_id not in store.batches():
+        return False
+    try:
+        read(store, batch_id)
+    except NoSuchMigration:
+        return True
+    return False
+
+
+def read_all(store: Store) -> Iterator[BatchRecord]:
+    """All batches that were begun, the oldest first."""
+    for batch_id in store.batches():
+        with suppress(NoSuchMigration):
+            yield read(store, batch_id)
 
 
 def _moves(found: DBOSClient, batch_id: str) -> list[Any]:

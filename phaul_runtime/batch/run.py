@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from phaul_runtime.batch.events import BatchEnded, BatchStarted, Pausing, TakenOver
+from phaul_runtime.batch.events import BatchEnded, BatchStarted, Pausing, Standing, TakenOver
 from phaul_runtime.batch.extra import require
 from phaul_runtime.batch.model import Batch, Move
 from phaul_runtime.batch.outcome import Answer
@@ -21,6 +21,7 @@ from phaul_runtime.batch.record import (
     BatchRecord,
     application_name,
     application_version,
+    never_begun,
     read,
 )
 from phaul_runtime.batch.store import SCHEMA, Store
@@ -32,7 +33,7 @@ _POLL_S = 0.2
 # How often other controllers are looked after, seconds.
 _WATCH_S = 5.0
 _LEAVE_S = 130.0
-_NOT_ENDED = (MoveState.WAITING, MoveState.RUNNING, MoveState.CANCELLED, MoveState.SKIPPED)
+_ENDS_S = 2.0
 
 Ask = Callable[[Move, str, Cancellation, float], Answer]
 
@@ -72,7 +73,7 @@ class Controller:
 
     def __post_init__(self) -> None:
         self._cancel = Cancellation()
-        self._stop = threading.Event()
+        self._stop, self._leaving = threading.Event(), threading.Event()
         self._stopped = False
         self._asking = 0
         self._lock = threading.Lock()
@@ -88,7 +89,8 @@ class Controller:
             OutcomeUnknown: this process was told to leave at once; the batch can be resumed.
         """
         require("dbos")
-        self.store.prepare(self.batch_id)
+        if not never_begun(self.store, self.batch_id):
+            self.store.prepare(self.batch_id)
         with self._present() as flow:
             self.listener(BatchStarted(self.batch_id, len(batch.moves)))
             scheduler = self._begin(flow, batch, 1, {}, {})
@@ -123,12 +125,8 @@ class Controller:
                 if not retry_failed or self._stop.is_set():
                     return ended
                 record = read(self.store, self.batch_id)
-            again = {
-                name
-                for name, state in record.states.items()
-                if state in _NOT_ENDED or (retry_failed and state is not MoveState.MOVED)
-            }
-            if not any(record.states[name] is not MoveState.SKIPPED for name in again):
+            again = record.again(retry_failed=retry_failed)
+            if not again:
                 return self._told_end(record.states, record.ended - record.began)
             done = {n: s.value for n, s in record.states.items() if n not in again}
             generation = record.generation + 1
@@ -143,6 +141,7 @@ class Controller:
         if not self._stop.is_set():
             self._stop.set()
             return True
+        self._leaving.set()
         return self._cancel.request() if not self._cancel.requested else False
 
     # -- with DBOS -------------------------------------------------------------------------
@@ -158,7 +157,7 @@ class Controller:
 
         quiet(self.listener)
         with self.store.presence(self.batch_id, self.name):
-            flow.be(flow.Here(self.name, self._ask, self.listener, self.store.shared))
+            flow.be(self._here(flow))
             dbos.DBOS(
                 config={
                     "name": application_name(self.batch_id),
@@ -182,6 +181,9 @@ class Controller:
                 raise Refused(f"{self.store}: {str(error).splitlines()[0]}") from error
             finally:
                 dbos.DBOS.destroy()
+
+    def _here(self, flow: Any) -> Any:
+        return flow.Here(self.name, self._ask, self.listener, self.store.shared, self._leaving.wait)
 
     @property
     def _executor(self) -> str:
@@ -213,15 +215,14 @@ class Controller:
         began = time.monotonic()
         watched = began
         while True:
-            status = DBOS.get_workflow_status(scheduler)
-            if status is None:
-                raise PhaulError(f"workflow {scheduler} is gone from {self.store}")
-            if status.status == "SUCCESS":
-                states = {name: MoveState(state) for name, state in (status.output or {}).items()}
-                return self._told_end(states, time.monotonic() - began)
-            if status.status not in ("PENDING", "ENQUEUED"):
+            standing = self._standing(scheduler)
+            if standing == "SUCCESS":
+                states: Any = DBOS.retrieve_workflow(scheduler).get_result()
+                ended = {name: MoveState(state) for name, state in states.items()}
+                return self._told_end(ended, time.monotonic() - began)
+            if standing not in ("PENDING", "ENQUEUED"):
                 raise PhaulError(
-                    f"batch {self.batch_id} ended as {status.status}: {status.error}",
+                    f"what decides in batch {self.batch_id} ended as {standing}",
                     hint=f"phaul-runtime batch resume {self.batch_id}",
                 )
             if self._stop.is_set() and not self._stopped:
@@ -229,11 +230,30 @@ class Controller:
                 self.listener(Pausing("asked to stop; what is under way may end"))
                 flow.stop(scheduler)
             if self._cancel.requested:
-                self._leave(scheduler)
+                self._leave(flow, scheduler)
             if self.store.shared and time.monotonic() - watched > _WATCH_S:
-                self._take_over(flow)
+                self._take_over()
+                self._tell_others(scheduler)
                 watched = time.monotonic()
             self._wait(_POLL_S if self.pace.queue < _POLL_S else self.pace.queue)
+
+    @staticmethod
+    def _standing(scheduler: str) -> str:
+        """DBOS's word for how a workflow stands; its input has all moves, and is not read."""
+        from dbos import DBOS  # noqa: PLC0415 - of the extra
+
+        found = DBOS.list_workflows(workflow_ids=[scheduler], load_input=False, load_output=False)
+        return found[0].status if found else "gone"
+
+    def _tell_others(self, scheduler: str) -> None:
+        """What has ended at all controllers."""
+        from dbos import DBOS  # noqa: PLC0415 - of the extra
+
+        moves = DBOS.list_workflows(
+            workflow_id_prefix=f"{scheduler}:", status="SUCCESS", load_input=False
+        )
+        states = Counter(str(status.output["state"]) for status in moves if status.output)
+        self.listener(Standing(self.batch_id, dict(states)))
 
     def _wait(self, seconds: float) -> None:
         if self._stopped:
@@ -241,26 +261,30 @@ class Controller:
         else:
             self._stop.wait(seconds)
 
-    def _leave(self, scheduler: str) -> None:
-        """What is asked for now is being cancelled: wait for that, and leave the rest."""
-        from dbos import DBOS  # noqa: PLC0415 - of the extra
+    def _ends(self, scheduler: str) -> bool:
+        until = time.monotonic() + _ENDS_S
+        while time.monotonic() < until:
+            if self._standing(scheduler) == "SUCCESS":
+                return True
+            time.sleep(_POLL_S)
+        return False
 
+    def _leave(self, flow: Any, scheduler: str) -> None:
+        """What is asked for now is being cancelled: wait for that, and leave the rest."""
         deadline = time.monotonic() + _LEAVE_S
         while self._asking and time.monotonic() < deadline:
             time.sleep(_POLL_S)
-        # The scheduler may end now that all moves have.
-        until = time.monotonic() + 3
-        while time.monotonic() < until:
-            status = DBOS.get_workflow_status(scheduler)
-            if status is not None and status.status == "SUCCESS":
-                return
-            time.sleep(_POLL_S)
+        # The scheduler may end now that all moves have; else it is left, as they are.
+        if self._ends(scheduler):
+            return
+        flow.leave(scheduler)
+        self._ends(scheduler)
         raise OutcomeUnknown(
             f"left batch {self.batch_id} before its end",
             hint=f"phaul-runtime batch resume {self.batch_id}",
         )
 
-    def _take_over(self, flow: Any) -> None:
+    def _take_over(self) -> None:
         """Workflows of controllers that are dead go back to the queue."""
         from dbos import DBOS  # noqa: PLC0415 - of the extra
 

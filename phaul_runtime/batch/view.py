@@ -18,6 +18,7 @@ from phaul_runtime.batch.events import (
     MoveStarted,
     MoveTold,
     Pausing,
+    Standing,
     TakenOver,
 )
 from phaul_runtime.batch.extra import require
@@ -139,7 +140,7 @@ class LiveTable(BatchView):
                 self._note = f"{event.workflows} moves of {event.controller} taken over"
             case Warned():
                 self._note = event.text
-            case BatchEnded():
+            case BatchEnded() | Standing():
                 self._states = Counter(event.states)
 
     def table(self) -> Any:

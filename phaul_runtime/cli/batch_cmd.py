@@ -20,7 +20,7 @@ from phaul_runtime.batch.model import Batch, Move, load_batch
 from phaul_runtime.batch.outcome import Answer
 from phaul_runtime.batch.plan import MoveState
 from phaul_runtime.batch.preflight import plan
-from phaul_runtime.batch.record import BatchRecord, read
+from phaul_runtime.batch.record import BatchRecord, read, read_all
 from phaul_runtime.batch.remote_move import MoveRunner
 from phaul_runtime.batch.run import Controller, summary
 from phaul_runtime.batch.store import Store, new_batch_id
@@ -144,12 +144,11 @@ def status_command(
     found = _open(load_config(config_path), store)
     as_json = (output or _default()) == "json"
     if batch_id is None:
-        for each in found.batches():
-            record = read(found, each)
+        for record in read_all(found):
             if as_json:
                 echo(json.dumps(_record(record, moves=False)))
             else:
-                echo(f"{each}  {_standing(record)}")
+                echo(f"{record.id}  {_standing(record)}")
         return 0
     record = read(found, batch_id)
     if as_json:
@@ -197,21 +196,19 @@ def _open(config: Config, store: str | None) -> Store:
 
 
 def _last(store: Store, *, unfinished: bool) -> str:
-    for each in reversed(store.batches()):
-        record = read(store, each) if unfinished else None
-        if record is None or record.active or record.left:
-            return each
+    for record in reversed(list(read_all(store))):
+        if not unfinished or record.active or record.again():
+            return record.id
     what = "batch that is not at its end" if unfinished else "batch"
     raise NoSuchMigration(f"no {what} in {store}", hint="phaul-runtime batch status lists them")
 
 
 def _refuse_twice(store: Store, batch: Batch) -> None:
-    for each in store.batches():
-        record = read(store, each)
-        if (record.active or record.left) and record.batch.digest == batch.digest:
+    for record in read_all(store):
+        if (record.active or record.again()) and record.batch.digest == batch.digest:
             raise Refused(
-                f"batch {each} has the same moves and is not at its end",
-                hint=f"phaul-runtime batch resume {each}, or --again",
+                f"batch {record.id} has the same moves and is not at its end",
+                hint=f"phaul-runtime batch resume {record.id}, or --again",
             )
 
 
@@ -279,9 +276,9 @@ def _dry_run(batch: Batch, runner: MoveRunner, output: str | None) -> int:
 
 def _standing(record: BatchRecord) -> str:
     states = ", ".join(f"{count} {name}" for name, count in sorted(record.counts().items()))
-    what = "under way, or to be resumed" if record.active else "to be resumed" if record.left else (
-        "at its end"
-    )  # fmt: skip
+    what = "to be resumed" if record.again() else "at its end"
+    if record.active:
+        what = "under way, or to be resumed"
     return f"{what}: {states}"
 
 

@@ -247,6 +247,60 @@ def test_ctrl_c_twice_cancels_what_is_under_way(world: World) -> None:
     assert world.batch("resume")[-1]["states"] == {"moved": 4}
 
 
+def test_ctrl_c_twice_leaves_a_source_that_does_not_answer_for_later(world: World) -> None:
+    file = world.moves(1)
+    away = world.root / "hosts" / "b"
+    away.rename(world.root / "away")
+    runner = world.start("run", str(file), "--id", "left")
+    assert runner.stdout is not None
+    for line in runner.stdout:
+        event = json.loads(line)
+        if event["event"] == "move_retried":
+            assert (event["move"], event["what"]) == ("move0", "asked again")
+            assert "No route to host" in event["error"]
+            break
+    for number in range(2):
+        runner.send_signal(signal.SIGINT)
+        if number == 0:
+            assert any(json.loads(line)["event"] == "pausing" for line in runner.stdout)
+    _, err = runner.communicate(timeout=WITHIN_S)
+    assert runner.returncode == 5, err
+    assert "left batch left before its end" in err
+    (status,) = world.batch("status", "left")
+    assert status["active"]
+    (world.root / "away").rename(away)
+    ended = world.batch("resume", code=None)[-1]
+    # It was asked to stop before: what had begun is finished first, the next resume does the rest.
+    if ended["exit_code"] == 7:
+        ended = world.batch("resume")[-1]
+    assert ended["states"] == {"moved": 1}
+    world.assert_done_once(1)
+
+
+def test_a_source_that_never_answers_is_unknown_and_asked_again_by_resume(world: World) -> None:
+    file = world.moves(1, reconnect_s=0)
+    away = world.root / "hosts" / "b"
+    away.rename(world.root / "away")
+    ended = world.batch("run", str(file), "--id", "gone", code=7)[-1]
+    assert ended["states"] == {"unknown": 1}
+    (world.root / "away").rename(away)
+    assert world.batch("resume")[-1]["states"] == {"moved": 1}
+    world.assert_done_once(1)
+
+
+def test_killed_before_anything_was_begun(world: World) -> None:
+    from phaul_runtime.batch.store import Store
+
+    Store.parse(world.store, world.root).prepare("early")
+    file = world.moves(1)
+    process = world.start("resume", "early")
+    _, err = process.communicate(timeout=WITHIN_S)
+    assert process.returncode == 3
+    assert "was never begun" in err
+    assert world.batch("status") == []
+    assert world.batch("run", str(file), "--id", "early")[-1]["states"] == {"moved": 1}
+
+
 def test_it_stops_at_n_failures(world: World) -> None:
     file = world.moves(20, retries=0, stop_after_failures=3, limits={"total": 1})
     for path in (world.root / "hosts" / "a" / "victims").iterdir():
