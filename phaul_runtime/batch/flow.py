@@ -207,6 +207,7 @@ def batch_workflow(
         for news in [message] if message is not None else _look(me, planner):
             if STOP in news:
                 planner.stopping = True
+                DBOS.set_event(STOP, True)
             elif LEAVE in news:
                 _wait(0)  # it was meant for the process that decided then
             elif planner.states[news["move"]] is MoveState.RUNNING:
@@ -237,6 +238,11 @@ def _look(scheduler: str, planner: Planner) -> list[dict[str, Any]]:
 def leave(scheduler: str) -> None:
     """Have a scheduler that runs in this process, which is about to leave, wait no longer."""
     DBOS.send(scheduler, {LEAVE: True}, _TOPIC)
+
+
+def was_stopped(scheduler: str) -> bool:
+    """Whether somebody had it start nothing else."""
+    return bool(DBOS.get_event(scheduler, STOP, timeout_seconds=0))
 
 
 def stop(scheduler: str) -> None:

@@ -121,8 +121,10 @@ class Controller:
                         f"({record.version})",
                         hint="resume it with that version of phaul-runtime",
                     )
-                ended = self._work(flow.scheduler_id(self.batch_id, record.generation))
-                if not retry_failed or self._stop.is_set():
+                scheduler = flow.scheduler_id(self.batch_id, record.generation)
+                stopped = flow.was_stopped(scheduler)
+                ended = self._work(scheduler)
+                if self._stop.is_set() or not (stopped or retry_failed):
                     return ended
                 record = read(self.store, self.batch_id)
             again = record.again(retry_failed=retry_failed)
