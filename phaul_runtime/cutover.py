@@ -152,7 +152,7 @@ class CutOver:
         self.freeze["prepare_ms"] = (prepared - synced) * 1000
         self._prepared_at = prepared
         # On the disk with COMMITTING: until then this host's end is the end of its copy.
-        self.journal.enter(State.PREPARED, pid=held.pid, sync=False)
+        self.journal.pass_through(State.PREPARED, pid=held.pid)
         self.listener(Prepared(held.pid))
         # The last moment at which a request to cancel counts; after it the source will die.
         self.cancellation.seal()

@@ -305,7 +305,7 @@ class Incoming:
             begun = time.monotonic()
             images_dir = Path(server.last_images_dir or "")
             # On the disk with PREPARED: before that nothing is here that outlives this host.
-            self.journal.enter(State.FROZEN, images_dir=str(images_dir), sync=False)
+            self.journal.pass_through(State.FROZEN, images_dir=str(images_dir))
             write_images(images_dir, parts)
             # CRIU acknowledges pages before it has flushed them: only now is the chain whole.
             server.stop_iter()

@@ -115,16 +115,23 @@ class Journal:
                 )
             time.sleep(0.2)
 
-    def enter(self, state: State, *, sync: bool = True, **facts: Any) -> None:
-        """Go to `state`; on the disk on return, or with the next that is.
+    def enter(self, state: State, **facts: Any) -> None:
+        """Go to `state`; on the disk on return.
 
         Raises:
             MigrationFailed: the table has no such transition, or the disk refuses.
         """
+        self.pass_through(state, **facts)
+        self.sync()
+
+    def pass_through(self, state: State, **facts: Any) -> None:
+        """Go to `state`; it survives the end of this process, that of the host with the next one.
+
+        Raises:
+            MigrationFailed: as `enter`.
+        """
         guard(self.role, self.state, state)
         self._append({"state": state.value, **facts})
-        if sync:
-            self.sync()
         self.state = state
 
     def note(self, **facts: Any) -> None:
