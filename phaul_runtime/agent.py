@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import grpc
 
 from phaul_runtime import __version__, cgroup
-from phaul_runtime.checks import check_cpu, check_space
+from phaul_runtime.checks import check_cpu, check_hooks, check_space
 from phaul_runtime.criu import Criu
 from phaul_runtime.engine import Finding, load_engine
 from phaul_runtime.errors import DestinationError, PhaulError, Refused
@@ -31,7 +31,7 @@ from phaul_runtime.filesystem import compare
 from phaul_runtime.hostfacts import PROTOCOL, gather_facts
 from phaul_runtime.incoming import Incoming, checked_json
 from phaul_runtime.journal import checked_id, lock_directory
-from phaul_runtime.lifecycle import Hooks
+from phaul_runtime.lifecycle import Hooks, Move
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.rpc import phaul_pb2_grpc
 from phaul_runtime.settle import Settler
@@ -132,6 +132,10 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
         findings: list[Finding] = []
         if request.engine:
             engine = load_engine(request.engine)
+            move = Move(
+                request.id, Role.DESTINATION, request.engine, request.target, request.source
+            )
+            findings.extend(check_hooks(self._hooks, move))
             half = engine.destination(engine.options_model(), criu_log_level=4, hold_s=1.0)
             manifest = checked_json(request.manifest, "manifest")
             findings.extend(half.check({**manifest, "same_host": request.same_host}))

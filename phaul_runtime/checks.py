@@ -13,9 +13,10 @@ from typing import Protocol
 
 from phaul_runtime.criu import Criu
 from phaul_runtime.engine import OK, REFUSED, WARNING, Finding
-from phaul_runtime.errors import CheckFailed, UsageError
+from phaul_runtime.errors import CheckFailed, MigrationFailed, UsageError
 from phaul_runtime.events import Checked, Listener
 from phaul_runtime.hostfacts import cpu_problem
+from phaul_runtime.lifecycle import PRE_CHECK, Hooks, Move
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.trees import INSTALL_RSYNC
 
@@ -25,6 +26,7 @@ IMAGES_FACTOR = 1.25
 _MIB = 1 << 20
 
 CHECKS = {
+    "pre-check": "no pre_check hook of either host says no",
     "root": "phaul-runtime runs as root on both hosts",
     "criu": "CRIU and pycriu are there, and CRIU's own check of the kernel is content",
     "criu-version": "both CRIUs speak the same page-server format (4.2 changed it)",
@@ -111,6 +113,18 @@ def compare_hosts(
     elif source.criu_version:
         add(here, "dirty-tracking", OK, "dirty pages are tracked")
     return found
+
+
+def check_hooks(hooks: Hooks, move: Move) -> list[Finding]:
+    """Ask this host's pre_check hooks; nothing if there are none."""
+    programs = len(hooks.programs(PRE_CHECK))
+    if not programs:
+        return []
+    try:
+        hooks.run(PRE_CHECK, move)
+    except MigrationFailed as error:
+        return [Finding("pre-check", REFUSED, "; ".join((error.message, *error.log)), error.hint)]
+    return [Finding("pre-check", OK, f"{programs} hooks have nothing against it")]
 
 
 def check_lazy(facts: pb.HostFacts) -> Finding:

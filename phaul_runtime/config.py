@@ -163,29 +163,40 @@ class TimeoutsConfig(Section):
         return self
 
 
+_Event = Literal[
+    "pre_check", "pre_freeze", "frozen", "post_restore", "committed", "on_rollback", "on_failure"
+]
 _Commands = list[Annotated[list[str], Field(min_length=1)]]
 
 
 class HooksConfig(Section):
     """Programs of this host, run at steps of a move; see `lifecycle`."""
 
+    pre_check: _Commands = Field([], description="on both hosts, before the checks; may refuse")
     pre_freeze: _Commands = Field([], description="at the source, before it freezes; may refuse")
+    frozen: _Commands = Field([], description="on both hosts, once it stands still; may refuse")
     post_restore: _Commands = Field(
         [], description="at the destination, rebuilt and held; may refuse"
     )
     committed: _Commands = Field([], description="on both hosts, once the destination's copy runs")
     on_rollback: _Commands = Field([], description="on both hosts, when the source's runs on")
+    on_failure: _Commands = Field([], description="on both hosts, however the move failed; last")
     directory: str = Field(
         "/etc/phaul-runtime/hooks",
         pattern="^/",
         description="has <event>.d directories, whose executables run after the lists",
     )
     timeout_s: float = Field(30, gt=0, description="longest time for one program, seconds")
+    timeouts: dict[_Event, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="the same for events that have their own, by name"
+    )
 
     def hooks(self) -> Hooks:
         """For whoever runs them."""
         commands = self.model_dump(include=set(EVENTS))
-        return Hooks(commands, self.timeout_s, HookDirectory(Path(self.directory)))
+        directory = HookDirectory(Path(self.directory))
+        timeouts = {str(event): seconds for event, seconds in self.timeouts.items()}
+        return Hooks(commands, self.timeout_s, directory, timeouts)
 
 
 class ChecksConfig(Section):
@@ -298,16 +309,23 @@ def _explain(model: type[BaseModel], problem: Any, source: Source, prefix: Key) 
     place = source.place(key)
     dotted = ".".join(str(part) for part in key)
     where = f"{place}: {dotted}" if place else dotted
+    if problem["loc"][-1] == "[key]" and problem["type"] == "literal_error":
+        # A mapping whose keys are names of something, as hooks.timeouts.
+        known = re.findall(r"'([^']+)'", problem["ctx"]["expected"])
+        return f"{where}: unknown key{_guess(str(inner[-1]), known)}"
     if problem["type"] == "extra_forbidden":
         known = _keys_at(model, inner[:-1])
-        near = difflib.get_close_matches(str(inner[-1]), known, 1)
-        guess = f"; did you mean {near[0]}?" if near else f"; known keys: {', '.join(known)}"
-        return f"{where}: unknown key{guess}"
+        return f"{where}: unknown key{_guess(str(inner[-1]), known)}"
     got = problem.get("input")
     text = problem["msg"][:1].lower() + problem["msg"][1:]
     if isinstance(got, (dict, BaseModel)):
         return f"{where}: {text}"
     return f"{where}: {text}, not {got!r}"
+
+
+def _guess(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {near[0]}?" if near else f"; known keys: {', '.join(known)}"
 
 
 def _keys_at(model: type[BaseModel], key: tuple[Any, ...]) -> list[str]:

@@ -71,7 +71,9 @@ class CutOver:
     """One cut-over, as seen from the source.
 
     `before_freeze` is called just before it, `in_freeze` in it, once the memory is dumped; neither
-    is repeated, and the latter must not raise.
+    is repeated, and the latter must not raise. `when_frozen`, where there is any, is called once
+    the target stands still, beside the dump if that is known by then, and before the last files
+    are carried; if it raises, the source runs on.
     """
 
     destination: Destination
@@ -80,6 +82,7 @@ class CutOver:
     journal: Journal
     before_freeze: Callable[[], None] = lambda: None
     in_freeze: Callable[[], None] = lambda: None
+    when_frozen: Callable[[], None] | None = None
     freeze: dict[str, float] = field(default_factory=dict)
     bytes_sent: int = 0
     files_sent: int = 0
@@ -111,6 +114,7 @@ class CutOver:
 
         def sync() -> None:
             try:
+                self._hook()
                 early.set_result(self.destination.sync_files())
             except Exception as error:  # noqa: BLE001 - raised where it is waited for
                 early.set_exception(error)
@@ -118,10 +122,18 @@ class CutOver:
         threading.Thread(target=sync, name="last files", daemon=True).start()
         self._early = early
 
+    def _hook(self) -> None:
+        if self.when_frozen is None:
+            return
+        begun = time.monotonic()
+        self.when_frozen()
+        self.freeze["hooks_ms"] = (time.monotonic() - begun) * 1000
+
     def _sync_files(self, images_dir: Path) -> tuple[int, int]:
         """The last of the target's files; returns their number, and the bytes sent."""
         early, self._early = self._early, None
         if early is None:
+            self._hook()
             return self.destination.sync_files()
         files, sent = early.result()
         if not (images_dir / REMAPPED).exists():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -49,8 +50,11 @@ class Program:
 
 
 def configured(command: Sequence[str]) -> Program:
-    """A command of the configuration."""
+    """A command of the configuration: on PATH, or one that came with phaul-runtime."""
     if shutil.which(command[0]) is None:
+        beside = shutil.which(command[0], path=str(Path(sys.executable).parent))
+        if beside is not None:
+            return Program([beside, *command[1:]])
         return Program(
             command,
             Effect.FAILS,

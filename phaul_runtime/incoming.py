@@ -24,7 +24,16 @@ from phaul_runtime.hangup import hang_up
 from phaul_runtime.images import directory_bytes, forget_resumed, remove_tree, was_resumed
 from phaul_runtime.journal import Journal, checked_id, lock_directory
 from phaul_runtime.lazy import Filled, LazyRestore
-from phaul_runtime.lifecycle import COMMITTED, ON_ROLLBACK, POST_RESTORE, Hooks, move_of
+from phaul_runtime.lifecycle import (
+    COMMITTED,
+    FROZEN,
+    ON_FAILURE,
+    ON_ROLLBACK,
+    POST_RESTORE,
+    Failure,
+    Hooks,
+    move_of,
+)
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.server import PhaulServer
 from phaul_runtime.states import Role, State
@@ -306,6 +315,7 @@ class Incoming:
             images_dir = Path(server.last_images_dir or "")
             # On the disk with PREPARED: before that nothing is here that outlives this host.
             self.journal.pass_through(State.FROZEN, images_dir=str(images_dir))
+            self._hooks.run(FROZEN, move_of(self.journal))
             write_images(images_dir, parts)
             # CRIU acknowledges pages before it has flushed them: only now is the chain whole.
             server.stop_iter()
@@ -415,8 +425,7 @@ class Incoming:
     def _settle(self) -> None:
         """After the commit, when time no longer matters."""
         with self._step:
-            for warning in self._hooks.try_to(COMMITTED, move_of(self.journal), self._pid):
-                log.warning("%s: %s", self.id, warning)
+            self._try_hooks(COMMITTED, pid=self._pid)
             self._stage.keep()
         if not self._lazy.why_not:
             self._watch_pager()
@@ -472,11 +481,15 @@ class Incoming:
             self._lazy.stop()
             if not keep:
                 self._undo()
-                for warning in self._hooks.try_to(ON_ROLLBACK, move_of(self.journal)):
-                    log.warning("%s: %s", self.id, warning)
+                self._try_hooks(ON_ROLLBACK)
+            self._try_hooks(ON_FAILURE, _failure(client_lost, keep))
             self._close(keep_images=keep)
             if keep:
                 log.error("%s: its client is lost; images kept in %s", self.id, self._dir)
+
+    def _try_hooks(self, event: str, failure: Failure | None = None, pid: int = 0) -> None:
+        for warning in self._hooks.try_to(event, move_of(self.journal), pid, failure):
+            log.warning("%s: %s", self.id, warning)
 
     def _undo(self) -> None:
         """Put this host back to what it was; what cannot be is left, and logged."""
@@ -508,6 +521,12 @@ class Incoming:
                 self._journal_quietly(State.ABORTED)
         self.given_up = True
         self.journal.close()
+
+
+def _failure(client_lost: bool, keep: bool) -> Failure:
+    """What on_failure's hooks of the destination are told: the reason is the source's to know."""
+    reason = "its client is lost" if client_lost else "the source called it off"
+    return Failure("unknown", f"{reason}; images are kept") if keep else Failure("failed", reason)
 
 
 def write_images(images_dir: Path, parts: Iterable[pb.ImagePart]) -> None:

@@ -121,8 +121,10 @@ class Journal:
         Raises:
             MigrationFailed: the table has no such transition, or the disk refuses.
         """
-        self.pass_through(state, **facts)
+        guard(self.role, self.state, state)
+        self._append({"state": state.value, **facts})
         self.sync()
+        self.state = state
 
     def pass_through(self, state: State, **facts: Any) -> None:
         """Go to `state`; it survives the end of this process, that of the host with the next one.

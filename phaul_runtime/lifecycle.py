@@ -3,28 +3,34 @@
 ======================  ===========  ============================================================
 event                   host         when, and what a failure does
 ======================  ===========  ============================================================
+``pre_check``           both         before the checks: it is a check that refuses
 ``pre_freeze``          source       everything is ready, the target runs: the move is called off
+``frozen``              both         the target stands still: the move is called off
 ``post_restore``        destination  rebuilt and held, nothing runs yet: the move is called off
 ``committed``           both         the destination's copy runs: a warning
 ``on_rollback``         both         the source's copy runs on: a warning
+``on_failure``          both         last of all, however the move failed: a warning
 ======================  ===========  ============================================================
 
 At each event the commands of the configuration run, in their order, then what lies in
-`<directory>/<event>.d`, by name (`hookdir`), with TARGET EVENT ROLE as arguments. At the first two
-events the first failure ends it; at the others each runs, whatever became of those before it.
+`<directory>/<event>.d`, by name (`hookdir`), with TARGET EVENT ROLE as arguments. At the events
+that may refuse (`VETOING`) the first failure ends it; at the others each runs, whatever became of
+those before it.
 
 They may be run more than once for a move (a recovery repeats the step that a crash cut short), so
 they have to be idempotent. The environment tells what it is about: PHAUL_EVENT, PHAUL_ROLE (source
-or destination), PHAUL_ID, PHAUL_ENGINE, PHAUL_TARGET, PHAUL_PEER (the other host), and PHAUL_PID
-where the root's pid on this host is known. stdin has the same as one JSON object.
+or destination), PHAUL_ID, PHAUL_ENGINE, PHAUL_TARGET, PHAUL_PEER (the other host), PHAUL_PID where
+the root's pid on this host is known, and at on_failure PHAUL_RESULT and PHAUL_ERROR. stdin has the
+same as one JSON object.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,14 +40,28 @@ from phaul_runtime.hookdir import Effect, HookDirectory, Program, configured
 from phaul_runtime.journal import Journal
 from phaul_runtime.states import Role
 
+PRE_CHECK = "pre_check"
 PRE_FREEZE = "pre_freeze"
+FROZEN = "frozen"
 POST_RESTORE = "post_restore"
 COMMITTED = "committed"
 ON_ROLLBACK = "on_rollback"
-EVENTS = (PRE_FREEZE, POST_RESTORE, COMMITTED, ON_ROLLBACK)
+ON_FAILURE = "on_failure"
+VETOING = (PRE_CHECK, PRE_FREEZE, FROZEN, POST_RESTORE)
+EVENTS = (*VETOING, COMMITTED, ON_ROLLBACK, ON_FAILURE)
+
+log = logging.getLogger(__name__)
 
 # Of the JSON on a program's stdin; a key may be added without a new one.
 _SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What on_failure is told beside the move: the report's result, and why, in one line."""
+
+    result: str
+    error: str
 
 
 @dataclass(frozen=True)
@@ -52,11 +72,15 @@ class Hooks:
         commands: event to the commands, each a list of arguments.
         timeout_s: longest time for one of them, seconds.
         directory: where an operator's executables lie; None for nowhere.
+        timeouts: longest times for events that have their own, seconds.
+        observe: told of each event in this process, before its programs run; must not raise.
     """
 
     commands: Mapping[str, Sequence[Sequence[str]]] = field(default_factory=dict)
     timeout_s: float = 30.0
     directory: HookDirectory | None = None
+    timeouts: Mapping[str, float] = field(default_factory=dict)
+    observe: Callable[[str, Move, Failure | None], None] = lambda *_: None
 
     def programs(self, event: str) -> list[Program]:
         """Those of `event` in the order in which they run, and what is wrong with any."""
@@ -70,33 +94,42 @@ class Hooks:
             MigrationFailed: one failed; those after it were not run. Or one cannot or must not be
                 run: then none was.
         """
+        self.observe(event, move, None)
         programs = self.programs(event)
         for program in programs:
             _guard(program, event)
         for program in programs:
-            self._run(program, event, move, pid)
+            self._run(program, move.facts(event, pid))
 
-    def try_to(self, event: str, move: Move, pid: int = 0) -> list[str]:
+    def try_to(
+        self, event: str, move: Move, pid: int = 0, failure: Failure | None = None
+    ) -> list[str]:
         """Run each where a failure can change nothing any more; returns warnings."""
+        self.observe(event, move, failure)
+        facts = move.facts(event, pid)
+        if failure is not None:
+            facts.update(result=failure.result, error=failure.error)
         warnings = []
         for program in self.programs(event):
             try:
                 _guard(program, event)
-                self._run(program, event, move, pid)
+                self._run(program, facts)
             except MigrationFailed as error:
                 warnings.append("; ".join((error.message, *error.log)))
         return warnings
 
-    def _run(self, program: Program, event: str, move: Move, pid: int) -> None:
+    def _run(self, program: Program, facts: Mapping[str, Any]) -> None:
         if program.effect is not Effect.RUNS:
             return
-        told = (move.target, event, move.role.value) if program.listed else ()
+        event = facts["event"]
+        told = (facts["target"], event, facts["role"]) if program.listed else ()
+        log.info("hook %s: running %s", event, program.argv[0])
         try:
             done = proc.run(
                 [*program.argv, *told],
-                timeout_s=self.timeout_s,
-                env=move.environment(event, pid),
-                input=json.dumps(move.facts(event, pid)) + "\n",
+                timeout_s=self.timeouts.get(event, self.timeout_s),
+                env={**os.environ, **_environment(facts)},
+                input=json.dumps(facts) + "\n",
             )
         except PhaulError as error:
             hint = "does its first line name its interpreter?" if program.listed else error.hint
@@ -114,6 +147,15 @@ def _guard(program: Program, event: str) -> None:
     """Raise what keeps a program from being run."""
     if program.effect is Effect.FAILS:
         raise MigrationFailed(f"hook {event}: {program.wrong}", hint=program.hint)
+
+
+def _environment(facts: Mapping[str, Any]) -> dict[str, str]:
+    """The same facts as variables; a null is an empty one."""
+    return {
+        f"PHAUL_{name.upper()}": "" if value is None else str(value)
+        for name, value in facts.items()
+        if name != "schema"
+    }
 
 
 def _ended(code: int) -> str:
@@ -135,21 +177,8 @@ class Move:
     target: str
     peer: str
 
-    def environment(self, event: str, pid: int) -> dict[str, str]:
-        """The environment of a hook's program."""
-        return {
-            **os.environ,
-            "PHAUL_EVENT": event,
-            "PHAUL_ROLE": self.role.value,
-            "PHAUL_ID": self.id,
-            "PHAUL_ENGINE": self.engine,
-            "PHAUL_TARGET": self.target,
-            "PHAUL_PEER": self.peer,
-            "PHAUL_PID": str(pid or ""),
-        }
-
     def facts(self, event: str, pid: int) -> dict[str, Any]:
-        """The same for stdin; JSON values."""
+        """What is told on stdin; JSON values."""
         return {
             "schema": _SCHEMA,
             "event": event,

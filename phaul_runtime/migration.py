@@ -38,8 +38,6 @@ from phaul_runtime.engine import (
     load_engine,
 )
 from phaul_runtime.errors import (
-    CriuError,
-    DestinationError,
     MigrationFailed,
     OutcomeUnknown,
     PhaulError,
@@ -49,8 +47,6 @@ from phaul_runtime.errors import (
 from phaul_runtime.events import (
     Event,
     FilesCopied,
-    Filled,
-    Filling,
     IterationDone,
     Listener,
     MigrationStarted,
@@ -61,15 +57,18 @@ from phaul_runtime.events import (
     Warned,
     nobody,
 )
+from phaul_runtime.filling import await_filled
 from phaul_runtime.hostfacts import gather_facts
 from phaul_runtime.journal import Journal, forget_old
-from phaul_runtime.lifecycle import COMMITTED, ON_ROLLBACK, PRE_FREEZE, move_of
+from phaul_runtime.keptlogs import keep_logs
+from phaul_runtime.lifecycle import COMMITTED, ON_ROLLBACK, PRE_FREEZE, Move, move_of
 from phaul_runtime.policy import AncestorPolicy, BudgetPolicy, Policy
 from phaul_runtime.recovery import Recovery
 from phaul_runtime.remote import RemoteAgent
-from phaul_runtime.report import Iteration, MigrationReport
+from phaul_runtime.report import Iteration, MigrationReport, result_of
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.session import Session
+from phaul_runtime.sourcehooks import SourceHooks
 from phaul_runtime.states import Role, State, Verdict
 from phaul_runtime.throttle import FACT, Throttle
 from phaul_runtime.transport import Destination, load_transport
@@ -80,9 +79,6 @@ if TYPE_CHECKING:
 
 HERE = "here"
 _RETRY_S = 1.0
-_FILL_POLL_S = 0.3
-# Longer than the destination itself waits, which knows the reason.
-_FILL_STALLED_S = 180.0
 
 
 def policy_from(config: Config) -> Policy:
@@ -121,6 +117,7 @@ class Migration:
         self._left_there = False
         self._group: Path | None = None
         self._hooks = self.config.hooks.hooks()
+        self._source_hooks = SourceHooks(self._hooks, self.listener)
 
     # -- what the command line calls -------------------------------------------------------
 
@@ -131,6 +128,14 @@ class Migration:
             PhaulError: with the meaning of its exit code; `error.report` is not needed, a report
                 of the failure is made by `failed`.
         """
+        try:
+            return self._run(dry_run=dry_run)
+        except Exception as error:
+            if not dry_run:
+                self._source_hooks.failed(self._about(), error)
+            raise
+
+    def _run(self, *, dry_run: bool) -> MigrationReport:
         engine, destination = self._understand()
         try:
             with self._session(destination) as session:
@@ -164,7 +169,8 @@ class Migration:
         load_transport(destination)
         engine = load_engine(self.config.engine) if self.target else None
         with self._session(destination) as session:
-            findings = self._host_findings(session)
+            findings = self._source_hooks.asked(self._about(), HERE) if engine else []
+            findings += self._host_findings(session)
             if engine is not None:
                 source = self._source_half(engine)
                 findings += self._target_findings(session, source.inspect())[0]
@@ -173,17 +179,19 @@ class Migration:
 
     def failed(self, error: PhaulError) -> MigrationReport:
         """The report of a failure; CRIU's logs are kept under `log_dir`."""
-        result = {3: "refused", 4: "failed", 5: "unknown", 6: "cancelled"}.get(
-            error.exit_code, "error"
-        )
         report = MigrationReport(
-            result,
+            result_of(error),
             error=str(error),
             error_kind=type(error).__name__,
             exit_code=int(error.exit_code),
         )
         report.logs = self._keep_logs(error)
         return self._finish_report(report, None)
+
+    def _about(self) -> Move:
+        """What hooks are told before there is a journal, too."""
+        to = self.config.transport.to or ""
+        return Move(self.id, Role.SOURCE, self.config.engine, self.target, to)
 
     def _session(self, destination: Destination) -> Session:
         config, stop = self.config, self.cancellation
@@ -230,6 +238,9 @@ class Migration:
             memory=inspection.memory,
             cpuinfo=self._here.cpuinfo,
             same_host=self._same_host,
+            id=self.id,
+            target=self.target,
+            source=self._here.hostname,
         )
         reply = session.agent.check(request)
         there = session.agent.name
@@ -301,6 +312,7 @@ class Migration:
     def _preflight(self, session: Session, engine: Engine) -> tuple[Inspection, list[str]]:
         self._source = self._source_half(engine)
         ignore = self.config.checks.ignore
+        refuse(judge(self._source_hooks.asked(self._about(), HERE), ignore, self.listener))
         # The hosts first: an inspection as an ordinary user would fail for the wrong reason.
         refuse(judge(self._host_findings(session), ignore, self.listener))
         inspection = self._source.inspect()
@@ -355,6 +367,7 @@ class Migration:
             journal,
             before_freeze=lambda: self._before_freeze(agent, journal),
             in_freeze=throttle.lift if throttle else lambda: None,
+            when_frozen=self._source_hooks.when_frozen(journal),
         )
         client = PhaulClient(
             self._source.local(cut_over, self.cancellation),
@@ -375,42 +388,11 @@ class Migration:
         # An address leaves this host before CRIU's lock on its connections does.
         report.warnings += self._hooks.try_to(COMMITTED, move_of(journal))
         report.warnings += self._source.finish()
-        self._fill(agent, report, cut_over.full_because)
+        await_filled(agent, report, cut_over.full_because, self.listener)
         self._left_there = agent.lost
         for warning in report.warnings:
             self.listener(Warned(warning))
         return report
-
-    def _fill(self, agent: RemoteAgent, report: MigrationReport, full_because: str) -> None:
-        """After a lazy restore: wait until the last page is in."""
-        report.restore = f"full: {full_because}" if full_because else "lazy"
-        if full_because:
-            return
-        missing, since = -1, time.monotonic()
-        try:
-            while not (now := agent.filled()).over:
-                self.listener(Filling(now.pages, now.missing))
-                if now.missing != missing:
-                    missing, since = now.missing, time.monotonic()
-                elif time.monotonic() - since > _FILL_STALLED_S:
-                    raise DestinationError("no page has come for long")
-                time.sleep(_FILL_POLL_S)
-        except PhaulError as error:
-            report.warnings.append(
-                f"it is not known whether the last page has arrived: {error.message}; "
-                "if the pager there was killed, the copy reads zeros"
-            )
-            return
-        if now.full_because:
-            report.restore = f"full: {now.full_because}"
-            return
-        report.lazy_complete_ms = now.ms
-        report.lazy = {
-            "pages": now.pages,
-            "faults": now.faults,
-            "worst_fault_ms": now.worst_fault_ms,
-        }
-        self.listener(Filled(now.pages, now.faults, now.ms))
 
     def _before_freeze(self, agent: RemoteAgent, journal: Journal) -> None:
         """CRIU is about to freeze: the last moment for what takes its time."""
@@ -595,22 +577,9 @@ class Migration:
         return report
 
     def _keep_logs(self, error: PhaulError) -> str:
-        texts = []
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, CriuError) and cause.log_text:
-                texts.append(
-                    (f"{cause.host or HERE}-{cause.request or 'criu'}".lower(), cause.log_text)
-                )
-            cause = cause.__cause__
-        if not texts:
-            return ""
         directory = Path(self.config.log_dir) / self.id
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for name, text in texts:
-                (directory / f"{name}.log").write_text(text, encoding="utf-8")
+            return str(directory) if keep_logs(error, directory, HERE) else ""
         except OSError as problem:
             self.listener(Warned(f"logs cannot be kept in {directory}: {problem.strerror}"))
             return ""
-        return str(directory)

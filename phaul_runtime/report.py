@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from phaul_runtime.errors import ExitCode, PhaulError
+
 SCHEMA = "phaul-runtime/report/1"
 
 
@@ -44,7 +46,8 @@ class MigrationReport:
         converged: pre-copy ended within the budget.
         pre_copy: why it ended, or why there was none.
         freeze: the steps of the downtime, name to milliseconds: dump, files, prepare, kill and
-            commit follow each other; images and restore are the destination's parts of prepare.
+            commit follow each other; images and restore are the destination's parts of prepare, and
+            hooks, if there are any for `frozen`, a part of dump and files.
         restore: lazy, or `full:` and why.
         lazy_complete_ms: from the moment when the copy ran to its last page, after a lazy restore.
         lazy: `pages` that came after that moment, `faults` that waited for one, and the longest
@@ -96,6 +99,12 @@ class MigrationReport:
             for each in told.get("iterations", [])
         ]
         return report
+
+
+def result_of(error: Exception) -> str:
+    """A failure as a report's `result`."""
+    code = error.exit_code if isinstance(error, PhaulError) else ExitCode.INTERNAL
+    return {3: "refused", 4: "failed", 5: "unknown", 6: "cancelled"}.get(code, "error")
 
 
 def _rounded(value: Any) -> Any:

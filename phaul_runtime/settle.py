@@ -18,7 +18,7 @@ from phaul_runtime.images import remove_tree
 from phaul_runtime.incoming import Incoming
 from phaul_runtime.journal import Journal, read_records, replay
 from phaul_runtime.leftovers import private_directories
-from phaul_runtime.lifecycle import COMMITTED, ON_ROLLBACK, Hooks, move_of
+from phaul_runtime.lifecycle import COMMITTED, ON_FAILURE, ON_ROLLBACK, Failure, Hooks, move_of
 from phaul_runtime.states import Role, Settled, Standing, State, Verdict
 from phaul_runtime.trees import STAGED
 
@@ -126,7 +126,10 @@ class Settler:
             except PhaulError as error:
                 warnings.append(f"tree {name} is left on this host: {error.message}")
         source.rollback()
-        warnings += self.hooks.try_to(ON_ROLLBACK, move_of(journal))
+        move = move_of(journal)
+        warnings += self.hooks.try_to(ON_ROLLBACK, move)
+        failure = Failure("failed", "it was undone by a recovery")
+        warnings += self.hooks.try_to(ON_FAILURE, move, failure=failure)
         journal.enter(State.ABORTED)
         return Settled(warnings=tuple(warnings))
 

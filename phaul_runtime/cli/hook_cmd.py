@@ -50,6 +50,7 @@ def list_hooks(config_path: Path | None, output: str) -> None:
             "schema": _SCHEMA,
             "directory": config.directory,
             "timeout_s": config.timeout_s,
+            "timeouts": config.timeouts,
             "events": {event: [_json(each) for each in found] for event, found in events.items()},
             "host": [
                 {"name": name, "installed": status.installed, "lines": list(status.lines)}

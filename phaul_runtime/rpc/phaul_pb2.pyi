@@ -143,20 +143,26 @@ class Finding(_message.Message):
     def __init__(self, check: _Optional[str] = ..., level: _Optional[str] = ..., text: _Optional[str] = ..., hint: _Optional[str] = ...) -> None: ...
 
 class CheckRequest(_message.Message):
-    __slots__ = ("engine", "manifest", "files", "memory", "cpuinfo", "same_host")
+    __slots__ = ("engine", "manifest", "files", "memory", "cpuinfo", "same_host", "id", "target", "source")
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     FILES_FIELD_NUMBER: _ClassVar[int]
     MEMORY_FIELD_NUMBER: _ClassVar[int]
     CPUINFO_FIELD_NUMBER: _ClassVar[int]
     SAME_HOST_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
     engine: str
     manifest: bytes
     files: _containers.RepeatedCompositeFieldContainer[FileFact]
     memory: int
     cpuinfo: bytes
     same_host: bool
-    def __init__(self, engine: _Optional[str] = ..., manifest: _Optional[bytes] = ..., files: _Optional[_Iterable[_Union[FileFact, _Mapping]]] = ..., memory: _Optional[int] = ..., cpuinfo: _Optional[bytes] = ..., same_host: bool = ...) -> None: ...
+    id: str
+    target: str
+    source: str
+    def __init__(self, engine: _Optional[str] = ..., manifest: _Optional[bytes] = ..., files: _Optional[_Iterable[_Union[FileFact, _Mapping]]] = ..., memory: _Optional[int] = ..., cpuinfo: _Optional[bytes] = ..., same_host: bool = ..., id: _Optional[str] = ..., target: _Optional[str] = ..., source: _Optional[str] = ...) -> None: ...
 
 class CheckReply(_message.Message):
     __slots__ = ("error", "findings", "files")

@@ -73,6 +73,11 @@ def problem(tmp_path: Path, text: str, **overrides: object) -> str:
         ("engine: process\nengine: runc\n", "c.yaml:2: engine is there twice"),
         ("a: b: c\n", "c.yaml:1:5: mapping values are not allowed"),
         ("policy:\n\tname: budget\n", "c.yaml:2:1"),
+        (
+            "hooks:\n  timeouts: {forzen: 2}\n",
+            "c.yaml:2: hooks.timeouts.forzen: unknown key; did you mean frozen?",
+        ),
+        ("hooks: {timeouts: {frozen: 0}}\n", "hooks.timeouts.frozen: input should be greater"),
         ("- 1\n", "c.yaml:1: expected keys and values"),
         ("transport: {bandwidth_limit: 10MB}\n",
          "c.yaml:1: transport.bandwidth_limit: value error, input should be a number of bytes"),

@@ -21,7 +21,9 @@ from phaul_hooks.jsontext import members, with_member, without_member
 
 from phaul_runtime.errors import Refused
 
-EVENTS = ("pre_freeze", "post_restore", "committed", "on_rollback")
+EVENTS = (
+    "pre_check", "pre_freeze", "frozen", "post_restore", "committed", "on_rollback", "on_failure",
+)  # fmt: skip
 
 
 class Host:

@@ -85,6 +85,7 @@ def hooks(tmp_path: Path) -> Path:
     """Two commands and three files at pre_freeze."""
     (tmp_path / "config.yaml").write_text(
         f"hooks:\n  directory: {tmp_path}/hooks\n  pre_freeze: [[sh, -c, 'exit 1'], [no-such]]\n"
+        "  timeouts: {frozen: 2}\n"
     )
     directory = tmp_path / "hooks" / "pre_freeze.d"
     directory.mkdir(parents=True)
@@ -102,6 +103,7 @@ roots_files = pytest.mark.skipif(os.getuid() != 0, reason="files have to be root
 @roots_files
 def test_a_list_in_the_order_in_which_it_runs_with_what_is_wrong(hooks: Path) -> None:
     assert run("list").output.splitlines() == [
+        "pre_check: nothing",
         "pre_freeze:",
         "  ok   sh -c exit 1",
         "  NO   no-such: fails the event: cannot start no-such: no such program"
@@ -111,9 +113,11 @@ def test_a_list_in_the_order_in_which_it_runs_with_what_is_wrong(hooks: Path) ->
         f" (chmod +x {hooks}/20-plain)",
         f"  NO   {hooks}/30-open: fails the event: {hooks}/30-open is writable by others than root"
         f" (chmod go-w {hooks}/30-open)",
+        "frozen: nothing",
         "post_restore: nothing",
         "committed: nothing",
         "on_rollback: nothing",
+        "on_failure: nothing",
         "of this host:",
         "  fake       not installed",
         "  refusing   not installed",
@@ -125,7 +129,11 @@ def test_the_list_in_json(hooks: Path) -> None:
     told = json.loads(run("list", "--output", "json").output)
     assert told["schema"] == "phaul-runtime/hooks/1"
     assert (told["directory"], told["timeout_s"]) == (str(hooks.parent), 30)
-    assert list(told["events"]) == ["pre_freeze", "post_restore", "committed", "on_rollback"]
+    assert list(told["events"]) == [
+        "pre_check", "pre_freeze", "frozen", "post_restore", "committed", "on_rollback",
+        "on_failure",
+    ]  # fmt: skip
+    assert told["timeouts"] == {"frozen": 2}
 
     def short(each: dict[str, Any]) -> tuple[str, str, str, bool]:
         return each["command"][0], each["from"], each["effect"], each["problem"] is None

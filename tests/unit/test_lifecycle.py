@@ -287,10 +287,31 @@ def test_the_example_vetoes_at_noon(
     assert caught.value.log == ("web is not moved between 12:00 and 13:00",)
 
 
+def test_what_came_with_phaul_runtime_is_found_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = tmp_path / "venv/phaul-shipped"
+    shipped.parent.mkdir()
+    shipped.write_text('#!/bin/sh\necho "$@" >&2; exit 3\n')
+    shipped.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(tmp_path / "venv/python"))
+    with pytest.raises(MigrationFailed, match=f"{shipped} ended with 3") as caught:
+        Hooks({PRE_FREEZE: [["phaul-shipped", "a", "b"]]}).run(PRE_FREEZE, MOVE)
+    assert caught.value.log == ("a b",)
+
+
 def test_the_configuration_names_the_directory() -> None:
     hooks = Config.model_validate(
-        {"hooks": {"directory": "/srv/hooks", "timeout_s": 5.0, "committed": [["true"]]}}
+        {
+            "hooks": {
+                "directory": "/srv/hooks",
+                "timeout_s": 5.0,
+                "committed": [["true"]],
+                "timeouts": {"frozen": 0.5},
+            }
+        }
     ).hooks.hooks()
     assert hooks.directory == HookDirectory(Path("/srv/hooks"))
     assert hooks.timeout_s == 5
+    assert hooks.timeouts == {"frozen": 0.5}
     assert hooks.commands == {**{event: [] for event in EVENTS}, "committed": [["true"]]}
