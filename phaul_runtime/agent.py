@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import grpc
 
-from phaul_runtime import __version__, cgroup
+from phaul_runtime import __version__, cgroup, logs
 from phaul_runtime.checks import check_cpu, check_hooks, check_space
 from phaul_runtime.criu import Criu
 from phaul_runtime.engine import Finding, load_engine
@@ -63,6 +63,7 @@ def _answers(
         @functools.wraps(handler)
         def answer(*args: Any) -> _Reply:
             args[0].heard = time.monotonic()
+            logs.enter(getattr(args[1], "id", ""))
             try:
                 _require_protocol(args[2])
                 return handler(*args) or reply()
@@ -373,7 +374,11 @@ class Agent:
             for migration in self.service.all():
                 silent = time.monotonic() - migration.seen
                 if silent > migration.lost_s and not migration.over:
-                    log.warning("%s: no sign of its client for %.0f s", migration.id, silent)
+                    log.warning(
+                        "no sign of its client for %.0f s",
+                        silent,
+                        extra={"migration": migration.id},
+                    )
                     migration.abort(client_lost=True)
                     self._on_lost()
             self.service.forget(_REMEMBERED_S)

@@ -26,6 +26,7 @@ from phaul_runtime.config_source import Key, Source, read_yaml
 from phaul_runtime.errors import ConfigError
 from phaul_runtime.hookdir import HookDirectory
 from phaul_runtime.lifecycle import EVENTS, Hooks
+from phaul_runtime.logs import Format, Level
 
 SYSTEM_CONFIG = Path("/etc/phaul-runtime/config.yaml")
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -199,6 +200,28 @@ class HooksConfig(Section):
         return Hooks(commands, self.timeout_s, directory, timeouts)
 
 
+class LoggingConfig(Section):
+    """Log records on stderr."""
+
+    level: Level | None = Field(
+        None,
+        description="what is this or worse; none: an agent's warnings, and of a command nothing "
+        "beside what it shows",
+    )
+    format: Format = Field("auto", description="auto: journal under systemd, else text")
+
+
+class MetricsConfig(Section):
+    """Numbers for Prometheus; see `metrics`."""
+
+    textfile: str | None = Field(
+        None, pattern=r"^/.*\.prom$", description="file for node_exporter's textfile collector"
+    )
+    listen: str | None = Field(
+        None, pattern=r"^.+:\d+$", description="address and port at which the agent serves them"
+    )
+
+
 class ChecksConfig(Section):
     """Preflight."""
 
@@ -243,6 +266,8 @@ class Config(Section):
     checks: ChecksConfig = ChecksConfig()
     hooks: HooksConfig = HooksConfig()
     batch: BatchConfig = BatchConfig()
+    logging: LoggingConfig = LoggingConfig()
+    metrics: MetricsConfig = MetricsConfig()
     engines: dict[str, dict[str, Any] | None] = Field({}, description="options of each engine")
 
     _source: Source = PrivateAttr(default_factory=Source)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from phaul_runtime import logs
 from phaul_runtime.api import PhaulConfig
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.criu import Criu
@@ -263,6 +264,7 @@ class Incoming:
 
     def serve_tree(self, name: str, channel: socket.socket) -> None:
         """Let rsync have a connection until it ends; why it failed is told by `beat`."""
+        logs.enter(self.id)
         try:
             line = read_line(channel)
             if not line:
@@ -382,7 +384,7 @@ class Incoming:
         if self.state is State.PREPARED:
             self.journal.enter(State.COMMITTING)
         if self._held and not self._lazy.why_not and self._lazy.lost():
-            log.warning("%s: the pager was lost; rebuilding the copy in full", self.id)
+            log.warning("the pager was lost; rebuilding the copy in full")
             self._held = False
         if self._held:
             self._held = False
@@ -393,7 +395,7 @@ class Incoming:
             except PhaulError as error:
                 if was_resumed(images_dir):
                     raise
-                log.warning("%s: the held copy was lost: %s; rebuilding it", self.id, error)
+                log.warning("the held copy was lost: %s; rebuilding it", error)
         if not self._resumed_at:
             self._engine.discard()
             self._lazy.stop("the copy was rebuilt after the loss of the first")
@@ -424,6 +426,7 @@ class Incoming:
 
     def _settle(self) -> None:
         """After the commit, when time no longer matters."""
+        logs.enter(self.id)  # a thread has a context of its own
         with self._step:
             self._try_hooks(COMMITTED, pid=self._pid)
             self._stage.keep()
@@ -439,7 +442,7 @@ class Incoming:
         try:
             self._lazy.watch(tell)
         except PhaulError as error:
-            log.error("%s: %s", self.id, error)
+            log.error("%s", error)
             self._filled = error
 
     @property
@@ -463,6 +466,10 @@ class Incoming:
         A held copy whose client is lost never runs by itself, but it may be the only one: the
         source may have been killed already. Its images are kept for a recovery.
         """
+        with logs.about(self.id):
+            self._abort(client_lost=client_lost)
+
+    def _abort(self, *, client_lost: bool) -> None:
         if self._memory is not None:
             # Ends a page server that waits for memory, and so whoever waits for it.
             hang_up(self._memory)
@@ -485,11 +492,11 @@ class Incoming:
             self._try_hooks(ON_FAILURE, _failure(client_lost, keep))
             self._close(keep_images=keep)
             if keep:
-                log.error("%s: its client is lost; images kept in %s", self.id, self._dir)
+                log.error("its client is lost; images kept in %s", self._dir)
 
     def _try_hooks(self, event: str, failure: Failure | None = None, pid: int = 0) -> None:
         for warning in self._hooks.try_to(event, move_of(self.journal), pid, failure):
-            log.warning("%s: %s", self.id, warning)
+            log.warning("%s", warning)
 
     def _undo(self) -> None:
         """Put this host back to what it was; what cannot be is left, and logged."""

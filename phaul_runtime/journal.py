@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import re
 import shutil
@@ -23,6 +24,8 @@ from typing import Any
 
 from phaul_runtime.errors import MigrationFailed, NoSuchMigration, StillUnderWay, UsageError
 from phaul_runtime.states import Role, State, guard
+
+log = logging.getLogger(__name__)
 
 _ID = re.compile(r"[0-9a-f]{8,64}")
 _RESERVED = 64 << 10
@@ -125,6 +128,7 @@ class Journal:
         self._append({"state": state.value, **facts})
         self.sync()
         self.state = state
+        log.info("%s: %s", self.role.value, state.value, extra={"migration": self.id})
 
     def pass_through(self, state: State, **facts: Any) -> None:
         """Go to `state`; it survives the end of this process, that of the host with the next one.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import selectors
+import shlex
 import signal
 import subprocess
 import time
@@ -12,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from typing import IO
 
 from phaul_runtime.errors import PhaulError, Refused
+
+log = logging.getLogger(__name__)
 
 Process = subprocess.Popen[bytes]
 Expired = subprocess.TimeoutExpired
@@ -35,6 +39,7 @@ def spawn(
     Raises:
         Refused: the program cannot be started (not installed, not executable).
     """
+    log.debug("running %s", shlex.join(map(str, argv)))
     try:
         return subprocess.Popen(
             list(argv),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import select
 import signal
@@ -14,6 +13,8 @@ import click
 
 from phaul_runtime import __version__
 from phaul_runtime.agent import Agent
+from phaul_runtime.cli.logoptions import set_up_logs
+from phaul_runtime.cli.observe import agent_hooks
 from phaul_runtime.config import Config, load_config
 from phaul_runtime.criu import Criu
 from phaul_runtime.hostfacts import PROTOCOL
@@ -70,10 +71,8 @@ def agent_command(sockets: Path | None, config_path: Path | None, **given: Any) 
 
     What it has restored and been told to run outlives it.
     """
-    logging.basicConfig(
-        format="phaul-runtime agent: %(levelname)s: %(message)s", level=logging.WARNING
-    )
     config = _configure(config_path, given)
+    set_up_logs(config)
     if sockets is None:
         _serve(config)
     elif given["listen"]:
@@ -113,7 +112,7 @@ def _serve_one(sockets: Path, config: Config) -> None:
         Path(config.state_dir),
         Criu(config.criu.binary),
         on_lost=lambda: os.write(wake_write, b"x"),
-        hooks=config.hooks.hooks(),
+        hooks=agent_hooks(config),
     )
     agent.start()
     try:
@@ -133,7 +132,7 @@ def _serve(config: Config) -> None:
         Path(config.workdir),
         Path(config.state_dir),
         Criu(config.criu.binary),
-        config.hooks.hooks(),
+        agent_hooks(config),
     )
     try:
         click.echo(f"{_READY} {service.start()}")

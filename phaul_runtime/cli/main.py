@@ -8,6 +8,7 @@ from importlib import import_module
 import click
 
 from phaul_runtime import __version__
+from phaul_runtime.cli.logoptions import log_options
 from phaul_runtime.errors import ExitCode, PhaulError
 
 # Loaded when used: an agent starts without what only the client needs.
@@ -34,7 +35,17 @@ class _Lazy(click.Group):
             return None
         module, attribute = _COMMANDS[cmd_name]
         command: click.Command = getattr(import_module(module), attribute)
+        _add_log_options(command)
         return command
+
+
+def _add_log_options(command: click.Command) -> None:
+    """Give a command, and those below it, what all of them have."""
+    if isinstance(command, click.Group):
+        for each in command.commands.values():
+            _add_log_options(each)
+    elif not any(option.name == "log_level" for option in command.params):
+        command.params.extend(log_options())
 
 
 @click.command(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})

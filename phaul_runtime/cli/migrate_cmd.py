@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
 from phaul_runtime.cancel import Cancellation
+from phaul_runtime.cli.observe import Observer
 from phaul_runtime.cli.options import (
     cancel_on_signals,
     cancel_on_stdin,
@@ -48,12 +50,19 @@ from phaul_runtime.once import migrate_once
     is_flag=True,
     help="Read standard input: a line `cancel` is what Ctrl-C is.",
 )
+@click.option(
+    "--metrics-file",
+    type=click.Path(readable=False, path_type=Path),
+    metavar="FILE",
+    help="Add to the metrics in FILE, NAME.prom.  [default: metrics.textfile]",
+)
 @click.option("--dry-run", is_flag=True, help="Check everything, move nothing.")
 def migrate_command(
     max_downtime_ms: int | None,
     max_iterations: int | None,
     migration_id: str | None,
     stdin_cancels: bool,
+    metrics_file: Path | None,
     dry_run: bool,
     **given: Any,
 ) -> int:
@@ -75,7 +84,8 @@ def migrate_command(
     )
     cancellation = Cancellation()
     view = make_view(given["output"])
-    migration = Migration(config, name, view, cancellation)
+    observer = Observer(config, view, metrics_file)
+    migration = Migration(config, name, observer, cancellation)
     if migration_id is not None:
         migration.id = checked_id(migration_id)
     if stdin_cancels:
@@ -88,10 +98,13 @@ def migrate_command(
                 else:
                     report = migration.run(dry_run=dry_run)
         except PhaulError as error:
-            view.report(migration.failed(error))
+            failed = migration.failed(error)
+            view.report(failed)
+            observer.report(failed)
             click.echo(f"phaul-runtime: {error}", err=True)
             return int(error.exit_code)
     view.report(report)
+    observer.report(report)
     if report.exit_code:
         click.echo(f"phaul-runtime: {report.error}", err=True)
     return report.exit_code

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import click
 
 from phaul_runtime.cancel import Cancellation
+from phaul_runtime.cli.logoptions import set_up_logs
 from phaul_runtime.config import Config, load_config
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -114,6 +115,7 @@ def configure(given: Mapping[str, Any], **flags: object) -> Config:
     if given["ignore"]:
         overrides["checks.ignore"] = [*config.checks.ignore, *given["ignore"]]
         config = load_config(given["config_path"], overrides)
+    set_up_logs(config)
     if not config.transport.to:
         raise click.UsageError("no destination: --to ssh://root@host, or transport.to")
     return config

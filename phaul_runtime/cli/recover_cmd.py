@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from phaul_runtime.cli.logoptions import set_up_logs
 from phaul_runtime.config import load_config
 from phaul_runtime.errors import ExitCode, OutcomeUnknown, PhaulError
 from phaul_runtime.recovery import Recovered, Recovery
@@ -52,6 +53,7 @@ def recover_command(
     if source_is_dead and migration_id is None:
         raise click.UsageError("--source-is-dead is about one migration: name its ID")
     config = load_config(config_path, {"transport.to": to} if to else None)
+    set_up_logs(config)
     recovery = Recovery(config, source_is_dead=source_is_dead)
     if migration_id is not None:
         _show(recovery.recover(migration_id), output)

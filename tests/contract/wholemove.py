@@ -98,6 +98,8 @@ class _Channel(AgentProcess):
         self.agent = agent
 
     def close(self) -> None:
+        for migration in self.agent.service.all():
+            migration.wait_settled()
         self.agent.stop()
 
 

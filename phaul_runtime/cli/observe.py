@@ -1,0 +1,118 @@
+"""What is kept of migrations beside what is shown: log records and metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from phaul_runtime import events as ev
+from phaul_runtime import logs, metrics
+from phaul_runtime.cli.logoptions import asked_level
+from phaul_runtime.cli.views import describe
+from phaul_runtime.errors import ExitCode, PhaulError
+from phaul_runtime.lifecycle import Hooks
+from phaul_runtime.report import MigrationReport
+
+if TYPE_CHECKING:
+    from phaul_runtime.config import Config
+
+log = logging.getLogger(__name__)
+
+_QUIET = (ev.Progress, ev.TreeProgress, ev.Filling)
+_ALARMING = (ev.Warned, ev.Recovering, ev.RolledBack)
+
+
+def _level(event: ev.Event) -> int:
+    if isinstance(event, _QUIET):
+        return logging.DEBUG
+    refused = isinstance(event, ev.Checked) and event.level == "refused"
+    return logging.WARNING if refused or isinstance(event, _ALARMING) else logging.INFO
+
+
+# -- one command's migrations ------------------------------------------------------------------
+
+
+class Observer:
+    """Passes events on to a view, and keeps what becomes of the migration.
+
+    Events are logged only if a level was asked for: without one, what is shown says the same.
+
+    Args:
+        config: as loaded.
+        view: shown the same events.
+        metrics_file: instead of the configuration's `metrics.textfile`.
+
+    Raises:
+        ConfigError: metrics are asked for and cannot be had.
+    """
+
+    def __init__(self, config: Config, view: ev.Listener, metrics_file: Path | None = None) -> None:
+        self._view = view
+        self._logs = bool(config.logging.level or asked_level())
+        textfile = metrics_file or (config.metrics.textfile and Path(config.metrics.textfile))
+        self._metrics = metrics.Metrics(textfile) if textfile else None
+        if self._metrics:
+            metrics.require()
+
+    def __call__(self, event: ev.Event) -> None:
+        """Log an event and pass it on."""
+        if isinstance(event, ev.MigrationStarted):
+            logs.enter(event.id)
+        if self._logs:
+            text = describe(event).strip() or event.name
+            log.log(_level(event), "%s", text, extra={"data": event.to_json()})
+        self._view(event)
+
+    def report(self, report: MigrationReport) -> None:
+        """A migration has ended; a dry run and a wrong command are none."""
+        if self._logs:
+            bad = report.exit_code != 0
+            text = f"{report.result}: {report.error}" if bad else report.result
+            level = logging.ERROR if bad else logging.INFO
+            extra = {"data": report.to_json(), "migration": report.id}
+            log.log(level, "%s", text, extra=extra)
+        if self._metrics is None or report.result == "checked":
+            return
+        if report.exit_code == ExitCode.USAGE:
+            return
+        try:
+            self._metrics.ended(report)
+        except PhaulError as error:
+            click.echo(f"phaul-runtime: warning: {error}", err=True)
+
+
+# -- an agent's --------------------------------------------------------------------------------
+
+
+def agent_hooks(config: Config) -> Hooks:
+    """The hooks of an agent's host, with what counts its migrations; metrics never stop an agent.
+
+    The page over HTTP is served from a thread, which also loads what it takes: starting is quick.
+    """
+    hooks = config.hooks.hooks()
+    settings = config.metrics
+    if not (settings.textfile or settings.listen):
+        return hooks
+    kept = metrics.Metrics(Path(settings.textfile) if settings.textfile else None)
+    if settings.listen:
+        threading.Thread(
+            target=_serve, args=(kept, settings.listen), name="metrics", daemon=True
+        ).start()
+    return dataclasses.replace(hooks, observe=metrics.observe(kept, _warn))
+
+
+def _serve(kept: metrics.Metrics, listen: str) -> None:
+    try:
+        metrics.require()
+        metrics.serve(kept, listen)
+    except PhaulError as error:
+        _warn(error.message)
+
+
+def _warn(text: str) -> None:
+    log.warning("%s", text)
