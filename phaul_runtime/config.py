@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -272,6 +272,11 @@ class Config(Section):
 
     _source: Source = PrivateAttr(default_factory=Source)
 
+    def place(self, *key: str) -> str:
+        """`FILE:LINE: dotted.key`, for an error about a value; without the place if it has none."""
+        where = self._source.place(key)
+        return f"{where}: {'.'.join(key)}" if where else ".".join(key)
+
     def engine_options(self, name: str, model: type[_Model]) -> _Model:
         """The options of engine `name`, validated by its own model.
 
@@ -328,13 +333,14 @@ def _explain(model: type[BaseModel], problem: Any, source: Source, prefix: Key) 
     # A union adds the names of its members to the location: only what stands in the file counts.
     inner = tuple(part for part in problem["loc"])
     key = (*prefix, *inner)
-    while inner and key not in source.places and problem["type"] != "missing":
+    exact = problem["type"] in ("missing", "extra_forbidden")
+    while inner and key not in source.places and not exact:
         inner = inner[:-1]
         key = (*prefix, *inner)
     place = source.place(key)
     dotted = ".".join(str(part) for part in key)
     where = f"{place}: {dotted}" if place else dotted
-    if problem["loc"][-1] == "[key]" and problem["type"] == "literal_error":
+    if problem["loc"][-1:] == ("[key]",) and problem["type"] == "literal_error":
         # A mapping whose keys are names of something, as hooks.timeouts.
         known = re.findall(r"'([^']+)'", problem["ctx"]["expected"])
         return f"{where}: unknown key{_guess(str(inner[-1]), known)}"
@@ -348,9 +354,14 @@ def _explain(model: type[BaseModel], problem: Any, source: Source, prefix: Key) 
     return f"{where}: {text}, not {got!r}"
 
 
-def _guess(name: str, known: list[str]) -> str:
+def nearest(name: str, known: Sequence[str]) -> str:
+    """What to add to a message about an unknown name; empty if none of those known is like it."""
     near = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {near[0]}?" if near else f"; known keys: {', '.join(known)}"
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _guess(name: str, known: list[str]) -> str:
+    return nearest(name, known) or f"; known keys: {', '.join(known)}"
 
 
 def _keys_at(model: type[BaseModel], key: tuple[Any, ...]) -> list[str]:

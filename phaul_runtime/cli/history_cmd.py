@@ -22,7 +22,11 @@ _config = click.option(
     help="Configuration, laid over /etc/phaul-runtime/config.yaml.",
 )
 _output = click.option(
-    "--output", type=click.Choice(["text", "json"]), default="text", show_default=True
+    "--output",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="json: one object a line.",
 )
 # Too long for a table; `--output json` has them.
 _LONG = frozenset({"time", "state", "manifest", "options", "identity", "add"})

@@ -38,7 +38,13 @@ def hook_group() -> None:
     metavar="FILE",
     help="Configuration, laid over /etc/phaul-runtime/config.yaml.",
 )
-@click.option("--output", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option(
+    "--output",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="json: one object.",
+)
 def list_hooks(config_path: Path | None, output: str) -> None:
     """List what runs at each event, in that order, and what can be installed."""
     config = load_config(config_path).hooks

@@ -11,6 +11,7 @@ from phaul_runtime import __version__
 from phaul_runtime.cli.logoptions import log_options
 from phaul_runtime.errors import ExitCode, PhaulError
 
+PROGRAM = "phaul-runtime"
 # Loaded when used: an agent starts without what only the client needs.
 _COMMANDS = {
     "migrate": ("phaul_runtime.cli.migrate_cmd", "migrate_command"),
@@ -23,6 +24,7 @@ _COMMANDS = {
     "cert": ("phaul_runtime.cli.cert_cmd", "cert_group"),
     "hook": ("phaul_runtime.cli.hook_cmd", "hook_group"),
     "config": ("phaul_runtime.cli.config_cmd", "config_group"),
+    "completion": ("phaul_runtime.cli.completion_cmd", "completion_command"),
 }
 
 
@@ -49,7 +51,7 @@ def _add_log_options(command: click.Command) -> None:
 
 
 @click.command(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="phaul-runtime")
+@click.version_option(__version__, prog_name=PROGRAM)
 def cli() -> None:
     """Move running processes and containers between Linux hosts with CRIU."""
 
@@ -57,7 +59,7 @@ def cli() -> None:
 def main() -> None:
     """Run the command line and end with the exit code of errors.py."""
     try:
-        code = cli.main(standalone_mode=False)
+        code = cli.main(prog_name=PROGRAM, standalone_mode=False)
     except click.exceptions.Abort:
         click.echo("phaul-runtime: cancelled", err=True)
         sys.exit(ExitCode.CANCELLED)

@@ -16,6 +16,7 @@ import click
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.cli.logoptions import set_up_logs
 from phaul_runtime.config import Config, load_config
+from phaul_runtime.engine import engine_names
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -30,7 +31,12 @@ def move_options(command: _Command) -> _Command:
             metavar="TARGET",
             help="The target, instead of the argument.",
         ),
-        click.option("--engine", metavar="NAME", help="Engine of the target.  [default: process]"),
+        click.option(
+            "--engine",
+            metavar="NAME",
+            shell_complete=lambda *given: [n for n in engine_names() if n.startswith(given[2])],
+            help="Engine of the target.  [default: process]",
+        ),
         click.option(
             "--to",
             metavar="URL",

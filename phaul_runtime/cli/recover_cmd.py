@@ -33,7 +33,13 @@ from phaul_runtime.states import Verdict
     is_flag=True,
     help="At the destination: run its copy, since the source's host will never come back.",
 )
-@click.option("--output", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option(
+    "--output",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="json: one object a migration.",
+)
 def recover_command(
     migration_id: str | None,
     to: str | None,

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 from phaul_engines.process_options import ProcessOptions
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from phaul_runtime import config as config_module
+from phaul_runtime.cli.config_cmd import full_schema
+from phaul_runtime.cli.main import cli
 from phaul_runtime.config import Config, load_config
-from phaul_runtime.errors import ConfigError
+from phaul_runtime.engine import load_engine
+from phaul_runtime.errors import ConfigError, UsageError
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "config.example.yaml"
 
@@ -157,3 +162,78 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes(b"engine: \xff\n")
     with pytest.raises(ConfigError, match="not UTF-8"):
         load_config(tmp_path / "latin")
+
+
+def test_config_check_names_all_places(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "engine: proces\n"
+        "transport:\n"
+        "  to: warp://b\n"
+        "engines:\n"
+        "  runcc: {}\n"
+        "  process:\n"
+        "    file_lock: true\n"
+        "  runc:\n"
+        "    mounts: {/srv: elsewhere}\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        cli.main(["config", "check", str(file)], standalone_mode=False)
+    said = [line.strip().replace(str(file), "c.yaml") for line in str(caught.value).splitlines()]
+    assert said[0] == "c.yaml:1: engine: unknown engine 'proces'; did you mean process?"
+    assert said[1] == "c.yaml:5: engines.runcc: unknown engine 'runcc'; did you mean runc?"
+    assert "c.yaml:7: engines.process.file_lock: unknown key; did you mean file_locks?" in said[2]
+    assert any("c.yaml:9: engines.runc.mounts" in line for line in said[3:-1])
+    assert "c.yaml:3: transport.to: unknown transport 'warp'" in said[-1]
+
+
+def valid(config: object) -> bool:
+    return bool(jsonschema.Draft202012Validator(full_schema()).is_valid(config))
+
+
+def test_the_schema_takes_what_the_model_takes() -> None:
+    jsonschema.Draft202012Validator.check_schema(full_schema())
+    example = yaml.safe_load(EXAMPLE.read_text())
+    jsonschema.Draft202012Validator(full_schema()).validate(example)
+    assert valid({})
+    assert valid({"engines": {"process": None}})
+
+    def load(config: dict[str, Any]) -> None:
+        found = Config.model_validate(config)
+        for name in found.engines:
+            found.engine_options(name, load_engine(name).options_model)
+
+    wrongs: list[dict[str, Any]] = [
+        {"engin": "runc"},
+        {"policy": {"max_downtime": 3}},
+        {"policy": {"if_not_converging": "hope"}},
+        {"hooks": {"timeouts": {"forzen": 1}}},
+        {"engines": {"jail": {}}},
+        {"engines": {"process": {"file_lock": True}}},
+        {"metrics": {"textfile": "relative.prom"}},
+    ]
+    for wrong in wrongs:
+        assert not valid(wrong), wrong
+        with pytest.raises((ValidationError, UsageError)):
+            load(wrong)
+
+
+def every_key(schema: dict[str, Any], root: dict[str, Any], path: str = "") -> Iterator[Any]:
+    """Each key of a schema, dotted, with its own schema."""
+    for name, found in schema.get("properties", {}).items():
+        inner = found
+        for each in found.get("anyOf", [found]):
+            inner = each if each.get("properties") or "$ref" in each else inner
+        if "$ref" in inner:
+            inner = root["$defs"][inner["$ref"].rpartition("/")[2]]
+        yield f"{path}{name}", found
+        yield from every_key(inner, root, f"{path}{name}.")
+
+
+def test_every_key_is_described() -> None:
+    schema = full_schema()
+    keys = dict(every_key(schema, schema))
+    assert {"transport.to", "hooks.frozen", "engines.docker.volumes"} < keys.keys()
+    sections = {key for key in keys if any(other.startswith(f"{key}.") for other in keys)}
+    described = {key for key, found in keys.items() if found.get("description")}
+    assert keys.keys() - sections - described == set()
