@@ -93,6 +93,10 @@ bench-docker:
 	$(MAKE) bench METHODS=phaul-docker-lazy,phaul-docker,docker,podman-pre,podman,phaul-runc \
 		WORKLOADS=64-6.25 OUT=build/bench/docker.json
 
+# docs/config.md, docs/commands.md and docs/errors.md are made of the code.
+docs: venv
+	$(PYTHON) -m tests.docsgen
+
 # docs/benchmarks.md and its picture are what the last `make bench` wrote.
 bench-docs:
 	cp build/bench/benchmarks.md build/bench/benchmarks.svg docs/
@@ -118,4 +122,4 @@ clean: down
 	rm -rf $(VENV) build dist *.egg-info
 
 .PHONY: all system venv lab demo test test-all lint unit e2e faults faults-random bench bench-docker \
-	bench-docs proto down clean
+	bench-docs docs proto down clean

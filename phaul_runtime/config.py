@@ -171,7 +171,7 @@ _Commands = list[Annotated[list[str], Field(min_length=1)]]
 
 
 class HooksConfig(Section):
-    """Programs of this host, run at steps of a move; see `lifecycle`."""
+    """Programs of this host, run at steps of a move; docs/hooks.md has the events."""
 
     pre_check: _Commands = Field([], description="on both hosts, before the checks; may refuse")
     pre_freeze: _Commands = Field([], description="at the source, before it freezes; may refuse")
@@ -212,7 +212,7 @@ class LoggingConfig(Section):
 
 
 class MetricsConfig(Section):
-    """Numbers for Prometheus; see `metrics`."""
+    """Numbers for Prometheus; docs/operations.md has them."""
 
     textfile: str | None = Field(
         None, pattern=r"^/.*\.prom$", description="file for node_exporter's textfile collector"

@@ -42,6 +42,20 @@ class ExitCode(IntEnum):
     PARTLY = 7
 
 
+MEANINGS = {
+    ExitCode.MOVED: "done: of a move, the destination's copy runs",
+    ExitCode.INTERNAL: "internal error: please report it",
+    ExitCode.USAGE: "the command line or the configuration is wrong; nothing was done",
+    ExitCode.REFUSED: "refused before anything was frozen, or there is no such thing",
+    ExitCode.FAILED: "failed; the source's copy runs on",
+    ExitCode.UNKNOWN: "outcome unknown: the source's copy is dead, the destination did not "
+    "confirm: `phaul-runtime recover`",
+    ExitCode.CANCELLED: "cancelled before the cut-over; the source's copy runs on",
+    ExitCode.PARTLY: "of a batch, not all moves succeeded",
+}
+"""What each exit code says, for people."""
+
+
 class PhaulError(Exception):
     """Base of all errors of phaul-runtime.
 
