@@ -9,10 +9,17 @@ from pathlib import Path
 import pytest
 
 from phaul_runtime import proc
+from phaul_runtime.cutover import CutOver
 from phaul_runtime.errors import CheckFailed, MigrationFailed
 from phaul_runtime.events import Checked, Warned
-from phaul_runtime.lifecycle import EVENTS
+from phaul_runtime.journal import Journal
+from phaul_runtime.lifecycle import EVENTS, Hooks
+from phaul_runtime.migration import Migration
+from phaul_runtime.settle import Settler
+from phaul_runtime.states import Role, State, Verdict
 from phaul_runtime.testing import Place
+from phaul_runtime.testing.bench import NoCriu
+from phaul_runtime.testing.fake import FakeSource
 from tests.contract.wholemove import WholeMove
 
 ALL_ROLES = ("source", "destination")
@@ -145,8 +152,6 @@ def test_a_command_that_makes_no_sense_is_no_failed_move(whole: WholeMove, out: 
 
 
 def test_a_dry_run_asks_and_tells_nobody_else(whole: WholeMove, out: Path) -> None:
-    from phaul_runtime.migration import Migration
-
     whole.here = whole.there = ALL
     Migration(whole.config(), whole.target).run(dry_run=True)
     whole.here = {**ALL, "pre_check": [["false"]]}
@@ -161,3 +166,33 @@ def test_an_event_has_its_own_time(whole: WholeMove) -> None:
     whole.here = {"frozen": [["sleep", "30"]], "timeouts": {"frozen": 0.2}}
     assert "hook frozen: sleep did not end within 0.2 s" in whole.fail().message
     assert whole.lives(Place.SOURCE)
+
+
+@pytest.mark.parametrize("vetoes", [False, True])
+def test_an_engine_that_does_not_tell_when_it_stands_still(
+    whole: WholeMove, out: Path, monkeypatch: pytest.MonkeyPatch, vetoes: bool
+) -> None:
+    monkeypatch.setattr(CutOver, "stopped", lambda _: None)
+    if vetoes:
+        whole.here = {"frozen": [["false"]]}
+        assert "hook frozen: false ended with 1" in whole.fail().message
+        assert whole.lives(Place.SOURCE)
+        return
+    whole.here = ALL
+    assert "hooks_ms" in whole.run().freeze
+    assert out.read_text().splitlines().count("frozen source") == 1
+
+
+def test_a_recovery_that_undoes_a_move_tells_of_the_failure(whole: WholeMove, out: Path) -> None:
+    # A command that was killed: its journal is all that is left of it.
+    state_dir, name = whole.tmp_path / "state", "1f" * 8
+    with Journal.create(state_dir, name, Role.SOURCE) as journal:
+        source = FakeSource(whole.target)
+        source.inspect()
+        journal.enter(
+            State.ITERATING, engine="fake", target=whole.target, to="ssh://root@there",
+            options={}, identity=dict(source.identity()), lost_s=30.0,
+        )  # fmt: skip
+    settler = Settler(state_dir, whole.tmp_path / "work", NoCriu(), Hooks(ALL))
+    assert settler.settle(name, Role.SOURCE, Verdict.DISCARD).warnings == ()
+    assert out.read_text().splitlines() == ["on_rollback source", "on_failure source"]

@@ -99,10 +99,12 @@ def test_the_configuration_has_a_level_and_a_flag_wins(command: Command) -> None
 
 
 def test_debug_tells_of_every_program(command: Command) -> None:
-    command.whole.here = {"pre_check": [["sh", "-c", "exit 0"]]}
+    command.whole.here = command.whole.there = {"pre_check": [["sh", "-c", "exit 0"]]}
     command.run("--log-level", "debug", "--log-format", "json")
     said = [r["message"] for r in command.records]
-    assert "hook pre_check: running sh" in said
+    hooks = [r for r in command.records if r["message"] == "hook pre_check: running sh"]
+    assert len(hooks) == 2  # of both hosts, about the same migration
+    assert {r["migration"] for r in hooks} == {command.records[-1]["migration"]}
     assert "running sh -c 'exit 0'" in said
 
 
