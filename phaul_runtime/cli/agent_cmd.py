@@ -13,8 +13,8 @@ import click
 
 from phaul_runtime import __version__
 from phaul_runtime.agent import Agent
+from phaul_runtime.cli.agentmetrics import agent_hooks
 from phaul_runtime.cli.logoptions import set_up_logs
-from phaul_runtime.cli.observe import agent_hooks
 from phaul_runtime.config import Config, load_config
 from phaul_runtime.criu import Criu
 from phaul_runtime.hostfacts import PROTOCOL

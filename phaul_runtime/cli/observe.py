@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +13,6 @@ from phaul_runtime import logs, metrics
 from phaul_runtime.cli.logoptions import asked_level
 from phaul_runtime.cli.views import describe
 from phaul_runtime.errors import ExitCode, PhaulError
-from phaul_runtime.lifecycle import Hooks
 from phaul_runtime.report import MigrationReport
 
 if TYPE_CHECKING:
@@ -32,9 +29,6 @@ def _level(event: ev.Event) -> int:
         return logging.DEBUG
     refused = isinstance(event, ev.Checked) and event.level == "refused"
     return logging.WARNING if refused or isinstance(event, _ALARMING) else logging.INFO
-
-
-# -- one command's migrations ------------------------------------------------------------------
 
 
 class Observer:
@@ -84,35 +78,3 @@ class Observer:
             self._metrics.ended(report)
         except PhaulError as error:
             click.echo(f"phaul-runtime: warning: {error}", err=True)
-
-
-# -- an agent's --------------------------------------------------------------------------------
-
-
-def agent_hooks(config: Config) -> Hooks:
-    """The hooks of an agent's host, with what counts its migrations; metrics never stop an agent.
-
-    The page over HTTP is served from a thread, which also loads what it takes: starting is quick.
-    """
-    hooks = config.hooks.hooks()
-    settings = config.metrics
-    if not (settings.textfile or settings.listen):
-        return hooks
-    kept = metrics.Metrics(Path(settings.textfile) if settings.textfile else None)
-    if settings.listen:
-        threading.Thread(
-            target=_serve, args=(kept, settings.listen), name="metrics", daemon=True
-        ).start()
-    return dataclasses.replace(hooks, observe=metrics.observe(kept, _warn))
-
-
-def _serve(kept: metrics.Metrics, listen: str) -> None:
-    try:
-        metrics.require()
-        metrics.serve(kept, listen)
-    except PhaulError as error:
-        _warn(error.message)
-
-
-def _warn(text: str) -> None:
-    log.warning("%s", text)

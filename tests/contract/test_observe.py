@@ -12,14 +12,12 @@ from typing import Any
 import pytest
 import yaml
 
-from phaul_runtime import logs
+from phaul_runtime import logs, proc
 from phaul_runtime import metrics as metrics_module
+from phaul_runtime.cli.agentmetrics import agent_hooks
 from phaul_runtime.cli.main import cli
-from phaul_runtime.cli.observe import agent_hooks
 from phaul_runtime.config import Config
 from phaul_runtime.errors import ConfigError
-from phaul_runtime.lifecycle import COMMITTED, Move
-from phaul_runtime.states import Role
 from tests.contract.wholemove import WholeMove
 
 
@@ -151,10 +149,17 @@ def test_an_agent_counts_what_arrives(whole: WholeMove, monkeypatch: pytest.Monk
     assert 'phaul_migrations_total{engine="fake",result="moved",role="destination"} 1.0' in text
 
 
-def test_an_agent_without_metrics_loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics_module, "Metrics", None)
-    hooks = agent_hooks(Config())
-    hooks.observe(COMMITTED, Move("1f", Role.DESTINATION, "fake", "x", "y"), None)
+def test_an_agent_without_metrics_loads_nothing() -> None:
+    script = (
+        "import sys\n"
+        "from phaul_runtime.cli import agent_cmd, main\n"
+        "from phaul_runtime.config import Config\n"
+        "agent_cmd.agent_hooks(Config())\n"
+        "print(*sys.modules)\n"
+    )
+    loaded = proc.run([sys.executable, "-c", script], timeout_s=60).stdout.split()
+    assert "phaul_runtime.agent" in loaded
+    assert not {"phaul_runtime.metrics", "prometheus_client", "rich"} & set(loaded)
 
 
 def test_an_agent_serves_them_if_it_can(
