@@ -58,6 +58,7 @@ from phaul_runtime.once import migrate_once
 )
 @click.option("--dry-run", is_flag=True, help="Check everything, move nothing.")
 def migrate_command(
+    *,
     max_downtime_ms: int | None,
     max_iterations: int | None,
     migration_id: str | None,
