@@ -307,5 +307,6 @@ def forget_old(state_dir: Path, keep: int) -> None:
     """Remove the journals of the oldest settled migrations beyond `keep`."""
     for migration_id in migration_ids(state_dir)[:-keep]:
         ends = [replay(read_records(state_dir, migration_id, role))[0] for role in Role]
-        if all(state is None or state.settled for state in ends):
+        claimed = is_locked(state_dir / migration_id)
+        if all(state is None or state.settled for state in ends) and not claimed:
             shutil.rmtree(state_dir / migration_id, ignore_errors=True)

@@ -35,6 +35,7 @@ from phaul_runtime.journal import (
     read_report,
     replay,
 )
+from phaul_runtime.leftovers import private_directories
 from phaul_runtime.recovery import Recovered, Recovery
 from phaul_runtime.report import MigrationReport
 from phaul_runtime.states import Role, State
@@ -89,7 +90,10 @@ def claimed(
 def _try_claim(directory: Path) -> int | None:
     """A descriptor that holds the claim; None while somebody else does."""
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Its last owner may be removing it: then `exist_ok` would fail.
+        with contextlib.suppress(FileExistsError):
+            directory.mkdir(mode=0o700)
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:
         return None  # removed by its last owner just now
@@ -139,7 +143,9 @@ def settled_before(
             raise StillUnderWay(f"migration {migration_id} is still under way at its source")
         # A command that died before its first step; what it made would stand in the way.
         path.unlink(missing_ok=True)
-        remove_tree(Path(config.workdir) / f"out-{migration_id}")
+        for left in private_directories(Path(config.workdir)):
+            if left.name.endswith(migration_id):
+                remove_tree(left)
         return None
     for name, value in asked.items():
         if facts.get(name) != value:
@@ -211,6 +217,7 @@ def migrate_once(migration: Migration) -> MigrationReport:
         before = settled_before(config, migration.id, asked, migration.listener)
         if before is not None:
             return before
-        # Directories of an earlier command's channel may still be there, on either host.
-        migration.channel = secrets.token_hex(8)
+        # Directories of an earlier command's channel may still be there, on either host. Names
+        # that end with the id are put away with it.
+        migration.channel = f"{secrets.token_hex(4)}{migration.id}"
         return migration.run()

@@ -100,10 +100,13 @@ def test_an_unsettled_one_is_settled_first(config: Config) -> None:
 
 def test_one_that_died_before_its_first_step_is_begun_anew(config: Config) -> None:
     Journal.create(Path(config.state_dir), ID, Role.SOURCE).close()
-    left = Path(config.workdir) / f"out-{ID}"
-    left.mkdir(parents=True)
+    left = [
+        Path(config.workdir) / name for name in (f"out-{ID}", f"ssh-01234567{ID}", "out-ff" * 5)
+    ]
+    for path in left:
+        path.mkdir(parents=True)
     assert asked_again(config) is None
-    assert not left.exists()
+    assert [path.exists() for path in left] == [False, False, True]
     assert not journal_path(Path(config.state_dir), ID, Role.SOURCE).exists()
 
 
@@ -140,7 +143,8 @@ def test_a_second_command_reports_what_the_first_did(
         assert once.migrate_once(Migration(config, "web", id=ID)).result == "moved"
     assert len(moves) == 1
     # An earlier command's directories cannot stand in the way of its channel.
-    assert moves[0] not in ("", ID)
+    assert moves[0].endswith(ID)
+    assert len(moves[0]) > len(ID)
 
 
 HOLD = """
