@@ -148,13 +148,13 @@ def status_command(
             if as_json:
                 echo(json.dumps(_record(record, moves=False)))
             else:
-                echo(f"{record.id}  {_standing(record)}")
+                echo(f"{record.id}  {_standing(found, record)}")
         return 0
     record = read(found, batch_id)
     if as_json:
         echo(json.dumps(_record(record, moves=True)))
         return 0
-    echo(f"{batch_id}: {_standing(record)}")
+    echo(f"{batch_id}: {_standing(found, record)}")
     for name, state in record.states.items():
         attempts = record.attempts.get(name, [])
         line = f"  {state.value:<10} {name}"
@@ -274,11 +274,13 @@ def _dry_run(batch: Batch, runner: MoveRunner, output: str | None) -> int:
     return int(ExitCode.REFUSED) if refused else 0
 
 
-def _standing(record: BatchRecord) -> str:
+def _standing(store: Store, record: BatchRecord) -> str:
     states = ", ".join(f"{count} {name}" for name, count in sorted(record.counts().items()))
-    what = "to be resumed" if record.again() else "at its end"
-    if record.active:
-        what = "under way, or to be resumed"
+    what = "to be resumed" if record.active or record.again() else "at its end"
+    if record.active and store.shared:
+        what = "under way, or to be resumed"  # its controllers may be anywhere
+    elif record.active and store.is_alive(record.id, ""):
+        what = "under way"
     return f"{what}: {states}"
 
 

@@ -337,6 +337,8 @@ def test_the_same_moves_are_not_begun_twice(world: World) -> None:
     assert "another process works on batch first" in err
     (status,) = world.batch("status", "first")
     assert (status["active"], status["exit_code"]) == (True, None)
+    asked = world.start("status", "--output", "text")
+    assert asked.communicate(timeout=WITHIN_S)[0] == "first  under way: 2 running\n"
     world.held.unlink()
     assert runner.wait(WITHIN_S) == 0
     world.assert_done_once(2)
