@@ -96,7 +96,9 @@ EVENTS: list[ev.Event] = [
 
 
 def test_every_event_has_its_json_line_and_its_text(capsys: pytest.CaptureFixture[str]) -> None:
-    assert {type(event) for event in EVENTS} == set(ev.Event.__subclasses__())
+    # Those of a batch have views of their own.
+    of_a_move = {each for each in ev.Event.__subclasses__() if each.__module__ == ev.__name__}
+    assert {type(event) for event in EVENTS} == of_a_move
     for event in EVENTS:
         JsonView()(event)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
