@@ -33,7 +33,9 @@ _KEEPALIVE = {
     "keepalives_interval": 5,
     "keepalives_count": 3,
 }
-_SERVER_KEEPALIVE = "tcp_keepalives_idle=10,tcp_keepalives_interval=5,tcp_keepalives_count=3"
+_SERVER_KEEPALIVE = (
+    "-c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=3"
+)
 
 
 def checked_batch_id(text: str) -> str:
@@ -216,7 +218,7 @@ class PostgresStore(Store):
                 isolation_level="AUTOCOMMIT",
                 connect_args={
                     "connect_timeout": 10,
-                    "options": " ".join(f"-c {each}" for each in _SERVER_KEEPALIVE.split(",")),
+                    "options": _SERVER_KEEPALIVE,
                     **_KEEPALIVE,
                 },
             )
