@@ -62,12 +62,14 @@ def _bytes(value: Any) -> Any:
     return int(found[1]) * _UNITS[found[2]]
 
 
-_Size = Annotated[
-    int,
-    BeforeValidator(_bytes),
-    WithJsonSchema(
-        {"anyOf": [{"type": "integer"}, {"type": "string", "pattern": f"^{_SIZE.pattern}$"}]}
-    ),
+def _size_schema(at_least: int) -> dict[str, Any]:
+    text = {"type": "string", "pattern": f"^{_SIZE.pattern}$"}
+    return {"anyOf": [{"type": "integer", "minimum": at_least}, text]}
+
+
+_Rate = Annotated[int, BeforeValidator(_bytes), Field(ge=1024), WithJsonSchema(_size_schema(1024))]
+_Buffer = Annotated[
+    int, BeforeValidator(_bytes), Field(ge=64 << 10), WithJsonSchema(_size_schema(64 << 10))
 ]
 
 
@@ -88,10 +90,10 @@ class TransportConfig(Section):
     key: _Path = Field(f"{_TLS}/host.key", description="its private key")
     insecure: bool = Field(False, description="allow tcp://, in the clear and unauthenticated")
     compression: Literal["none", "zstd"] = Field("none", description="of memory and trees")
-    bandwidth_limit: Annotated[_Size, Field(ge=1024)] | None = Field(
+    bandwidth_limit: _Rate | None = Field(
         None, description="of memory and trees together, bytes per second, as 10MiB"
     )
-    proxy_buffer: Annotated[_Size, Field(ge=64 << 10)] | None = Field(
+    proxy_buffer: _Buffer | None = Field(
         None,
         description="memory for pages on their way, taken from CRIU before the link takes them, "
         "as 256MiB; null: 64MiB with compression or a limit, else CRIU writes to the link itself",

@@ -112,7 +112,7 @@ def run_command(file: Path, batch_id: str | None, dry_run: bool, again: bool, **
 )
 @_controls
 def resume_command(batch_id: str | None, retry_failed: bool, **given: Any) -> int:
-    """Go on with a batch, or take part in it; by default the last that is not at its end.
+    """Go on with the batch ID, or take part in it; by default the last that is not at its end.
 
     \b
     Exit codes as those of run.

@@ -47,7 +47,8 @@ def other(found: dict[str, Any], default: Any = None) -> Any:
             return not default
         case "integer" | "number":
             limits = (found.get("maximum", 1e9), found.get("exclusiveMaximum", 1e9))
-            return default + 1 if default is not None and default + 1 <= min(limits) else 1
+            least = found.get("minimum", 1)
+            return default + 1 if default is not None and default + 1 <= min(limits) else least
         case "array":
             return [*(default or []), other(found["items"])]
         case "object":

@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import random
+import sys
 import threading
 import time
 from collections import Counter
@@ -135,7 +136,9 @@ def main() -> None:
     def listen(event: Event) -> None:
         if isinstance(event, MoveEnded):
             memory.append(resident_mib())
-            print(json.dumps(event.to_json()), flush=True)
+            # Several threads tell: a line is written as a whole.
+            sys.stdout.write(json.dumps(event.to_json()) + "\n")
+            sys.stdout.flush()
 
     controller = Controller(store, ID, hosts.ask, listen, pace=Pace())
     began, cpu = time.monotonic(), time.process_time()
