@@ -50,6 +50,7 @@ class Observer:
         self._logs = bool(config.logging.level or asked_level())
         textfile = metrics_file or (config.metrics.textfile and Path(config.metrics.textfile))
         self._metrics = metrics.Metrics(textfile) if textfile else None
+        self._settles = self._counted = False
         if self._metrics:
             metrics.require()
 
@@ -57,6 +58,9 @@ class Observer:
         """Log an event and pass it on."""
         if isinstance(event, ev.MigrationStarted):
             logs.enter(event.id)
+        self._settles = self._settles or isinstance(event, ev.Recovering)
+        if isinstance(event, ev.OutcomeRecorded) and not self._settles:
+            self._counted = True  # by the command that was there before
         if self._logs:
             text = describe(event).strip() or event.name
             log.log(_level(event), "%s", text, extra={"data": event.to_json()})
@@ -70,7 +74,7 @@ class Observer:
             level = logging.ERROR if bad else logging.INFO
             extra = {"data": report.to_json(), "migration": report.id}
             log.log(level, "%s", text, extra=extra)
-        if self._metrics is None or report.result == "checked":
+        if self._metrics is None or self._counted or report.result == "checked":
             return
         if report.exit_code == ExitCode.USAGE:
             return

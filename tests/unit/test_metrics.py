@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from phaul_runtime import events as ev
 from phaul_runtime import metrics as metrics_module
+from phaul_runtime.cli.observe import Observer
+from phaul_runtime.config import Config
 from phaul_runtime.errors import ConfigError, PhaulError
 from phaul_runtime.lifecycle import COMMITTED, EVENTS, ON_FAILURE, Failure, Move
 from phaul_runtime.metrics import Metrics, observe, serve
@@ -139,6 +142,19 @@ def test_an_observer_counts_what_arrives(tmp_path: Path) -> None:
     (tmp_path / "phaul.prom").write_text("?{")
     observer(COMMITTED, Move("1f", Role.DESTINATION, "runc", "web", "b"), None)
     assert "is no file of metrics" in told[0]
+
+
+@pytest.mark.parametrize("settled_now", [False, True])
+def test_an_outcome_that_was_there_already_is_not_counted_again(
+    tmp_path: Path, settled_now: bool
+) -> None:
+    file = tmp_path / "phaul.prom"
+    observer = Observer(Config(), ev.nobody, file)
+    if settled_now:
+        observer(ev.Recovering("an earlier command left it"))
+    observer(ev.OutcomeRecorded("1f", "moved"))
+    observer.report(MigrationReport("moved", id="1f"))
+    assert file.exists() == settled_now
 
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
