@@ -22,6 +22,7 @@ from phaul_runtime.transport import Channel, Destination
 from phaul_runtime.transport.carry import expose, join
 from phaul_runtime.transport.link import CONTROL, PORT, STREAM, Deadline, cut, dial, greet
 from phaul_runtime.transport.mutualtls import explain
+from phaul_runtime.transport.uncork import Uncorked
 from phaul_runtime.wire import CONTROL as CONTROL_SOCKET
 
 if TYPE_CHECKING:
@@ -143,6 +144,11 @@ class LinkChannel(Channel):
     def connect(self) -> socket.socket:
         """See `Channel`."""
         return expose(self._connection(STREAM))
+
+    def open_memory(self, migration_id: str) -> socket.socket:
+        """See `Channel`."""
+        channel = super().open_memory(migration_id)
+        return channel if self._secure is not None else Uncorked.of(channel)
 
     def trouble(self) -> str:
         """See `Channel`."""
