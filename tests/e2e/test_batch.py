@@ -17,8 +17,9 @@ import yaml
 from tests.e2e.conftest import Dirtier, Hosts, wait_until
 from tests.e2e.containers import Container, Containers, containers
 from tests.e2e.docker_hosts import DockerContainer, DockerHosts, docker_hosts, docker_lab
+from tests.postgres import server
 
-__all__ = ["containers", "docker_hosts", "docker_lab"]
+__all__ = ["containers", "docker_hosts", "docker_lab", "server"]
 
 LIMITS = {"total": 2, "per_source": 2, "per_destination": 1}
 WITHIN_S = 1500.0
@@ -49,18 +50,29 @@ class Victim:
 
 @pytest.fixture
 def runner(hosts: Hosts, tmp_path: Path) -> Iterator[Runner]:
-    found = Runner(hosts, tmp_path)
+    found = Runner(hosts, tmp_path, str(tmp_path / "store"))
     found.configure()
     yield found
     found.kill()
 
 
+@pytest.fixture
+def controllers(hosts: Hosts, tmp_path: Path, server: str) -> Iterator[list[Runner]]:
+    found = [Runner(hosts, tmp_path, server, name) for name in ("one", "two")]
+    found[0].configure()
+    yield found
+    for each in found:
+        each.kill()
+
+
 class Runner:
     """`phaul-runtime batch` on this machine."""
 
-    def __init__(self, hosts: Hosts, directory: Path) -> None:
+    def __init__(self, hosts: Hosts, directory: Path, store: str, name: str = "") -> None:
         self.hosts = hosts
         self.directory = directory
+        self._store = store
+        self._flags = ("--controller", name) if name else ()
         self._process: subprocess.Popen[str] | None = None
 
     def configure(self) -> None:
@@ -81,13 +93,13 @@ class Runner:
         return [
             sys.executable, "-m", "phaul_runtime", "batch", *words,
             "--config", str(self.directory / "config.yaml"),
-            "--store", str(self.directory / "store"),
+            "--store", self._store,
         ]  # fmt: skip
 
     def start(self, *words: str) -> None:
         with (self.directory / "stderr").open("a") as stderr:
             self._process = subprocess.Popen(
-                self._argv(*words), stdout=subprocess.PIPE, stderr=stderr, text=True
+                self._argv(*words, *self._flags), stdout=subprocess.PIPE, stderr=stderr, text=True
             )
 
     def until(self, name: str, count: int) -> None:
@@ -167,12 +179,7 @@ def test_twelve_moves_killed_twice_each_done_once(
     hosts: Hosts, containers: Containers, docker_hosts: DockerHosts, runner: Runner
 ) -> None:
     all_of_them = victims(hosts, containers, docker_hosts)
-    moves = [move for victim in all_of_them for move in victim.moves()]
-    file = runner.directory / "moves.yaml"
-    defaults = {"files": "copy"}
-    file.write_text(
-        yaml.safe_dump({"defaults": defaults, "limits": LIMITS, "retries": 2, "moves": moves})
-    )
+    file, moves = written(runner.directory, all_of_them)
     code, plan = runner.ask("run", str(file), "--dry-run")
     assert code == 0, plan
     assert len(plan) == 12
@@ -188,7 +195,51 @@ def test_twelve_moves_killed_twice_each_done_once(
     code, ended = runner.end()
     assert code == 0, (ended, runner.said())
     assert ended["states"] == {"moved": 12}
+    done_once(hosts, docker_hosts, runner, all_of_them, moves)
+    assert "Plotly.newPlot" in (runner.directory / "report.html").read_text()
 
+
+@pytest.mark.thorough
+def test_two_controllers_of_which_either_is_killed(
+    hosts: Hosts, containers: Containers, docker_hosts: DockerHosts, controllers: list[Runner]
+) -> None:
+    one, two = controllers
+    all_of_them = victims(hosts, containers, docker_hosts)
+    file, moves = written(one.directory, all_of_them)
+    one.start("run", str(file), "--id", "lab")
+    one.until("frozen", 1)
+    two.start("resume", "lab")
+    two.until("iteration_done", 2)
+    one.kill()  # it decided what starts: the other takes that over
+    two.until("frozen", 2)
+    one.start("resume", "lab")
+    one.until("iteration_done", 2)
+    two.kill()
+    code, ended = one.end()
+    assert code == 0, (ended, one.said())
+    assert ended["states"] == {"moved": 12}
+    who = done_once(hosts, docker_hosts, one, all_of_them, moves)
+    assert who == {"one", "two"}
+
+
+def written(directory: Path, all_of_them: list[Victim]) -> tuple[Path, list[dict[str, Any]]]:
+    moves = [move for victim in all_of_them for move in victim.moves()]
+    file = directory / "moves.yaml"
+    defaults = {"files": "copy"}
+    file.write_text(
+        yaml.safe_dump({"defaults": defaults, "limits": LIMITS, "retries": 2, "moves": moves})
+    )
+    return file, moves
+
+
+def done_once(
+    hosts: Hosts,
+    docker_hosts: DockerHosts,
+    runner: Runner,
+    all_of_them: list[Victim],
+    moves: list[dict[str, Any]],
+) -> set[str]:
+    """Each runs where it should and nowhere else, within the limits; who asked for moves."""
     for victim in all_of_them:
         away = "b" if victim.home == "a" else "a"
         assert victim.runs(victim.home), victim.name
@@ -202,10 +253,10 @@ def test_twelve_moves_killed_twice_each_done_once(
     attempts = [each for move in status["moves"] for each in move["attempts"]]
     asked = [(each["began"], each["ended"], "", "") for each in attempts]
     assert at_most(asked, lambda _: "all") <= LIMITS["total"]
-    assert "Plotly.newPlot" in (runner.directory / "report.html").read_text()
     for host in ("a", "b"):
         assert hosts.leftovers(host) == ""
         assert docker_hosts.leftovers(host) == ""
+    return {each["controller"] for each in attempts}
 
 
 Span = tuple[float, float, str, str]
