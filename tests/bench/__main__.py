@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from phaul_lab import Lab
 
-from tests.bench.measure import clean, measure, raw_mib_s
+from tests.bench.measure import beside_mib_s, clean, measure, raw_mib_s
 from tests.bench.methods import METHODS, Method, Unavailable
 from tests.bench.plot import draw
 from tests.bench.result import Cell, Results
@@ -102,7 +102,11 @@ def run_all(hosts: Hosts, turns: Sequence[Turn], results: Results, out: Path) ->
         for index, (number, workload, method) in enumerate(left):
             if number > turn:
                 results.raw_mib_s.append(raw_mib_s(hosts))
-                say(f"{number} a plain socket: {results.raw_mib_s[-1]:.1f} MiB/s")
+                results.beside_mib_s.append(beside_mib_s(hosts))
+                both = (
+                    f"{results.raw_mib_s[-1]:.1f}, {results.beside_mib_s[-1]:.1f} beside a victim"
+                )
+                say(f"{number} a plain socket, MiB/s: {both}")
                 turn = number
             results.add(cell(hosts, method, workload, number))
             results.save(out)

@@ -9,6 +9,7 @@ from functools import partial
 from tests.bench.methods import Method
 from tests.bench.methods.bundle import Bundle
 from tests.bench.result import Carried, Run
+from tests.bench.workloads import Workload
 from tests.e2e.app_network import ADDRESS, AppNetwork
 from tests.e2e.conftest import Dirtier, Hosts, wait_until
 from tests.e2e.observer import Observer
@@ -49,6 +50,16 @@ def raw_mib_s(hosts: Hosts) -> float:
     hosts.sh("b", script, _RECEIVE)
     argv = ["python3", "-c", _SEND, str(RAW_MIB)]
     return float(hosts.lab.exec("a", argv, timeout=300).stdout)
+
+
+def beside_mib_s(hosts: Hosts) -> float:
+    """The same while a victim runs at a: pages are carried beside one, on the same processor."""
+    victim = hosts.dirtier("a", "beside", *Workload("idle-64", 64).flags)
+    try:
+        wait_until("it runs", lambda: hosts.sh("a", f"cat {victim.status_file}", check=False) != "")
+        return raw_mib_s(hosts)
+    finally:
+        hosts.sh("a", f"kill -KILL $1; rm -f {victim.status_file}", str(victim.pid))
 
 
 def measure(method: Method) -> Run:

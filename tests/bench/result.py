@@ -91,6 +91,7 @@ class Results:
 
     Attributes:
         raw_mib_s: of a plain socket between the hosts, once a turn.
+        beside_mib_s: the same while an idle victim of 64 MiB runs at the source, as in each move.
         remarks: why a method was left out.
     """
 
@@ -99,6 +100,7 @@ class Results:
     command: str = ""
     cells: list[Cell] = field(default_factory=list)
     raw_mib_s: list[float] = field(default_factory=list)
+    beside_mib_s: list[float] = field(default_factory=list)
     remarks: dict[str, str] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:

@@ -138,12 +138,13 @@ def readings(results: Results) -> list[tuple[str, float | None]]:
         found.append(
             (f"own part of the freeze at 64 MiB idle, ms, {key}", own.median if own else None)
         )
-    raw = Spread.of(results.raw_mib_s)
+    raw, beside = Spread.of(results.raw_mib_s), Spread.of(results.beside_mib_s)
     for workload in workloads(results):
         for key in ("phaul-tcp", "phaul-full"):
             pages = spread(results, workload.key, key, lambda run: run.carried.first_round_mib_s)
             name = f"page throughput / plain socket, {workload.key}, {key}"
             found.append((name, ratio(pages, raw)))
+            found.append((f"{name}, beside a victim", ratio(pages, beside)))
     return [(name, value) for name, value in found if value is not None]
 
 
@@ -205,7 +206,7 @@ def _growth_rows(results: Results) -> Iterable[list[str]]:
 def markdown(results: Results, plot: str | None) -> str:
     """Everything; `plot` is the picture's name beside it."""
     idle = [w for w in workloads(results) if not w.hot_percent and not w.redis]
-    raw = Spread.of(results.raw_mib_s)
+    raw, beside = Spread.of(results.raw_mib_s), Spread.of(results.beside_mib_s)
     lines = [
         "# Benchmarks",
         "",
@@ -239,7 +240,8 @@ def markdown(results: Results, plot: str | None) -> str:
         "rounds.",
         "",
         *grid(heads, _wire_rows(results)),
-        f"A plain socket carries {_figure(raw, '.1f')} MiB/s ({_range(raw, '.1f')}) from a to b.",
+        f"A plain socket carries {_figure(raw, '.1f')} MiB/s ({_range(raw, '.1f')}) from a to b, "
+        f"{_figure(beside, '.1f')} ({_range(beside, '.1f')}) while a victim runs at a.",
         "",
         "## Steps of the freeze",
         "",
