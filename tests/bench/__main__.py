@@ -161,7 +161,9 @@ def main() -> int:
     results.runs = given.runs
     words = [f"{name.upper()}={getattr(given, name)}" for name in ("runs", "methods", "workloads")]
     words = ["make", "bench", *(word for word in words if not word.endswith("="))]
-    results.command = results.command or shlex.join(words)
+    command = shlex.join([*words, *(["RESUME=1"] if resumed else [])])
+    if command != results.command:
+        results.command = " && ".join(filter(None, (results.command, command)))
     hosts = Hosts(Lab())
     results.versions = {n: hosts.sh("a", script, check=False) for n, script in VERSIONS.items()}
     run_all(hosts, turns, results, given.out)
