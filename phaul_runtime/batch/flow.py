@@ -112,7 +112,7 @@ def move_workflow(
         batch_id: of the batch.
         scheduler: the workflow that is told of the end.
         told: the move, as in the file.
-        rules: retries, retry_pause_s, reconnect_s, move_timeout_s.
+        rules: retries, retry_pause_s, reconnect_s, move_timeout_s, nonce.
         first: number of the first attempt; more than 1 if it was tried in an earlier generation.
     """
     name = told["name"]
@@ -120,7 +120,8 @@ def move_workflow(
     number = first
     while True:
         began = DBOS.run_step({"name": "began"}, time.time)
-        attempt = Attempt(attempt_id(batch_id, name, number), number, began)
+        migration_id = attempt_id(batch_id + rules.get("nonce", ""), name, number)
+        attempt = Attempt(migration_id, number, began)
         attempts.append(attempt)
         following = _attempt(attempt, told, rules, may_retry=number - first < rules["retries"])
         if following is not Next.RETRY:
@@ -190,7 +191,9 @@ def batch_workflow(
     """
     batch = Batch.from_json(spec)
     told = {move["name"]: move for move in spec["moves"]}
-    rules = batch.model_dump(include={"retries", "retry_pause_s", "reconnect_s", "move_timeout_s"})
+    rules = batch.model_dump(
+        include={"retries", "retry_pause_s", "reconnect_s", "move_timeout_s", "nonce"}
+    )
     me = DBOS.workflow_id or ""
     planner = Planner(batch, {name: MoveState(state) for name, state in ended.items()})
     while True:

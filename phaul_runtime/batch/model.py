@@ -108,6 +108,7 @@ class Batch(Section):
     )
     groups: dict[str, Group] = Field({})
     moves: list[Move] = Field(min_length=1)
+    nonce: str = Field("", description="made by `run`: another batch of this id has other attempts")
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary that `from_json` takes."""
@@ -121,7 +122,8 @@ class Batch(Section):
     @property
     def digest(self) -> str:
         """The same for the same moves, however they are written."""
-        text = json.dumps(self.to_json(), sort_keys=True)
+        told = {name: value for name, value in self.to_json().items() if name != "nonce"}
+        text = json.dumps(told, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 

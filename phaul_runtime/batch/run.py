@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import socket
 import threading
 import time
@@ -93,6 +94,9 @@ class Controller:
             self.store.prepare(self.batch_id)
         with self._present() as flow:
             self.listener(BatchStarted(self.batch_id, len(batch.moves)))
+            # An id may be used again with another store: what its moves left on the hosts, under
+            # the ids of their attempts, is not this batch's.
+            batch = batch.model_copy(update={"nonce": secrets.token_hex(8)})
             scheduler = self._begin(flow, batch, 1, {}, {})
             return self._work(scheduler)
 

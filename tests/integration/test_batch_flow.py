@@ -63,12 +63,25 @@ def test_the_same_id_until_it_is_known_and_a_new_one_for_a_retry(
 
     ended = controller(tmp_path, ask, told).run(moves(1, retries=1))
     assert ended.states == {"moved": 1}
-    first, second = (attempt_id("b", "m0", number) for number in (1, 2))
+    record = read(Store.parse(str(tmp_path / "store"), tmp_path), "b")
+    first, second = (attempt_id(f"b{record.batch.nonce}", "m0", number) for number in (1, 2))
     assert asked == [first] * 3 + [second] * 2
     whats = [event.what for event in told if isinstance(event, MoveRetried)]
     assert whats == ["asked again", "asked again", "another attempt", "asked again"]
-    record = read(Store.parse(str(tmp_path / "store"), tmp_path), "b")
     assert [(a.state, a.asks) for a in record.attempts["m0"]] == [("failed", 3), ("moved", 2)]
+
+
+def test_another_store_may_have_a_batch_of_the_same_id(tmp_path: Path) -> None:
+    # The hosts know the attempts of the first: by the same ids nothing would move.
+    asked: list[str] = []
+
+    def ask(_: Move, migration_id: str) -> Answer:
+        asked.append(migration_id)
+        return MOVED
+
+    for name in ("one", "two"):
+        controller(tmp_path / name, ask).run(moves(1))
+    assert len(set(asked)) == 2
 
 
 def test_an_error_of_this_program_is_the_moves_and_not_the_batchs(tmp_path: Path) -> None:
