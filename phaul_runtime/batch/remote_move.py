@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import selectors
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from phaul_runtime.batch.outcome import Answer
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.errors import ExitCode, Refused
 from phaul_runtime.transport import Destination
-from phaul_runtime.transport.ssh import SSH_OPTIONS
+from phaul_runtime.transport.ssh import ssh_argv
 
 if TYPE_CHECKING:
     from phaul_runtime.config import Config
@@ -71,17 +70,7 @@ class MoveRunner:
         source = Destination.parse(move.from_)
         if source.scheme == "local":
             return [*self._local, *arguments]
-        settings = self._transport
-        argv = [*settings.ssh_command]
-        for option in (*SSH_OPTIONS, f"ConnectTimeout={max(1, round(settings.connect_timeout_s))}"):
-            argv += ["-o", option]
-        argv += settings.ssh_options
-        if source.port is not None:
-            argv += ["-p", str(source.port)]
-        if source.user:
-            argv += ["-l", source.user]
-        # ssh hands one string to the remote shell.
-        return [*argv, "--", source.host, shlex.join([*settings.agent_command, *arguments])]
+        return ssh_argv(source, self._transport, arguments)
 
     def ask(
         self, move: Move, migration_id: str, told: Told, cancel: Cancellation, timeout_s: float

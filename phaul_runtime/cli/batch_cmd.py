@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from phaul_runtime.batch.run import Controller, summary
 from phaul_runtime.batch.store import Store, new_batch_id
 from phaul_runtime.batch.view import BatchView, JsonLines, LiveTable
 from phaul_runtime.cancel import Cancellation
+from phaul_runtime.cli.options import on_signals
 from phaul_runtime.cli.views import echo
 from phaul_runtime.config import Config, load_config
 from phaul_runtime.errors import ExitCode, NoSuchMigration, PhaulError, Refused
@@ -243,12 +243,8 @@ def _stop_on_signals(controller: Controller) -> Iterator[None]:
     def ask(_number: int, _frame: FrameType | None) -> None:
         controller.stop()
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with on_signals(ask):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _dry_run(batch: Batch, runner: MoveRunner, output: str | None) -> int:

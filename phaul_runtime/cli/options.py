@@ -158,6 +158,13 @@ def cancel_on_signals(cancellation: Cancellation) -> Iterator[None]:
     def ask(_number: int, _frame: FrameType | None) -> None:
         _ask(cancellation)
 
+    with on_signals(ask):
+        yield
+
+
+@contextmanager
+def on_signals(ask: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """While in here, SIGINT and SIGTERM call `ask`."""
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

@@ -15,11 +15,13 @@ from phaul_runtime.transport.agentprocess import AgentProcess
 from phaul_runtime.wire import CONTROL, MEMORY
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from phaul_runtime.cancel import Cancellation
-    from phaul_runtime.config import Config
+    from phaul_runtime.config import Config, TransportConfig
 
 # No questions, no shared connection whose life others decide, no waiting for a dead peer.
-SSH_OPTIONS = (
+_OPTIONS = (
     "BatchMode=yes",
     "ControlMaster=no",
     "ControlPath=none",
@@ -60,19 +62,7 @@ class SshTransport(Transport):
 
     @staticmethod
     def _argv(destination: Destination, config: Config, here: Path, there: Path) -> list[str]:
-        settings = config.transport
-        argv = [*settings.ssh_command]
-        for option in (*SSH_OPTIONS, f"ConnectTimeout={max(1, round(settings.connect_timeout_s))}"):
-            argv += ["-o", option]
-        argv += settings.ssh_options
-        for name in (CONTROL, MEMORY):
-            argv += ["-L", f"{here / name}:{there / name}"]
-        if destination.port is not None:
-            argv += ["-p", str(destination.port)]
-        if destination.user:
-            argv += ["-l", destination.user]
         agent = [
-            *settings.agent_command,
             "agent",
             "--sockets",
             str(there),
@@ -83,5 +73,23 @@ class SshTransport(Transport):
             "--criu",
             config.criu.binary,
         ]
-        # ssh hands one string to the remote shell.
-        return [*argv, "--", destination.host, shlex.join(agent)]
+        forwards = []
+        for name in (CONTROL, MEMORY):
+            forwards += ["-L", f"{here / name}:{there / name}"]
+        return ssh_argv(destination, config.transport, agent, forwards)
+
+
+def ssh_argv(
+    host: Destination, settings: TransportConfig, arguments: list[str], options: Sequence[str] = ()
+) -> list[str]:
+    """ssh that runs phaul-runtime with `arguments` at `host`; `options` are further ones of ssh."""
+    argv = [*settings.ssh_command]
+    for option in (*_OPTIONS, f"ConnectTimeout={max(1, round(settings.connect_timeout_s))}"):
+        argv += ["-o", option]
+    argv += [*settings.ssh_options, *options]
+    if host.port is not None:
+        argv += ["-p", str(host.port)]
+    if host.user:
+        argv += ["-l", host.user]
+    # ssh hands one string to the remote shell.
+    return [*argv, "--", host.host, shlex.join([*settings.agent_command, *arguments])]
