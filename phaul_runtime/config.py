@@ -147,6 +147,11 @@ class CriuConfig(Section):
     binary: str = Field("criu", min_length=1, description="CRIU's name or path, on both hosts")
     log_level: int = Field(4, ge=0, le=4, description="of CRIU's logs")
     timeout_s: float = Field(3600, gt=0, description="longest wait for any one answer of CRIU")
+    page_server: Literal["phaul", "criu"] = Field(
+        "phaul",
+        description="who receives pages at the destination: the agent, or CRIU's own page server, "
+        "which also does where the agent does not know CRIU's version",
+    )
 
 
 class TimeoutsConfig(Section):

@@ -148,6 +148,11 @@ class CriuVersion:
         """1 up to 4.1 (nr_pages is u32), 2 from 4.2 (u64): the two do not interoperate."""
         return 2 if (self.major, self.minor) >= (4, 2) else 1
 
+    @property
+    def page_server_known(self) -> bool:
+        """Whether its page-server protocol was read: `pagesink` speaks that."""
+        return (4, 1) <= (self.major, self.minor) <= (4, 2)
+
 
 class Criu:
     """CRIU over its RPC; the counterpart of go-criu's `Criu`.
@@ -174,6 +179,8 @@ class Criu:
         self.deadline_s = deadline_s
         self._process: proc.Process | None = None
         self._socket: socket.socket | None = None
+        self.known_version: CriuVersion | None = None
+        """What `version` said last."""
 
     # -- life of a swrk --------------------------------------------------------------------
 
@@ -290,7 +297,10 @@ class Criu:
     def version(self) -> CriuVersion:
         """CRIU's version."""
         got = self._call(rpc.VERSION, None).version
-        return CriuVersion(int(got.major_number), int(got.minor_number), int(got.sublevel))
+        self.known_version = CriuVersion(
+            int(got.major_number), int(got.minor_number), int(got.sublevel)
+        )
+        return self.known_version
 
     def cpuinfo_dump(self, opts: Any) -> None:
         """Write this CPU's features to cpuinfo.img in the images directory."""

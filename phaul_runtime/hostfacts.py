@@ -30,7 +30,7 @@ def gather_facts(workdir: str, state_dir: str, criu: Criu) -> pb.HostFacts:
         arch=platform.machine(),
         page_size=os.sysconf("SC_PAGE_SIZE"),
         root=os.geteuid() == 0,
-        memory_available=_meminfo().get("MemAvailable", 0) * 1024,
+        memory_available=memory_available(),
         workdir=workdir,
         boot_id=boot_id(),
         state_dir=state_dir,
@@ -47,6 +47,11 @@ def gather_facts(workdir: str, state_dir: str, criu: Criu) -> pb.HostFacts:
 def boot_id() -> str:
     """What tells one boot of this host from another, and one host from another."""
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+def memory_available() -> int:
+    """Bytes that new work can have without swapping, as the kernel estimates."""
+    return _meminfo().get("MemAvailable", 0) * 1024
 
 
 def _meminfo() -> dict[str, int]:

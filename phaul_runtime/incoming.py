@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from phaul_runtime import logs
+from phaul_runtime.ahead import Ahead
 from phaul_runtime.api import PhaulConfig
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.criu import Criu
@@ -22,7 +23,7 @@ from phaul_runtime.engine import DestinationHalf, load_engine
 from phaul_runtime.errors import DestinationError, PhaulError
 from phaul_runtime.filecarry import FileStage
 from phaul_runtime.hangup import hang_up
-from phaul_runtime.images import directory_bytes, forget_resumed, remove_tree, was_resumed
+from phaul_runtime.images import forget_resumed, remove_tree, was_resumed
 from phaul_runtime.journal import Journal, checked_id, lock_directory
 from phaul_runtime.lazy import Filled, LazyRestore
 from phaul_runtime.lifecycle import (
@@ -45,6 +46,7 @@ log = logging.getLogger(__name__)
 
 _IMAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.(img|json)")
 MEMORY_WITHIN_S = 30.0
+_AHEAD = "ahead.img"
 CANNOT_BE_LAZY = "this engine, as configured, cannot restore lazily"
 
 
@@ -90,6 +92,7 @@ class Incoming:
         self._memory: socket.socket | None = None
         self._memory_here = threading.Event()
         self._server: PhaulServer | None = None
+        self._ahead: Ahead | None = None
         self._log_level = int(facts["log_level"])
         self._stage = FileStage(journal)
         self._trees = TreeServer(journal)
@@ -132,18 +135,22 @@ class Incoming:
                 lost_s=request.lost_s,
                 hold_s=request.commit_s,
                 restore=request.restore or "auto",
+                page_server=_page_server(request.page_server),
             )
             incoming = cls(journal, criu, hooks)
-            incoming._begin(manifest)
+            incoming._begin(manifest, request.memory)
         except BaseException:
             journal.close()
             raise
         return incoming
 
-    def _begin(self, manifest: dict[str, Any]) -> None:
+    def _begin(self, manifest: dict[str, Any], memory: int) -> None:
         try:
             self._dir.mkdir(mode=0o700)
             self._dir_lock = lock_directory(self._dir)
+            if self.journal.facts["page_server"] == "phaul":
+                self._ahead = Ahead(self._dir / _AHEAD, memory)
+                self._ahead.begin()
             self._engine.prepare(manifest, self.id)
             self._trees.place(self._engine.trees())
             self._lazy = LazyRestore(
@@ -200,10 +207,9 @@ class Incoming:
     def beat(self) -> pb.BeatReply:
         """The client lives."""
         self.seen = time.monotonic()
-        last = self._server.last_images_dir if self._server else None
         failure = self._server.failure if self._server else None
         return pb.BeatReply(
-            bytes=directory_bytes(Path(last)) if last else 0,
+            bytes=self._server.received if self._server else 0,
             state=self.state.value,
             failure=to_wire(failure) if failure else None,
             trees=[
@@ -229,7 +235,14 @@ class Incoming:
                 raise DestinationError("the memory channel did not arrive")
             if self._server is None:
                 config = PhaulConfig(0, self._memory.fileno(), str(self._dir))
-                self._server = PhaulServer(config, self._criu, log_level=self._log_level)
+                self._server = PhaulServer(
+                    config,
+                    self._criu,
+                    log_level=self._log_level,
+                    page_server=self.journal.facts["page_server"],
+                    ahead=self._ahead,
+                )
+                self._ahead = None
             self._server.start_iter()
 
     def stop_iter(self) -> None:
@@ -517,6 +530,8 @@ class Incoming:
     def _close(self, *, keep_images: bool) -> None:
         if self._server is not None:
             self._server.abort()
+        if self._ahead is not None:
+            self._ahead.drop()
         if self._memory is not None:
             self._memory.close()
         if self._dir_lock >= 0:
@@ -528,6 +543,13 @@ class Incoming:
                 self._journal_quietly(State.ABORTED)
         self.given_up = True
         self.journal.close()
+
+
+def _page_server(asked: str) -> str:
+    """Who receives pages: `criu`, or `phaul` unless it is said."""
+    if asked not in ("", "phaul", "criu"):
+        raise DestinationError(f"malformed request: page_server {asked[:40]!r}")
+    return asked or "phaul"
 
 
 def _failure(client_lost: bool, keep: bool) -> Failure:

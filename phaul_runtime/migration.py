@@ -349,6 +349,8 @@ class Migration:
             lost_s=config.timeouts.lost_s,
             log_level=config.criu.log_level,
             restore=config.restore,
+            memory=inspection.memory,
+            page_server=config.criu.page_server,
         )
         memory = session.open_memory()
         agent.beat_every(

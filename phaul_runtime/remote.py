@@ -162,6 +162,8 @@ class RemoteAgent(PhaulRemote):
         lost_s: float,
         log_level: int,
         restore: str,
+        memory: int = 0,
+        page_server: str = "",
     ) -> dict[str, str]:
         """Begin a migration; from now on the agent expects a heartbeat (`beat_every`).
 
@@ -179,6 +181,8 @@ class RemoteAgent(PhaulRemote):
             commit_s=self._prepare_s + self._commit_s,
             criu_log_level=log_level,
             restore=restore,
+            memory=memory,
+            page_server=page_server,
         )
         reply: pb.OpenReply = self._call(self._stub.Open.future, request, self._call_s)
         self._id = migration_id

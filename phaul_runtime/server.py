@@ -1,23 +1,35 @@
-"""PhaulServer: a directory and a page server an iteration, on the destination."""
+"""PhaulServer: a directory and a receiver of pages an iteration, on the destination.
+
+The receiver is this process (`pagesink`), or CRIU's own page server: by `page_server`, and where
+CRIU is one whose protocol is not known here.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import select
 import signal
 import socket
 import threading
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
+from phaul_runtime.ahead import Ahead
 from phaul_runtime.api import PhaulConfig
 from phaul_runtime.criu import Criu, CriuNotify, criu_opts, error_lines, read_log
 from phaul_runtime.errors import DestinationError, PhaulError
 from phaul_runtime.hangup import hang_up
-from phaul_runtime.images import ImageDirs
+from phaul_runtime.images import ImageDirs, directory_bytes
+from phaul_runtime.pagesink import Aborted, Listed, PageSink
+
+log = logging.getLogger(__name__)
 
 LOG_FILE = "page-server.log"
+# A receiver that is told to end does so at once, unless a file system does not answer.
+_KILL_S = 30.0
 
 
 class _ServerCriu(Criu):
@@ -44,17 +56,30 @@ class PhaulServer:
         config: `memfd` is handed to CRIU as `ps.fd`: nobody else may read from it. `pid` is
             ignored.
         criu: a session factory; by default the `criu` on PATH.
-        log_level: of the page servers' logs.
+        log_level: of the logs of CRIU's page servers.
+        page_server: `phaul` to receive in this process, `criu` to let CRIU do it.
+        ahead: room for the first iteration's pages, if any was made; from now on this object's.
     """
 
     def __init__(
-        self, config: PhaulConfig, criu: Criu | None = None, *, log_level: int = 4
+        self,
+        config: PhaulConfig,
+        criu: Criu | None = None,
+        *,
+        log_level: int = 4,
+        page_server: Literal["phaul", "criu"] = "phaul",
+        ahead: Ahead | None = None,
     ) -> None:
         self.config = config
-        self.criu: Criu = _ServerCriu(self, criu or Criu())
+        factory = criu or Criu()
+        self.criu: Criu = _ServerCriu(self, factory)
+        self._version = factory.known_version
         self._log_level = log_level
+        self._by_criu = page_server == "criu"
+        self._ahead = ahead
         self._dirs = ImageDirs(config.wdir)
-        self._page_server: _PageServer | None = None
+        self._page_server: _PageServer | _Receiver | None = None
+        self._listed: dict[str, Listed] = {}
         self._failure: PhaulError | None = None
 
     @property
@@ -70,21 +95,36 @@ class PhaulServer:
         """
         return self._failure
 
-    def start_iter(self) -> None:
-        """Begin a directory and start a page server into it; it awaits memory on return.
+    @property
+    def received(self) -> int:
+        """Bytes of the newest iteration that have arrived."""
+        if isinstance(self._page_server, _Receiver):
+            return self._page_server.received
+        last = self._dirs.last
+        return 0 if last is None else directory_bytes(last)
 
-        A page server that fails closes `config.memfd` for both sides: nobody would read what the
+    def start_iter(self) -> None:
+        """Begin a directory and a receiver into it; it awaits memory on return.
+
+        A receiver that fails closes `config.memfd` for both sides: nobody would read what the
         client's CRIU still sends, and it waits for an answer without an end.
 
         Raises:
             DestinationError: the iteration before was not stopped, or it failed.
-            CriuError: the page server did not start.
+            CriuError: CRIU's page server did not start, or CRIU does not say its version.
         """
         if self._page_server is not None:
             raise DestinationError("start_iter: the iteration before was not stopped")
         if self._failure is not None:
             raise self._failure
+        wire = self._wire()
         directory = self._dirs.open_next()
+        if wire is not None:
+            try:
+                self._page_server = self._receiver(directory, wire)
+            finally:
+                os.close(directory)
+            return
         # A swrk of its own for each: WAIT_PID ends it, and that is the only way to learn that
         # the page server has flushed everything.
         session = Criu(
@@ -104,6 +144,50 @@ class PhaulServer:
             raise
         finally:
             os.close(directory)
+
+    def _wire(self) -> int | None:
+        """The format of what is received here; None where CRIU does it."""
+        if not self._by_criu:
+            if self._version is None:
+                asked = Criu(self.criu.binary, deadline_s=self.criu.deadline_s)
+                self._version = asked.version()
+            version = self._version
+            if version.page_server_known:
+                return version.page_server_format
+            log.warning("CRIU %s may speak another protocol: its own page server is used", version)
+            self._by_criu = True
+        if self._ahead is not None:
+            self._ahead.drop()
+            self._ahead = None
+        return None
+
+    def _receiver(self, directory: int, wire: int) -> _Receiver:
+        parent = self._dirs.parent
+        if parent is not None:
+            # As CRIU's page server does: a restore follows it.
+            os.symlink(parent, "parent", dir_fd=directory)
+        else:
+            self._listed = {}
+        sink = PageSink(
+            self.config.memfd,
+            Path(str(self._dirs.last)),
+            wire=wire,
+            parent=self._listed,
+            ahead=self._ahead,
+        )
+        self._ahead = None
+        return _Receiver(sink, self._taken)
+
+    def _taken(self, result: dict[str, Listed] | PhaulError) -> None:
+        """The receiver is through; from its own thread, unless `abort` ended it."""
+        if isinstance(result, dict):
+            self._listed = result
+            return
+        result.message = (
+            f"taking the pages of iteration {self._dirs.count} failed: "
+            f"{result.message}{self._space()}"
+        )
+        self._ended(result)
 
     def _ended(self, status: int | PhaulError) -> None:
         """The page server has ended; from its own thread, unless `abort` ended it."""
@@ -148,6 +232,9 @@ class PhaulServer:
 
     def abort(self) -> None:
         """End whatever runs; idempotent. The directories stay."""
+        if self._ahead is not None:
+            self._ahead.drop()
+            self._ahead = None
         page_server, self._page_server = self._page_server, None
         if page_server is not None:
             page_server.kill()
@@ -155,7 +242,7 @@ class PhaulServer:
                 self._failure = DestinationError("the last iteration was aborted")
 
     def _space(self) -> str:
-        """A full file system keeps CRIU from telling that it is one."""
+        """A full file system keeps CRIU from telling that it is one; ours says which."""
         try:
             left = os.statvfs(self.config.wdir).f_bavail
         except OSError:
@@ -227,3 +314,54 @@ class _PageServer:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         self.wait(self._session.deadline_s)
+
+
+class _Receiver:
+    """One session of a `PageSink`, in a thread; the same for it as `_PageServer` for CRIU's.
+
+    Args:
+        sink: from now on this object's.
+        on_end: told what it has taken, or why not; not after `kill`.
+    """
+
+    def __init__(
+        self, sink: PageSink, on_end: Callable[[dict[str, Listed] | PhaulError], object]
+    ) -> None:
+        self._sink = sink
+        self._on_end = on_end
+        self._killed = False
+        self._thread = threading.Thread(target=self._run, name="pages", daemon=True)
+        self._thread.start()
+
+    @property
+    def received(self) -> int:
+        """Bytes so far."""
+        return self._sink.received
+
+    def _run(self) -> None:
+        result: dict[str, Listed] | PhaulError
+        try:
+            result = self._sink.run()
+        except Aborted:
+            return
+        except PhaulError as error:
+            result = error
+        except Exception as error:
+            log.exception("the receiver of pages failed")
+            result = DestinationError(f"{type(error).__name__}: {error}")
+        if not self._killed:
+            self._on_end(result)
+
+    def wait(self, seconds: float) -> bool:
+        """Until it has ended and `on_end` was told; False if that lasts longer."""
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            return False
+        self._sink.close()
+        return True
+
+    def kill(self) -> None:
+        """End it, whatever it does."""
+        self._killed = True
+        self._sink.stop()
+        self.wait(_KILL_S)

@@ -185,7 +185,7 @@ class FileVerdict(_message.Message):
     def __init__(self, path: _Optional[str] = ..., reason: _Optional[str] = ..., copyable: bool = ...) -> None: ...
 
 class OpenRequest(_message.Message):
-    __slots__ = ("id", "engine", "manifest", "options", "lost_s", "commit_s", "criu_log_level", "target", "source", "restore")
+    __slots__ = ("id", "engine", "manifest", "options", "lost_s", "commit_s", "criu_log_level", "target", "source", "restore", "memory", "page_server")
     ID_FIELD_NUMBER: _ClassVar[int]
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
@@ -196,6 +196,8 @@ class OpenRequest(_message.Message):
     TARGET_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     RESTORE_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SERVER_FIELD_NUMBER: _ClassVar[int]
     id: str
     engine: str
     manifest: bytes
@@ -206,7 +208,9 @@ class OpenRequest(_message.Message):
     target: str
     source: str
     restore: str
-    def __init__(self, id: _Optional[str] = ..., engine: _Optional[str] = ..., manifest: _Optional[bytes] = ..., options: _Optional[bytes] = ..., lost_s: _Optional[float] = ..., commit_s: _Optional[float] = ..., criu_log_level: _Optional[int] = ..., target: _Optional[str] = ..., source: _Optional[str] = ..., restore: _Optional[str] = ...) -> None: ...
+    memory: int
+    page_server: str
+    def __init__(self, id: _Optional[str] = ..., engine: _Optional[str] = ..., manifest: _Optional[bytes] = ..., options: _Optional[bytes] = ..., lost_s: _Optional[float] = ..., commit_s: _Optional[float] = ..., criu_log_level: _Optional[int] = ..., target: _Optional[str] = ..., source: _Optional[str] = ..., restore: _Optional[str] = ..., memory: _Optional[int] = ..., page_server: _Optional[str] = ...) -> None: ...
 
 class OpenReply(_message.Message):
     __slots__ = ("error", "trees")

@@ -145,7 +145,7 @@ class AgentServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def StartIter(self, request, context):
-        """The contract of the ancestor: a page server an iteration.
+        """The contract of the ancestor: a receiver of pages an iteration.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

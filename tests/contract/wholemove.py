@@ -70,6 +70,7 @@ class _PageServer:
     """Of which nothing is asked: the fake's memory is one image of the final dump."""
 
     failure = None
+    received = 0
 
     def __init__(self, config: Any, criu: object, **_: object) -> None:
         self._dirs = ImageDirs(config.wdir)

@@ -1,8 +1,8 @@
 """A program that speaks `criu swrk` and moves bytes that nobody has ever dumped.
 
 For whole moves of the fake engine through agent and transport, without CRIU, root or kernel
-features: `python fakecriu.py swrk FD`. A round sends PAGES pages to `ps.fd` and waits until they
-are acknowledged; both ends note in $FAKECRIU_NOTES what went through them.
+features: `python fakecriu.py swrk FD`. A round sends PAGES pages to `ps.fd` as CRIU does and waits
+until they are acknowledged; what was sent is noted in $FAKECRIU_NOTES.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from pycriu import rpc_pb2 as rpc
 from pycriu.images import stats_pb2
 
 PAGES = 512
-_SIZE = struct.Struct("<Q")
-ACK = b"ack!"
+# CRIU 4.1's page-server protocol: command and flags, pages, address, where to.
+_HEADER = struct.Struct("<IIQQ")
+_OPEN, _ADD, _CLOSE = 4, 6 | 4 << 16, 0x1024
+_TARGET = 1 << 8 | 1
+_RUN = 16
 
 
 def content(number: int) -> bytes:
@@ -45,8 +48,13 @@ def exactly(channel: socket.socket, size: int) -> bytes:
 
 def send_round(channel: socket.socket, data: bytes) -> None:
     """What a dump does with `ps.fd`."""
-    channel.sendall(_SIZE.pack(len(data)) + data)
-    if exactly(channel, len(ACK)) != ACK:
+    channel.sendall(_HEADER.pack(_OPEN, 0, 0, _TARGET))
+    exactly(channel, 1)
+    for at in range(0, len(data), _RUN << 12):
+        run = data[at : at + (_RUN << 12)]
+        channel.sendall(_HEADER.pack(_ADD, len(run) >> 12, at, _TARGET) + run)
+    channel.sendall(_HEADER.pack(_CLOSE, 0, 0, 0))
+    if exactly(channel, 4) != bytes(4):
         raise ValueError("the page server did not acknowledge")
     note("sent", data)
 
@@ -110,10 +118,17 @@ def answer(request: Any) -> Any:
 def serve(opts: Any) -> None:
     """A page server, in its images directory."""
     channel = socket.socket(fileno=os.dup(opts.ps.fd))
-    data = exactly(channel, _SIZE.unpack(exactly(channel, _SIZE.size))[0])
-    Path("pages-1.img").write_bytes(data)
-    note("taken", data)
-    channel.sendall(ACK)
+    with Path("pages-1.img").open("wb") as pages:
+        while True:
+            command, count, _, _ = _HEADER.unpack(exactly(channel, _HEADER.size))
+            if command == _OPEN:
+                channel.sendall(b"\0")
+            elif command == _ADD:
+                pages.write(exactly(channel, count << 12))
+            else:
+                break
+    Path("page-server-was-here").touch()
+    channel.sendall(bytes(4))
 
 
 def main() -> None:

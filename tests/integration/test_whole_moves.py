@@ -63,6 +63,14 @@ class Destination(FakeDestination):
     def prepare(self, manifest: Mapping[str, Any], migration_id: str) -> None:
         super().prepare(self.case.there(manifest), migration_id)
 
+    def restore(self, criu: Criu, images_dir: Path, *, lazy: bool = False) -> int:
+        for number in range(1, int(images_dir.name) + 1):
+            directory = images_dir.with_name(str(number))
+            fakecriu.note("taken", (directory / "pages-1.img").read_bytes())
+            if (directory / "page-server-was-here").exists():
+                fakecriu.note("by criu", b"")
+        return super().restore(criu, images_dir, lazy=lazy)
+
 
 class Engine(FakeEngine):
     def __init__(self, case: FakeCase | None = None) -> None:
@@ -90,13 +98,15 @@ class Moves:
         self.case = self.engine.case = FakeCase(root / "v", self.engine)
         self.told: list[Event] = []
 
-    def run(self, url: str, transport: TransportConfig) -> dict[str, Any]:
+    def run(
+        self, url: str, transport: TransportConfig, page_server: str = "phaul"
+    ) -> dict[str, Any]:
         config = Config.model_validate({
             "engine": "fake",
             "workdir": str(self.root / "here"),
             "state_dir": str(self.root / "state here"),
             "log_dir": str(self.root / "log"),
-            "criu": {"binary": str(self.criu)},
+            "criu": {"binary": str(self.criu), "page_server": page_server},
             "policy": {"max_iterations": 3, "max_downtime_ms": 1},
             "checks": {"ignore": ["workdir", "state", "space"]},
             "transport": {**transport.model_dump(), "to": url},
@@ -105,10 +115,10 @@ class Moves:
         return report.to_json()
 
     def went_through(self) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {"sent": [], "taken": []}
+        found: dict[str, list[str]] = {"sent": [], "taken": [], "by criu": []}
         for line in self.notes.read_text().splitlines():
-            what, _, rest = line.partition(" ")
-            found[what].append(rest)
+            what, size, digest = line.rsplit(" ", 2)
+            found[what].append(f"{size} {digest}")
         return found
 
 
@@ -124,8 +134,8 @@ def moves(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Moves]:
     found.case.clear()
 
 
-def check(moves: Moves, report: dict[str, Any], tap: Tap) -> None:
-    """It has moved, once and whole, and what CRIU sent was what the page servers got."""
+def check(moves: Moves, report: dict[str, Any], tap: Tap, page_server: str = "phaul") -> None:
+    """It has moved, once and whole, and what CRIU sent was what the destination got."""
     assert (report["result"], len(report["iterations"])) == ("moved", 3)
     assert not moves.case.alive(Place.SOURCE)
     before = moves.case.told(Place.DESTINATION)
@@ -137,6 +147,7 @@ def check(moves: Moves, report: dict[str, Any], tap: Tap) -> None:
     through = moves.went_through()
     assert len(through["sent"]) == 4
     assert through["sent"] == through["taken"]
+    assert len(through["by criu"]) == (4 if page_server == "criu" else 0)
     assert len(tap.seen) > 0
 
 
@@ -169,6 +180,14 @@ def test_a_whole_move(moves: Moves, root: Path, scheme: str, proxy: dict[str, An
         assert 0 < report["link_bytes"] < sent / 4
     else:
         assert report["link_bytes"] is None
+
+
+def test_pages_may_be_left_to_criu(moves: Moves, root: Path) -> None:
+    there = AgentConfig(listen="tcp://127.0.0.1:0", insecure=True)
+    here = TransportConfig.model_validate({"insecure": True})
+    with serving(root, there, criu=str(moves.criu)) as served, tapped(served.port) as tap:
+        url = served.url.replace(str(served.port), str(tap.port))
+        check(moves, moves.run(url, here, "criu"), tap, "criu")
 
 
 AGENT = """

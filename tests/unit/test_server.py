@@ -1,0 +1,188 @@
+"""PhaulServer with its own receiver: its contract whatever the source's CRIU does."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from phaul_runtime.ahead import Ahead
+from phaul_runtime.api import PhaulConfig
+from phaul_runtime.criu import Criu, CriuVersion
+from phaul_runtime.errors import DestinationError, Refused
+from phaul_runtime.pagemap import IN_PARENT, PRESENT
+from phaul_runtime.server import PhaulServer
+from tests.unit.test_pagesink import PAGE, Map, Wire, same, session
+
+
+class Served:
+    """A server, and the source's end of its memory channel."""
+
+    def __init__(self, root: Path, *, version: tuple[int, int] = (4, 1), **more: object) -> None:
+        self.root = root
+        self.criu = Criu("no-such-criu", deadline_s=5)
+        self.criu.known_version = CriuVersion(*version)
+        self.ours, self.theirs = socket.socketpair()
+        self.ours.settimeout(10)
+        config = PhaulConfig(0, self.theirs.fileno(), str(root))
+        self.server = PhaulServer(config, self.criu, **more)  # type: ignore[arg-type]
+
+    def send(self, sent: Wire) -> None:
+        for data, answer in sent.parts:
+            self.ours.sendall(data)
+            assert self.ours.recv(len(answer), socket.MSG_WAITALL) == answer
+
+    def round(self, maps: list[Map], known: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+        self.server.start_iter()
+        self.send(session(maps, known, 2 if self.criu.known_version == CriuVersion(4, 2) else 1))
+        self.server.stop_iter()
+
+    def close(self) -> None:
+        self.server.abort()
+        self.ours.close()
+        self.theirs.close()
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    found = Served(tmp_path)
+    before = len(os.listdir("/proc/self/fd"))
+    yield found
+    found.server.abort()
+    assert len(os.listdir("/proc/self/fd")) == before
+    found.close()
+
+
+MAP = Map(1, 1).add(PAGE, 5, PRESENT)
+HOLE = Map(1, 1).add(PAGE, 4, IN_PARENT).add(5 * PAGE, 1, PRESENT)
+KNOWN = {"pagemap-1.img"}
+
+
+@pytest.mark.parametrize("version", [(4, 1), (4, 2)])
+def test_rounds_make_a_chain(tmp_path: Path, version: tuple[int, int]) -> None:
+    served = Served(tmp_path, version=version)
+    with pytest.raises(DestinationError, match="no iteration was started"):
+        served.server.stop_iter()
+    served.round([MAP])
+    served.round([HOLE], KNOWN)
+    served.server.stop_iter()
+    assert served.server.last_images_dir == str(tmp_path / "2")
+    for number, each in ((1, MAP), (2, HOLE)):
+        same(tmp_path / str(number), [each], version == (4, 2))
+    assert not (tmp_path / "1" / "parent").is_symlink()
+    assert (tmp_path / "2" / "parent").readlink() == Path("../1")
+    served.close()
+
+
+def test_bytes_are_counted_as_they_come(served: Served) -> None:
+    assert served.server.received == 0
+    served.server.start_iter()
+    with pytest.raises(DestinationError, match="was not stopped"):
+        served.server.start_iter()
+    *opening, end = session([MAP]).parts
+    served.send(Wire(parts=opening))
+    served.ours.sendall(end[0][: 2 * PAGE])
+    deadline = time.monotonic() + 10
+    while served.server.received != 24 + 2 * PAGE:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    served.ours.sendall(end[0][2 * PAGE :])
+    assert served.ours.recv(4) == bytes(4)
+    served.server.stop_iter()
+    assert served.server.received > 5 * PAGE
+
+
+def test_a_failure_ends_the_channel_and_is_told(served: Served) -> None:
+    served.server.start_iter()
+    served.ours.sendall(Wire().say(99).pending)
+    assert served.ours.recv(1) == b""
+    with pytest.raises(DestinationError) as caught:
+        served.server.stop_iter()
+    assert "iteration 1" in caught.value.message
+    assert "unknown command 99" in caught.value.message
+    assert served.server.failure is caught.value
+    with pytest.raises(DestinationError, match="unknown command 99"):
+        served.server.start_iter()
+
+
+def test_a_writer_is_not_left_waiting(served: Served) -> None:
+    served.server.start_iter()
+    served.send(Wire().map(Map(1, 1), set()))
+    with pytest.raises((BrokenPipeError, ConnectionResetError)):
+        served.ours.sendall(b"\xff" * (64 << 20))
+    with pytest.raises(DestinationError, match="unknown command"):
+        served.server.stop_iter()
+
+
+def test_a_full_file_system_is_named(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> int:
+        raise OSError(28, os.strerror(28))
+
+    class Full:
+        f_bavail = 0
+
+    monkeypatch.setattr(os, "pwritev", full)
+    monkeypatch.setattr(os, "statvfs", lambda _: Full)
+    served.server.start_iter()
+    *opening, end = session([MAP]).parts
+    served.send(Wire(parts=opening))
+    served.ours.sendall(end[0])
+    assert served.ours.recv(1) == b""
+    with pytest.raises(DestinationError, match=f"no space left in {served.root}"):
+        served.server.stop_iter()
+
+
+def test_a_failed_chain_can_be_begun_anew(served: Served) -> None:
+    """The memory channel is whole, so the next attempt uses it."""
+    served.round([MAP])
+    served.server.start_iter()
+    served.server.end_chain()
+    served.round([MAP])
+    assert not (served.root / "3" / "parent").is_symlink()
+    served.round([HOLE], KNOWN)
+    assert (served.root / "4" / "parent").readlink() == Path("../3")
+
+
+@pytest.mark.parametrize("sent", [0, 10, 24, 3000, 4 * PAGE])
+def test_it_is_aborted_wherever_it_is(served: Served, sent: int) -> None:
+    served.server.start_iter()
+    *opening, end = session([MAP]).parts
+    if sent:
+        served.send(Wire(parts=opening))
+        served.ours.sendall(end[0][:sent])
+    for _ in range(2):
+        served.server.abort()
+    with pytest.raises(DestinationError, match="aborted"):
+        served.server.start_iter()
+    # Nobody but the server has ended: the channel is the caller's.
+    served.theirs.sendall(b"x")
+    assert served.ours.recv(1) == b"x"
+
+
+def test_a_round_that_does_not_end_is_told(served: Served) -> None:
+    served.server.criu.deadline_s = 0.1
+    served.server.start_iter()
+    with pytest.raises(DestinationError, match=r"has not ended within 0\.1 s"):
+        served.server.stop_iter()
+
+
+def test_criu_does_it_where_its_protocol_is_not_known(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("pycriu")
+    for version, page_server in (((4, 3), "phaul"), ((4, 1), "criu")):
+        root = tmp_path / page_server
+        root.mkdir()
+        room = Ahead(root / "ahead.img", PAGE)
+        served = Served(root, version=version, page_server=page_server, ahead=room)
+        with caplog.at_level(logging.WARNING), pytest.raises(Refused, match="no-such-criu"):
+            served.server.start_iter()
+        assert ("CRIU 4.3 may speak another protocol" in caplog.text) == (page_server == "phaul")
+        caplog.clear()
+        assert not room.path.exists()
+        served.close()
