@@ -18,9 +18,12 @@ from pydantic import (
     Field,
     PrivateAttr,
     ValidationError,
+    ValidationInfo,
     WithJsonSchema,
+    field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from phaul_runtime.config_source import Key, Source, read_yaml
 from phaul_runtime.errors import ConfigError
@@ -163,6 +166,12 @@ class TimeoutsConfig(Section):
     heartbeat_s: float = Field(2, gt=0, description="between two signs of life")
     lost_s: float = Field(30, gt=0, description="a silent client is given up after that")
     same_id_s: float = Field(3600, gt=0, description="for an earlier command with the same --id")
+    recover_s: float = Field(
+        300,
+        gt=0,
+        description="post-copy: how long a broken page channel is opened anew before the command "
+        "gives up; recover goes on later",
+    )
 
     @model_validator(mode="after")
     def _lost_is_longer(self) -> TimeoutsConfig:
@@ -264,6 +273,12 @@ class Config(Section):
         description="lazy: the copy runs before its memory is in place, and a pager at the "
         "destination fills in the rest; auto: lazy where it can be, from 16 MiB",
     )
+    mode: Literal["pre-copy", "post-copy", "hybrid"] = Field(
+        "pre-copy",
+        description="post-copy, hybrid (some rounds of pre-copy first): the copy runs there before "
+        "all of its memory has come; the source's stays frozen and serves it; if either host dies "
+        "before the last page, the process is lost",
+    )
     transport: TransportConfig = TransportConfig()
     agent: AgentConfig = AgentConfig()
     policy: PolicyConfig = PolicyConfig()
@@ -278,6 +293,16 @@ class Config(Section):
     engines: dict[str, dict[str, Any] | None] = Field({}, description="options of each engine")
 
     _source: Source = PrivateAttr(default_factory=Source)
+
+    @field_validator("mode")
+    @classmethod
+    def _memory_follows(cls, mode: str, info: ValidationInfo) -> str:
+        """A full restore waits for all of the memory, post-copy for none of it."""
+        if mode != "pre-copy" and info.data.get("restore") == "full":
+            raise PydanticCustomError(
+                "mode", "input should be 'pre-copy' where restore is full (lazy or auto go with it)"
+            )
+        return mode
 
     def place(self, *key: str) -> str:
         """`FILE:LINE: dotted.key`, for an error about a value; without the place if it has none."""

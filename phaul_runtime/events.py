@@ -161,6 +161,34 @@ class Filled(Event):
 
 
 @dataclass(frozen=True)
+class Serving(Event):
+    """Post-copy: the destination's copy runs, `missing` of its `pages` are still at the source."""
+
+    pages: int
+    missing: int
+
+
+@dataclass(frozen=True)
+class Reconnecting(Event):
+    """Post-copy: the page channel broke and is opened anew; the copy there waits for its pages."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Served(Event):
+    """Post-copy: the last page is over, `seconds` after the copy ran; the source's is killed now.
+
+    `faults` pages were waited for, `worst_fault_ms` the longest.
+    """
+
+    pages: int
+    faults: int
+    worst_fault_ms: float
+    seconds: float
+
+
+@dataclass(frozen=True)
 class RolledBack(Event):
     """The move failed: the source's copy runs, the destination was cleaned (or says why not)."""
 

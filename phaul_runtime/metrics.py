@@ -8,6 +8,10 @@ metric                                   type       what
 ``phaul_duration_seconds``               histogram  from the command to its end; engine, result
 ``phaul_transferred_bytes_total``        counter    memory, images and files; engine
 ``phaul_iterations_total``               counter    pre-copy rounds; engine
+``phaul_post_copy_pages_total``          counter    pages that came once the copy ran; engine
+``phaul_post_copy_faults_total``         counter    of them, those that were waited for; engine
+``phaul_post_copy_seconds``              histogram  from then to the last page; engine
+``phaul_last_worst_fault_seconds``       gauge      of the last post-copy: its longest wait; engine
 ``phaul_last_downtime_seconds``          gauge      of the last that moved; engine
 ``phaul_last_end_timestamp_seconds``     gauge      when the last ended, Unix time; role, engine,
                                                     result
@@ -43,6 +47,10 @@ _FAMILIES = {
     "phaul_duration_seconds": ("histogram", "From the start of the command to its end"),
     "phaul_transferred_bytes": ("counter", "Memory, images and files that were carried"),
     "phaul_iterations": ("counter", "Pre-copy rounds"),
+    "phaul_post_copy_pages": ("counter", "Pages that came once the destination's copy ran"),
+    "phaul_post_copy_faults": ("counter", "Pages of a post-copy that were waited for"),
+    "phaul_post_copy_seconds": ("histogram", "From the moment the copy ran to its last page"),
+    "phaul_last_worst_fault_seconds": ("gauge", "Longest wait for a page in the last post-copy"),
     "phaul_last_downtime_seconds": ("gauge", "Downtime of the last migration that moved"),
     "phaul_last_end_timestamp_seconds": ("gauge", "When the last migration ended, Unix time"),
 }
@@ -99,6 +107,8 @@ class Metrics:
                 seconds = report.downtime_ms / 1000
                 _observe(values, "phaul_downtime_seconds", engine, seconds, _DOWNTIME)
                 values[_key("phaul_last_downtime_seconds", engine)] = seconds
+            if report.post_copy:
+                _post_copy(values, engine, report.post_copy)
 
     def arrived(self, engine: str, result: str) -> None:
         """A migration to this host has ended; `result` is moved, failed or unknown.
@@ -226,6 +236,16 @@ def _end(values: dict[_Key, float], role: Role, engine: str, result: str) -> Non
     labels = {"role": role.value, "engine": engine, "result": result}
     _add(values, "phaul_migrations_total", labels)
     values[_key("phaul_last_end_timestamp_seconds", labels)] = round(time.time(), 3)
+
+
+def _post_copy(
+    values: dict[_Key, float], engine: Mapping[str, str], told: Mapping[str, float]
+) -> None:
+    _add(values, "phaul_post_copy_pages_total", engine, told.get("pages", 0))
+    _add(values, "phaul_post_copy_faults_total", engine, told.get("faults", 0))
+    _observe(values, "phaul_post_copy_seconds", engine, told.get("seconds", 0.0), _DURATION)
+    worst = told.get("worst_fault_ms", 0.0) / 1000
+    values[_key("phaul_last_worst_fault_seconds", engine)] = worst
 
 
 def _observe(

@@ -52,6 +52,10 @@ class MigrationReport:
         lazy_complete_ms: from the moment when the copy ran to its last page, after a lazy restore.
         lazy: `pages` that came after that moment, `faults` that waited for one, and the longest
             of those waits, `worst_fault_ms`.
+        mode: pre-copy, post-copy or hybrid.
+        post_copy: of a post-copy or hybrid move whose last page came: `pages` that came once the
+            copy ran, `faults` that waited for one, the longest of those waits, `worst_fault_ms`,
+            and the `seconds` until the last was there.
         error_kind: the class in errors.py that `error` is of, as `DestinationUnreachable`.
     """
 
@@ -78,6 +82,8 @@ class MigrationReport:
     restore: str = ""
     lazy_complete_ms: float | None = None
     lazy: dict[str, float] = field(default_factory=dict)
+    mode: str = "pre-copy"
+    post_copy: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     error: str = ""
     error_kind: str = ""

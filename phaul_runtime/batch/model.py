@@ -44,6 +44,7 @@ class MoveOptions(Section):
     config: str | None = Field(None, description="configuration file at the source")
     files: Literal["refuse", "copy"] | None = None
     restore: Literal["auto", "lazy", "full"] | None = None
+    mode: Literal["pre-copy", "post-copy", "hybrid"] | None = None
     max_downtime_ms: int | None = Field(None, gt=0)
     max_iterations: int | None = Field(None, gt=0, le=100)
     tcp_established: bool = False
@@ -187,6 +188,8 @@ def _wrong_moves(batch: Batch, source: Source) -> Iterable[str]:
             yield f"{at(number, 'name')}: {move.name!r} is the name of a group"
         if move.group is not None and move.group not in batch.groups:
             yield f"{at(number, 'group')}: there is no group {move.group!r}{_known(batch.groups)}"
+        if move.mode not in (None, "pre-copy") and move.restore == "full":
+            yield f"{at(number, 'mode')}: there is no {move.mode} where restore is full"
         for key, url in (("from", move.from_), ("to", move.to)):
             try:
                 scheme = Destination.parse(url).scheme if url else ""

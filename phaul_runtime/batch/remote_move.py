@@ -40,6 +40,7 @@ def migrate_flags(move: Move) -> list[str]:
         ("--config", move.config),
         ("--files", move.files),
         ("--restore", move.restore),
+        ("--mode", move.mode),
         ("--max-downtime-ms", move.max_downtime_ms),
         ("--max-iterations", move.max_iterations),
     ):

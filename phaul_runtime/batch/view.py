@@ -36,7 +36,7 @@ _MARKS = {
 _RECENT = 8
 _PER_SECOND = 4
 # Of a move's own events those that say where it stands; progress comes many times a second.
-_QUIET = frozenset({"progress", "filling", "tree_progress", "checked"})
+_QUIET = frozenset({"progress", "filling", "serving", "tree_progress", "checked"})
 
 Echo = Callable[[str], None]
 
@@ -200,6 +200,10 @@ def stage(told: dict[str, Any]) -> str:
             return text if expected is None else f"{text}, expected freeze {expected:.0f} ms"
         case "filling":
             return f"runs there, {told.get('missing')} pages to come"
+        case "serving":
+            return f"runs there, {told.get('missing')} pages still at the source"
+        case "reconnecting":
+            return "runs there, waits for its page channel"
         case "checked":
             return "checks"
     return name.replace("_", " ")

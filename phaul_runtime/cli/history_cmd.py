@@ -1,9 +1,10 @@
-"""`phaul-runtime history` and `phaul-runtime show`."""
+"""`phaul-runtime history` and `phaul-runtime show`; what all that read journals have in common."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,14 @@ from phaul_runtime.errors import NoSuchMigration
 from phaul_runtime.journal import migration_ids, read_records, read_report, replay
 from phaul_runtime.states import Role
 
-_config = click.option(
+config_option = click.option(
     "--config",
     "config_path",
     type=click.Path(readable=False, path_type=Path),
     metavar="FILE",
     help="Configuration, laid over /etc/phaul-runtime/config.yaml.",
 )
-_output = click.option(
+output_option = click.option(
     "--output",
     type=click.Choice(["text", "json"]),
     default="text",
@@ -33,8 +34,8 @@ _LONG = frozenset({"time", "state", "manifest", "options", "identity", "add"})
 
 
 @click.command("history")
-@_config
-@_output
+@config_option
+@output_option
 def history_command(config_path: Path | None, output: str) -> None:
     """List the migrations that this host took part in, oldest first."""
     state_dir = Path(load_config(config_path).state_dir)
@@ -44,6 +45,7 @@ def history_command(config_path: Path | None, output: str) -> None:
         for role in Role
         if (row := _row(state_dir, migration_id, role))
     ]
+    rows.sort(key=lambda row: row["began"])
     if output == "json":
         for row in rows:
             click.echo(json.dumps(row))
@@ -51,8 +53,13 @@ def history_command(config_path: Path | None, output: str) -> None:
     if not rows:
         click.echo(f"no migrations in {state_dir}")
         return
+    echo_table([{name: _cell(name, row[name]) for name in row} for row in rows])
+
+
+def echo_table(rows: Sequence[Mapping[str, str]]) -> None:
+    """Print rows, of which there is at least one, below the names of their columns."""
     head = {name: name.replace("_", " ") for name in rows[0]}
-    table = [head, *({name: _cell(name, row[name]) for name in row} for row in rows)]
+    table = [head, *rows]
     widths = {name: max(len(line[name]) for line in table) for name in head}
     for line in table:
         click.echo("  ".join(line[name].ljust(widths[name]) for name in head).rstrip())
@@ -77,20 +84,21 @@ def _row(state_dir: Path, migration_id: str, role: Role) -> dict[str, Any] | Non
 
 def _cell(name: str, value: Any) -> str:
     if name == "began":
-        return _clock(value)
+        return clock(value)
     if name == "downtime_ms":
         return "" if value is None else f"{value:.0f}"
     return str(value)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """A time of a journal for people."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 @click.command("show")
 @click.argument("migration_id", metavar="ID")
-@_config
-@_output
+@config_option
+@output_option
 def show_command(migration_id: str, config_path: Path | None, output: str) -> None:
     """Show what this host did in migration ID, step by step, and its report."""
     state_dir = Path(load_config(config_path).state_dir)
@@ -114,7 +122,7 @@ def show_command(migration_id: str, config_path: Path | None, output: str) -> No
             step = record.get("state") or "note"
             if record.get("add"):
                 facts = ", ".join(f"{len(v)} {k}" for k, v in record["add"].items())
-            click.echo(f"  {_clock(record['time'])}  {step:<11} {facts}".rstrip())
+            click.echo(f"  {clock(record['time'])}  {step:<11} {facts}".rstrip())
     if report is not None:
         click.echo("report:")
         for name, value in report.items():

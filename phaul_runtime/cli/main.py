@@ -17,6 +17,7 @@ _COMMANDS = {
     "migrate": ("phaul_runtime.cli.migrate_cmd", "migrate_command"),
     "check": ("phaul_runtime.cli.check_cmd", "check_command"),
     "recover": ("phaul_runtime.cli.recover_cmd", "recover_command"),
+    "status": ("phaul_runtime.cli.status_cmd", "status_command"),
     "history": ("phaul_runtime.cli.history_cmd", "history_command"),
     "show": ("phaul_runtime.cli.history_cmd", "show_command"),
     "batch": ("phaul_runtime.cli.batch_cmd", "batch_group"),

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_QUIET = (ev.Progress, ev.TreeProgress, ev.Filling)
-_ALARMING = (ev.Warned, ev.Recovering, ev.RolledBack)
+_QUIET = (ev.Progress, ev.TreeProgress, ev.Filling, ev.Serving)
+_ALARMING = (ev.Warned, ev.Recovering, ev.Reconnecting, ev.RolledBack)
 
 
 def _level(event: ev.Event) -> int:

@@ -60,6 +60,12 @@ def move_options(command: _Command) -> _Command:
             help="lazy: the copy runs at once, a pager there fills in its memory.  [default: auto]",
         ),
         click.option(
+            "--mode",
+            type=click.Choice(["pre-copy", "post-copy", "hybrid"]),
+            help="post-copy, hybrid: the copy runs there before all of its memory has come; if "
+            "either host dies before the last page, the process is lost.  [default: pre-copy]",
+        ),
+        click.option(
             "--tcp-established",
             is_flag=True,
             help="Carry established TCP connections; their address has to move too.",
@@ -111,6 +117,7 @@ def configure(given: Mapping[str, Any], **flags: object) -> Config:
         "transport.to": given["to"],
         "filesystem.files": given["files"],
         "restore": given["restore"],
+        "mode": given["mode"],
         **{name.replace("__", "."): value for name, value in flags.items()},
     }
     overrides = {key: value for key, value in overrides.items() if value is not None}

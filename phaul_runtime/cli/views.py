@@ -64,11 +64,24 @@ class JsonView(View):
 class PlainView(View):
     """A line for what matters, for pipes and logs."""
 
+    # Post-copy may take long: a line for each of these parts.
+    _parts = 10
+
+    def __init__(self) -> None:
+        self._served = -1
+
     def __call__(self, event: ev.Event) -> None:
         """Print an event, unless it is mere progress."""
         line = describe(event)
-        if line:
+        if line and not (isinstance(event, ev.Serving) and not self._further(event)):
             self.line(line)
+
+    def _further(self, event: ev.Serving) -> bool:
+        """Whether another part of the pages is over since the last line."""
+        part = self._parts * (event.pages - event.missing) // max(event.pages, 1)
+        further = part > self._served
+        self._served = max(part, self._served)
+        return further
 
     def line(self, text: str) -> None:
         """Print one line."""
@@ -83,7 +96,10 @@ class PlainView(View):
 class TerminalView(PlainView):
     """Plain lines above, the current iteration's progress in the last line."""
 
+    _parts = 0  # the progress has them: one line
+
     def __init__(self) -> None:
+        super().__init__()
         from rich.console import Console  # noqa: PLC0415 - not needed in a pipe
         from rich.progress import (  # noqa: PLC0415
             BarColumn,
@@ -145,14 +161,19 @@ class TerminalView(PlainView):
             self._show("frozen: final dump, restore")
         elif isinstance(event, ev.Filling):
             self._filling(event)
-        elif isinstance(event, (ev.Committed, ev.RolledBack, ev.Filled)):
+        elif isinstance(event, ev.Serving):
+            self._filling(event, "runs there; memory from the source, whose copy is frozen")
+        elif isinstance(event, ev.Reconnecting) and self._task is not None:
+            self._progress.update(self._task, description="page channel broken, opened anew")
+        elif isinstance(event, (ev.Committed, ev.RolledBack, ev.Filled, ev.Served)):
             self._hide()
 
-    def _filling(self, event: ev.Filling) -> None:
+    def _filling(self, event: ev.Filling | ev.Serving, text: str = "runs there; memory") -> None:
         if self._task is None:
-            self._show("runs there; memory")
+            self._show(text)
         done = (event.pages - event.missing) * 4096
-        self._progress.update(self._task, completed=done, total=event.pages * 4096)
+        total = event.pages * 4096
+        self._progress.update(self._task, completed=done, total=total, description=text)
 
     def _tree(self, event: ev.Staging | ev.TreeProgress | ev.TreeSynced) -> None:
         """Trees go side by side: what all of them have sent, in one line."""
@@ -214,24 +235,44 @@ def describe(event: ev.Event) -> str:
             return "frozen: final dump"
         case ev.Prepared():
             return f"prepared: rebuilt there as pid {event.pid}, held"
-        case ev.Recovering():
-            return f"outcome unknown, recovering: {event.reason}"
+        case ev.Serving() | ev.Reconnecting() | ev.Served():
+            return _post_copy(event)
         case ev.Committed():
             return f"moved: runs there as pid {event.pid}, downtime {event.downtime_ms:.0f} ms"
-        case ev.Filled() | ev.RolledBack() | ev.OutcomeRecorded():
+        case ev.Filled() | ev.RolledBack() | ev.OutcomeRecorded() | ev.Recovering():
             return _last(event)
         case ev.Warned():
             return f"warning: {event.text}"
     return ""
 
 
-def _last(event: ev.Filled | ev.RolledBack | ev.OutcomeRecorded) -> str:
+def _last(event: ev.Filled | ev.RolledBack | ev.OutcomeRecorded | ev.Recovering) -> str:
+    if isinstance(event, ev.Recovering):
+        return f"outcome unknown, recovering: {event.reason}"
     if isinstance(event, ev.OutcomeRecorded):
         return f"{event.id} was asked for before: {event.result}"
     if isinstance(event, ev.Filled):
         return f"memory complete {event.ms / 1000:.1f} s later: {event.pages} pages were filled in"
     state = "clean" if event.destination_clean else "did not confirm that it is clean"
     return f"rolled back: the source runs on, the destination is {state}"
+
+
+def _post_copy(event: ev.Serving | ev.Reconnecting | ev.Served) -> str:
+    if isinstance(event, ev.Reconnecting):
+        return f"page channel broken, opened anew; the copy waits for its pages: {event.reason}"
+    if isinstance(event, ev.Serving):
+        return (
+            f"post-copy: {event.missing} of {event.pages} pages are still here; the source's copy "
+            "stays frozen and serves them"
+        )
+    return (
+        f"post-copy: the last of {event.pages} pages is over after {event.seconds:.1f} s, "
+        f"{_waits(event.faults, event.worst_fault_ms)}; the source's frozen copy is killed"
+    )
+
+
+def _waits(faults: float, worst_ms: float) -> str:
+    return f"{faults:.0f} faults, the longest {worst_ms:.0f} ms"
 
 
 def _tree(event: ev.Staging | ev.TreeSynced) -> str:
@@ -275,6 +316,18 @@ def _estimate(report: MigrationReport) -> list[tuple[str, str]]:
     return rows
 
 
+def _post_copied(report: MigrationReport) -> list[tuple[str, str]]:
+    """What came once the copy ran; nothing of a pre-copy."""
+    if report.mode == "pre-copy":
+        return []
+    told = report.post_copy
+    if not told:
+        return [(report.mode, "how much came once the copy ran is not known")]
+    text = f"{told.get('pages', 0):.0f} pages within {told.get('seconds', 0.0):.1f} s"
+    waits = _waits(told.get("faults", 0), told.get("worst_fault_ms", 0.0))
+    return [(report.mode, f"{text}, {waits}")]
+
+
 def mib(count: int) -> str:
     """Bytes for people."""
     return f"{count / _MIB:.1f} MiB"
@@ -315,10 +368,10 @@ def report_rows(report: MigrationReport) -> list[tuple[str, str]]:
                 (
                     "restore",
                     f"lazy, {report.lazy['pages']} pages within {report.lazy_complete_ms:.0f} ms, "
-                    f"{report.lazy['faults']} faults, "
-                    f"the longest {report.lazy['worst_fault_ms']:.0f} ms",
+                    f"{_waits(report.lazy['faults'], report.lazy['worst_fault_ms'])}",
                 )
             )
+        rows += _post_copied(report)
         if report.files_copied:
             rows.append(("files", f"{report.files_copied} carried"))
     if report.logs:

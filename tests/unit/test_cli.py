@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from click.testing import CliRunner
 
 from phaul_runtime import events as ev
 from phaul_runtime.cli.main import cli
+from phaul_runtime.cli.observe import _level
 from phaul_runtime.cli.views import JsonView, PlainView, TerminalView, describe
 from phaul_runtime.report import Iteration, MigrationReport
 
@@ -38,6 +40,11 @@ def run(*argv: str) -> subprocess.CompletedProcess[str]:
         (["migrate", "0", "--to", "local:"], "'0' is not a pid"),
         (["migrate", "5", "--to", "local:", "--max-downtime-ms", "-1"], "--max-downtime-ms"),
         (["migrate", "5", "--to", "local:", "--file", "copy"], "--file"),
+        (["migrate", "5", "--to", "local:", "--mode", "postcopy"], "--mode"),
+        (
+            ["migrate", "5", "--to", "local:", "--mode", "hybrid", "--restore", "full"],
+            "command line: mode: input should be 'pre-copy' where restore is full",
+        ),
         (["check"], "no destination"),
         (["migrat"], "migrat"),
         (["config", "check", "/none.yaml"], "/none.yaml: No such file"),
@@ -88,6 +95,9 @@ EVENTS: list[ev.Event] = [
     ev.Committed(7, 12.3),
     ev.Filling(10, 5),
     ev.Filled(10, 2, 30.0),
+    ev.Serving(10, 5),
+    ev.Reconnecting("cut"),
+    ev.Served(10, 2, 30.0, 1.5),
     ev.Recovering("why"),
     ev.RolledBack("why", True),
     ev.OutcomeRecorded("1f", "moved"),
@@ -119,6 +129,60 @@ def test_the_report_in_json_and_in_text(capsys: pytest.CaptureFixture[str]) -> N
     assert "downtime       12 ms" in capsys.readouterr().out
 
 
+def test_the_report_of_post_copy(capsys: pytest.CaptureFixture[str]) -> None:
+    report = MigrationReport("moved", mode="hybrid", restore="lazy")
+    report.post_copy = {"pages": 10, "faults": 2, "worst_fault_ms": 30.12345, "seconds": 1.5}
+    PlainView().report(report)
+    shown = capsys.readouterr().out
+    assert "hybrid         10 pages within 1.5 s, 2 faults, the longest 30 ms" in shown
+    told = json.loads(json.dumps(report.to_json()))
+    assert told["mode"] == "hybrid"
+    assert told["post_copy"]["worst_fault_ms"] == 30.123
+    assert MigrationReport.from_json(told).to_json() == told
+    # One that a recovery finished, and one from before there were modes.
+    report.post_copy = {}
+    PlainView().report(report)
+    assert "hybrid         how much came once the copy ran is not known" in capsys.readouterr().out
+    old = MigrationReport.from_json({"result": "moved", "iterations": []})
+    assert (old.mode, old.post_copy) == ("pre-copy", {})
+    PlainView().report(old)
+    assert "post-copy" not in capsys.readouterr().out
+
+
+def test_plain_lines_of_post_copy_are_few(capsys: pytest.CaptureFixture[str]) -> None:
+    view = PlainView()
+    for missing in range(1000, -1, -1):
+        view(ev.Serving(1000, missing))
+    view(ev.Served(1000, 2, 30.0, 1.5))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("post-copy: 1000 of 1000 pages are still here")
+    assert len(lines) == 1 + 10 + 1
+    assert lines[-1] == (
+        "post-copy: the last of 1000 pages is over after 1.5 s, 2 faults, the longest 30 ms; "
+        "the source's frozen copy is killed"
+    )
+    PlainView()(ev.Serving(0, 0))
+
+
+def test_the_terminal_shows_post_copy(capsys: pytest.CaptureFixture[str]) -> None:
+    view = TerminalView()
+
+    def shown(event: ev.Event) -> list[tuple[str, float, float | None]]:
+        view(event)
+        return [(t.description, t.completed, t.total) for t in view._progress.tasks]
+
+    assert shown(ev.Committed(7, 12.3)) == []
+    runs = "runs there; memory from the source, whose copy is frozen"
+    assert shown(ev.Serving(4, 4)) == [(runs, 0, 16384)]
+    assert shown(ev.Serving(4, 1)) == [(runs, 12288, 16384)]
+    assert shown(ev.Reconnecting("cut")) == [("page channel broken, opened anew", 12288, 16384)]
+    assert shown(ev.Serving(4, 1)) == [(runs, 12288, 16384)]
+    assert shown(ev.Served(4, 2, 30.0, 1.5)) == []
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.count("pages are still here") == 1
+    assert "opened anew; the copy waits for its pages: cut" in text
+
+
 def test_the_terminal_shows_what_is_under_way(capsys: pytest.CaptureFixture[str]) -> None:
     view = TerminalView()
 
@@ -147,3 +211,10 @@ def test_the_terminal_shows_what_is_under_way(capsys: pytest.CaptureFixture[str]
     assert shown(ev.TreeSynced("rootfs", 1, 2, 3.0, final=True)) == frozen
     assert shown(ev.RolledBack("why", True)) == []
     assert "preparing image" in capsys.readouterr().out
+
+
+def test_what_is_logged_of_post_copy() -> None:
+    levels = {type(event): _level(event) for event in EVENTS}
+    assert levels[ev.Serving] == levels[ev.Filling] == logging.DEBUG
+    assert levels[ev.Reconnecting] == levels[ev.Recovering] == logging.WARNING
+    assert levels[ev.Served] == levels[ev.Filled] == logging.INFO

@@ -106,6 +106,11 @@ def problem(tmp_path: Path, text: str, **overrides: object) -> str:
         ("transport: {compression: gzip}\n", "'none' or 'zstd', not 'gzip'"),
         ("transport: {ca: ca.pem}\n", "c.yaml:1: transport.ca"),
         ("agent: {listen: 5}\n", "c.yaml:1: agent.listen"),
+        ("restore: full\nmode: post-copy\n",
+         "c.yaml:2: mode: input should be 'pre-copy' where restore is full (lazy or auto go with "
+         "it), not 'post-copy'"),
+        ("mode: postcopy\n", "'pre-copy', 'post-copy' or 'hybrid', not 'postcopy'"),
+        ("timeouts: {recover_s: 0}\n", "c.yaml:1: timeouts.recover_s: input should be greater"),
         ("timeouts: {lost_s: 1, heartbeat_s: 2}\n", "lost_s must be larger than heartbeat_s"),
     ],
 )  # fmt: skip
@@ -137,6 +142,20 @@ def test_flags_win_and_are_blamed(tmp_path: Path) -> None:
     assert (config.policy.max_iterations, config.policy.max_downtime_ms) == (5, 100)
     said = problem(tmp_path, "policy: {max_iterations: 3}\n", policy__max_iterations=-5)
     assert "command line: policy.max_iterations" in said
+
+
+@pytest.mark.parametrize("restore", ["auto", "lazy", "full"])
+def test_post_copy_goes_with_every_restore_but_full(tmp_path: Path, restore: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(f"mode: pre-copy\nrestore: {restore}\n")
+    assert load_config(file).mode == "pre-copy"
+    if restore == "full":
+        said = problem(tmp_path, file.read_text(), mode="hybrid")
+        assert said.startswith("command line: mode: ")
+        assert len(said.splitlines()) == 1
+    else:
+        assert load_config(file, {"mode": "hybrid"}).mode == "hybrid"
+        assert load_config(file, {"mode": "post-copy"}).timeouts.recover_s == 300
 
 
 def test_the_system_file_lies_below(tmp_path: Path) -> None:

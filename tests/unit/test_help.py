@@ -81,6 +81,7 @@ def test_commands_options_and_engines_are_completed() -> None:
     assert "--max-downtime-ms" in complete("migrate", "--max-d")
     assert {"runc", "crun", "docker", "process"} <= complete("migrate", "--engine", "")
     assert complete("migrate", "--engine", "doc") == {"docker"}
+    assert complete("migrate", "--mode", "") == {"pre-copy", "post-copy", "hybrid"}
     assert complete("migrate", "--log-format", "j") == {"json", "journal"}
 
 

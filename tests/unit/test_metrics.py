@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,26 @@ def test_a_file_adds_up_over_processes(tmp_path: Path) -> None:
     assert found[f"phaul_last_end_timestamp_seconds{{engine=runc,result=moved,{role}}}"] > 1e9
     # Nothing lies beside it that node_exporter would read.
     assert [path.name for path in tmp_path.glob("*.prom")] == ["phaul.prom"]
+
+
+def test_post_copy_is_counted_where_it_was(tmp_path: Path) -> None:
+    file = tmp_path / "phaul.prom"
+    told = {"pages": 1000, "faults": 7, "worst_fault_ms": 250.0, "seconds": 4.0}
+    for report in (
+        MOVED,
+        replace(MOVED, mode="post-copy", post_copy=told),
+        replace(MOVED, mode="hybrid", post_copy={**told, "worst_fault_ms": 125.0}),
+        # One that a recovery finished.
+        replace(MOVED, mode="hybrid"),
+    ):
+        Metrics(file).ended(report)
+    found = values(file.read_text())
+    assert found["phaul_post_copy_pages_total{engine=runc}"] == 2000
+    assert found["phaul_post_copy_faults_total{engine=runc}"] == 14
+    assert found["phaul_post_copy_seconds_count{engine=runc}"] == 2
+    assert found["phaul_post_copy_seconds_sum{engine=runc}"] == 8
+    assert found["phaul_last_worst_fault_seconds{engine=runc}"] == 0.125
+    assert found["phaul_downtime_seconds_count{engine=runc}"] == 4
 
 
 def test_every_metric_of_the_table_is_told(tmp_path: Path) -> None:

@@ -84,6 +84,8 @@ def test_the_table_has_what_runs_what_ended_and_the_counts() -> None:
             "pre-dump 1 done, expected freeze 3 ms",
         ),
         ({"event": "filling", "missing": 7}, "runs there, 7 pages to come"),
+        ({"event": "serving", "missing": 7}, "runs there, 7 pages still at the source"),
+        ({"event": "reconnecting"}, "runs there, waits for its page channel"),
         ({"event": "source_dead"}, "source dead"),
         ({"event": "checked"}, "checks"),
     ],

@@ -47,8 +47,9 @@ def test_the_command_over_ssh_is_one_word_for_the_shell_there(tmp_path: Path) ->
     config = tmp_path / "config.yaml"
     config.write_text("transport: {ssh_options: [-i, key], agent_command: [/opt/phaul runtime]}")
     wanted = move(
-        **{"from": "ssh://root@a:2222"}, config="/etc/x y.yaml", files="copy", restore="full",
-        max_downtime_ms=50, max_iterations=3, tcp_established=True, ignore=["kernel", "cpu"],
+        **{"from": "ssh://root@a:2222"}, config="/etc/x y.yaml", files="copy", restore="lazy",
+        mode="hybrid", max_downtime_ms=50, max_iterations=3, tcp_established=True,
+        ignore=["kernel", "cpu"],
     )  # fmt: skip
     argv = MoveRunner(load_config(config)).argv(wanted, "--id", ID)
     assert argv[0] == "ssh"
@@ -58,7 +59,7 @@ def test_the_command_over_ssh_is_one_word_for_the_shell_there(tmp_path: Path) ->
     assert argv[-3:-1] == ["--", "a"]
     assert shlex.split(argv[-1]) == [
         "/opt/phaul runtime", "migrate", "--engine", "runc", "--to", "ssh://root@b",
-        "--config", "/etc/x y.yaml", "--files", "copy", "--restore", "full",
+        "--config", "/etc/x y.yaml", "--files", "copy", "--restore", "lazy", "--mode", "hybrid",
         "--max-downtime-ms", "50", "--max-iterations", "3", "--tcp-established",
         "--ignore", "kernel", "--ignore", "cpu", "--target", "w b", "--output", "json", "--id", ID,
     ]  # fmt: skip

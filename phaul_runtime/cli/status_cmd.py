@@ -1,0 +1,124 @@
+"""`phaul-runtime status`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from phaul_runtime.cli.history_cmd import clock, config_option, echo_table, output_option
+from phaul_runtime.config import load_config
+from phaul_runtime.errors import NoSuchMigration
+from phaul_runtime.journal import is_locked, journal_path, migration_ids, read_records, replay
+from phaul_runtime.progress import read_progress
+from phaul_runtime.states import Role
+
+_SETTLED = ("done", "aborted")
+_POST_COPY = "post-copy"
+
+
+@click.command("status")
+@click.argument("migration_id", required=False, metavar="[ID]")
+@config_option
+@output_option
+def status_command(migration_id: str | None, config_path: Path | None, output: str) -> None:
+    """List the migrations that are not settled on this host, or only ID.
+
+    Says where each stands and since when, whether somebody works on it now, of post-copy how many
+    of its pages are missing at the destination, and what to do where nobody works on it.
+
+    \b
+    Exit codes: 0 whatever there is; 3 there is no migration ID here.
+    """
+    state_dir = Path(load_config(config_path).state_dir)
+    ids = migration_ids(state_dir) if migration_id is None else [migration_id]
+    rows = [row for each in ids for row in _ends(state_dir, each)]
+    if migration_id is not None and not rows:
+        raise NoSuchMigration(
+            f"no migration {migration_id} in {state_dir}", hint="phaul-runtime history lists them"
+        )
+    open_rows = [row for row in rows if row["state"] not in _SETTLED]
+    if output == "json":
+        # Who names a migration is told of it however it stands.
+        for row in open_rows if migration_id is None else rows:
+            click.echo(json.dumps(row))
+        return
+    if open_rows:
+        _show(open_rows)
+    elif migration_id is None:
+        click.echo(f"no migration is under way in {state_dir}")
+    else:
+        ends = ", ".join(f"{row['state']} at its {row['role']}" for row in rows)
+        click.echo(f"{migration_id} is settled: {ends}; phaul-runtime show {migration_id} has more")
+
+
+def _ends(state_dir: Path, migration_id: str) -> Iterator[dict[str, Any]]:
+    """What this host has of a migration, a row an end."""
+    for role in Role:
+        # In this order: where nobody works on it, it stands as it is read then.
+        worked_on = is_locked(journal_path(state_dir, migration_id, role))
+        records = read_records(state_dir, migration_id, role)
+        if any("state" in record for record in records):
+            yield _row(state_dir, migration_id, role, records, worked_on)
+
+
+def _row(
+    state_dir: Path, migration_id: str, role: Role, records: list[dict[str, Any]], worked_on: bool
+) -> dict[str, Any]:
+    entered = [record for record in records if "state" in record][-1]
+    _, facts = replay([{k: v for k, v in each.items() if k != "state"} for each in records])
+    row = {
+        "id": migration_id,
+        "role": role.value,
+        "engine": facts.get("engine", ""),
+        "target": facts.get("target", ""),
+        "peer": facts.get("to") or facts.get("peer", ""),
+        "state": entered["state"],
+        "began": records[0]["time"],
+        "since": entered["time"],
+        "worked_on": worked_on,
+        "pages": None,
+        "missing": None,
+    }
+    if row["state"] == _POST_COPY:
+        told = read_progress(state_dir, migration_id, role)
+        row |= {name: told[name] for name in ("pages", "missing") if name in told}
+    return {**row, "advice": _advice(row)}
+
+
+def _advice(row: dict[str, Any]) -> str:
+    """What to do; empty where somebody does it, or nothing is left to be done."""
+    if row["worked_on"] or row["state"] in _SETTLED:
+        return ""
+    command = f"phaul-runtime recover {row['id']}"
+    if row["state"] == _POST_COPY and row["role"] == Role.DESTINATION.value:
+        # Only the source has the pages.
+        return f"{command} on the source's host" + (f", {row['peer']}" if row["peer"] else "")
+    return command
+
+
+def _show(rows: list[dict[str, Any]]) -> None:
+    echo_table(
+        [
+            {
+                **{name: str(row[name]) for name in ("id", "role", "engine", "target", "peer")},
+                "state": row["state"],
+                "since": clock(row["since"]),
+                "worked_on": "yes" if row["worked_on"] else "no",
+                "missing": _missing(row),
+            }
+            for row in rows
+        ]
+    )
+    for row in rows:
+        if row["advice"]:
+            click.echo(f"{row['id']}: nobody works on it: {row['advice']}")
+
+
+def _missing(row: dict[str, Any]) -> str:
+    if row["missing"] is None:
+        return ""
+    return f"{row['missing']} of {row['pages']} pages"
