@@ -25,7 +25,8 @@ class ChainIndex:
 
     A page map lists all pages of its process: here, or in the parent. So a page that it does not
     list is gone, and a process that has none in a directory begins anew in the next. What an
-    entry calls in the parent and the parent has not is left out; `plan_lazy` refuses it.
+    entry calls in the parent and the parent has not is left out; `plan_lazy` refuses it. Left out
+    is, too, what a dump left with the process (`pagemap.is_remote`): no older copy is that page.
 
     Costs of `add`: the entries of the page maps, and copying the runs that stay (no loop).
     Not for several threads at once.

@@ -2,7 +2,8 @@
 
 The restored process runs before its memory is in place; a pager beside it fills the rest from the
 images on this host, what is touched first. So the freeze does not grow with memory, and nothing
-depends on the source once the copy runs.
+depends on the source once the copy runs. Unless the dump left pages with the source's processes
+(`postcopy`): they come into a store in the pager's directory, and there is no other restore.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ from typing import Any
 from phaul_runtime import cgroup
 from phaul_runtime.chainindex import ChainIndex
 from phaul_runtime.errors import DestinationError, PhaulError
-from phaul_runtime.lazyimages import plan_lazy
+from phaul_runtime.lazyimages import MAP, plan_lazy
 from phaul_runtime.lazyplan import PAGE
 from phaul_runtime.pager import LAZY_SOCKET
 from phaul_runtime.pager.client import PagerClient
+from phaul_runtime.postcopy import store
+from phaul_runtime.postcopy.pages import RemotePages
+from phaul_runtime.postcopy.store import PageStore
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +45,10 @@ _POLL_S = 0.2
 
 @dataclass(frozen=True)
 class Filled:
-    """How far a pager is: `ms` from the moment when the copy ran, to the last page or to now."""
+    """How far a pager is: `ms` from the moment when the copy ran, to the last page or to now.
+
+    `remote_missing` pages have not come from the source; the process may not need all of them.
+    """
 
     over: bool
     pages: int
@@ -49,6 +56,7 @@ class Filled:
     faults: int
     worst_fault_ms: float
     ms: float
+    remote_missing: int = 0
 
 
 class LazyRestore:
@@ -74,11 +82,27 @@ class LazyRestore:
         self._starting: threading.Thread | None = None
         self._handing: threading.Thread | None = None
         self._not_handed: PhaulError | None = None
+        # Pages that are still at the source: no full restore has them.
+        self._must = mode == "lazy"
+        self._store: PageStore | None = None
 
     @property
     def why_not(self) -> str:
         """Why the restore is a full one; empty if it is lazy, or may yet be."""
         return self._why_not
+
+    @property
+    def place(self) -> Path:
+        """The pager's directory."""
+        return self._place
+
+    @property
+    def store(self) -> PageStore | None:
+        """Where pages come that are still at the source; None if there are none, or no plan yet.
+
+        Whoever lets them come (`postcopy.arrival`) closes it.
+        """
+        return self._store
 
     def begin(self) -> None:
         """Start the pager, beside the first iterations: an interpreter takes its time to start."""
@@ -115,30 +139,46 @@ class LazyRestore:
     def plan(self, images_dir: Path) -> bool:
         """In the freeze: whether the restore may begin as a lazy one; `handed` follows it.
 
+        If pages are still at the source it is one, and `store` is there, empty: the restore itself
+        may wait for some of them.
+
         Raises:
-            DestinationError: `restore: lazy`, and it cannot be.
+            DestinationError: `restore: lazy`, or pages are still at the source, and it cannot be.
         """
         if self._starting is not None:
             self._starting.join(_START_S)
-        if not self._why_not:
-            try:
+        try:
+            if not self._why_not:
                 self._make_plan(images_dir)
-            except (OSError, DestinationError) as error:
-                self._fall_back(error)
-        if self._why_not and self._mode == "lazy":
-            raise DestinationError(
-                f"no lazy restore: {self._why_not}", hint="restore: auto, or full"
-            )
+        except (OSError, DestinationError) as error:
+            self._look_for_remote(images_dir)
+            self._fall_back(error)
+        else:
+            if self._why_not:
+                self._look_for_remote(images_dir)
+        if self._why_not and self._must:
+            hint = "restore: auto, or full" if self._mode == "lazy" else ""
+            raise DestinationError(self._refusal(self._why_not), hint=hint)
         if self._why_not:
             self.stop()
         return not self._why_not
 
+    def _look_for_remote(self, images_dir: Path) -> None:
+        """Before a restore in full: CRIU would read as zero what is still at the source."""
+        self._must = self._mode == "lazy" or RemotePages.of(images_dir).total > 0
+
     def _make_plan(self, images_dir: Path) -> None:
-        plan = plan_lazy(self._index, images_dir)
+        plan = plan_lazy(self._index, images_dir, self._place / store.PAGES)
         size = plan.pages * PAGE
-        if self._mode == "auto" and size < AUTO_FROM:
+        self._must = self._mode == "lazy" or bool(plan.remote)
+        if self._mode == "auto" and size < AUTO_FROM and not plan.remote:
             self._why_not = f"{size >> 20} MiB are restored as fast at once"
             return
+        if plan.remote:
+            earlier, self._store = self._store, None
+            if earlier is not None:
+                earlier.close()
+            self._store = PageStore.create(self._place, plan.remote_pages)
         plan.save(self._place / _PLAN)
         if self._pager is None:
             raise DestinationError("there is no pager")
@@ -160,7 +200,7 @@ class LazyRestore:
         """After the restore: whether the pager has its plan; otherwise the copy has no memory.
 
         Raises:
-            DestinationError: `restore: lazy`, and it has not.
+            DestinationError: `restore: lazy`, or pages are still at the source, and it has not.
         """
         if self._handing is not None:
             self._handing.join()
@@ -169,10 +209,28 @@ class LazyRestore:
         return not self._why_not
 
     def _fall_back(self, error: Exception) -> None:
-        if self._mode == "lazy":
-            raise DestinationError(f"no lazy restore: {error}") from error
+        if self._must:
+            raise DestinationError(self._refusal(error)) from error
         log.warning("%s: restored in full: %s", self._name, error)
         self._why_not = str(error)
+
+    def _refusal(self, why: object) -> str:
+        must = "" if self._mode == "lazy" else ", and pages are still at the source"
+        return f"no lazy restore{must}: {why}"
+
+    def resume(self) -> None:
+        """Take up the pager and the store of an agent that died while the copy was filled.
+
+        `watch`, `filled`, `lost` and `store` work from now on as they did there.
+
+        Raises:
+            DestinationError: nobody knows how far it is; or the store is not as it was.
+        """
+        pager = PagerClient(self._place)
+        pager.status()
+        if (self._place / MAP).exists():
+            self._store = PageStore.open(self._place)
+        self._pager, self._why_not = pager, ""
 
     def lost(self) -> bool:
         """Whether a held copy has lost its pager, and with it its memory."""
@@ -198,6 +256,7 @@ class LazyRestore:
 
         Raises:
             DestinationError: nobody knows any more, or nothing has come for `STALLED_S` seconds.
+                What is still at the source may take as long as it takes.
         """
         missing, since = -1, time.monotonic()
         while True:
@@ -205,7 +264,7 @@ class LazyRestore:
             tell(now)
             if now.over:
                 break
-            if now.missing != missing:
+            if now.missing != missing or now.remote_missing:
                 missing, since = now.missing, time.monotonic()
             elif time.monotonic() - since > STALLED_S:
                 raise DestinationError(f"{missing} pages are missing, and the pager does nothing")
@@ -235,6 +294,7 @@ def _filled(status: Mapping[str, Any]) -> Filled:
         faults=int(status["faults"]),
         worst_fault_ms=float(status["worst_fault_ms"]),
         ms=float(status["ms"]),
+        remote_missing=int(status.get("remote_missing", 0)),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from phaul_runtime.chainindex import ChainIndex
@@ -14,6 +15,7 @@ from phaul_runtime.pagemap import (
     LAZY,
     Entry,
     Vma,
+    is_remote,
     pagemap_path,
     processes,
     read_pagemap,
@@ -22,9 +24,11 @@ from phaul_runtime.pagemap import (
 )
 
 _FULL = ".full"
+MAP = "remote.map"
+"""Beside the file of pages that come over the network: which are there, a byte each."""
 
 
-def plan_lazy(index: ChainIndex, images_dir: Path) -> LazyPlan:
+def plan_lazy(index: ChainIndex, images_dir: Path, remote: Path | None = None) -> LazyPlan:
     """Mark in the page maps what may be lazy, and plan it; may be repeated.
 
     The directory is added to the index if it is not yet. Its small images (`mm-*`) must be there.
@@ -32,23 +36,45 @@ def plan_lazy(index: ChainIndex, images_dir: Path) -> LazyPlan:
     restore without that option reads all as before: marks change no place of a page. A page that
     CRIU dumped as not lazy (a thread's stack pointer is in it) stays so.
 
+    Args:
+        index: of the chain.
+        images_dir: the last of it.
+        remote: where the pages come that the dump left with the process, in the order of
+            `postcopy.pages.RemotePages`; which of them are there stands beside it. None: there
+            must be none.
+
     Raises:
         DestinationError: an image is missing or malformed, or a page is in no file of the chain:
-            it would become zero in silence. Page maps of some processes may be marked then.
+            it would become zero in silence; or one that was left with the process may not be
+            lazy. Page maps of some processes may be marked then.
     """
     index.add(images_dir)
     plan = LazyPlan(index.files)
+    file = -1 if remote is None else len(plan.files)
+    far = _Far(file)
     for pid in processes(images_dir):
         path = pagemap_path(images_dir, pid)
         pagemap = read_pagemap(path)
         vmas = read_vmas(images_dir / f"mm-{pid}.img")
-        entries = list(_marked(pagemap.entries, vmas))
-        plan.tasks[pid] = _lazy_runs(pid, entries, index.runs(pid))
+        entries = list(_marked(pid, pagemap.entries, vmas))
+        plan.tasks[pid] = _lazy_runs(pid, entries, index.runs(pid), far)
         if entries != pagemap.entries:
             _keep(path)
             pagemap.entries = entries
             write_pagemap(path, pagemap)
+    if remote is not None and far.pages:
+        plan.files.append(str(remote))
+        plan.remote, plan.remote_file = str(remote.with_name(MAP)), file
+        plan.remote_pages = far.pages
     return plan
+
+
+@dataclass
+class _Far:
+    """How many pages that were left with their process came before, and the file for them."""
+
+    file: int
+    pages: int = 0
 
 
 def restore_full(images_dir: Path) -> None:
@@ -76,7 +102,7 @@ def _keep(path: Path) -> None:
         raise DestinationError(f"cannot keep {path}: {error.strerror}") from error
 
 
-def _marked(entries: list[Entry], vmas: list[Vma]) -> Iterator[Entry]:
+def _marked(pid: int, entries: list[Entry], vmas: list[Vma]) -> Iterator[Entry]:
     """The entries, split where areas begin and end, flagged lazy where they may be."""
     areas = [(vma.start, vma.end, vma.lazy) for vma in vmas]
     areas.append((1 << 64, 1 << 64, False))
@@ -93,14 +119,25 @@ def _marked(entries: list[Entry], vmas: list[Vma]) -> Iterator[Entry]:
             # Outside of all areas CRIU will refuse it, as it would have.
             end, lazy = (end, lazy) if start <= begin else (start, False)
             end = min(end, behind)
+            if not lazy and is_remote(flags):
+                raise DestinationError(
+                    f"process {pid}: the page at {begin:#x} was left with the process, and its "
+                    "area cannot be lazy"
+                )
             yield begin, (end - begin) // PAGE, eager | LAZY if lazy and may else eager
             begin = end
 
 
-def _lazy_runs(pid: int, entries: list[Entry], known: Runs) -> Runs:
+def _lazy_runs(pid: int, entries: list[Entry], known: Runs, far: _Far) -> Runs:
     runs, at = Runs(), 0
     for vaddr, pages, flags in entries:
         if not flags & LAZY:
+            continue
+        if is_remote(flags):
+            if far.file < 0:
+                raise DestinationError(f"process {pid}: no image has the page at {vaddr:#x}")
+            runs.add(vaddr, pages, far.file, far.pages * PAGE)
+            far.pages += pages
             continue
         found, at = runs.copy(known, vaddr, vaddr + pages * PAGE, at)
         if found != pages:

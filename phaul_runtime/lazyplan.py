@@ -144,10 +144,17 @@ class LazyPlan:
     Attributes:
         files: the pages files that the runs name, absolute paths.
         tasks: by pid, as CRIU's images name it: in the tree's own pid namespace.
+        remote: which pages of one of the files are there, as more come over the network: the
+            map of a `postcopy.store.PageStore`, absolute path; empty if all files are whole.
+        remote_file: index of that file, -1 if there is none.
+        remote_pages: how many there will be in it.
     """
 
     files: list[str] = field(default_factory=list)
     tasks: dict[int, Runs] = field(default_factory=dict)
+    remote: str = ""
+    remote_file: int = -1
+    remote_pages: int = 0
 
     @property
     def pages(self) -> int:
@@ -157,7 +164,13 @@ class LazyPlan:
     def save(self, path: Path) -> None:
         """Write it: a line of JSON with files and sizes, then the runs; complete or not at all."""
         tasks = {str(pid): runs.to_bytes() for pid, runs in self.tasks.items()}
-        head = {"files": self.files, "tasks": {pid: len(data) for pid, data in tasks.items()}}
+        head = {
+            "files": self.files,
+            "tasks": {pid: len(data) for pid, data in tasks.items()},
+            "remote": self.remote,
+            "remote_file": self.remote_file,
+            "remote_pages": self.remote_pages,
+        }
         new = path.with_name(f"{path.name}.new")
         new.write_bytes(json.dumps(head).encode() + b"\n" + b"".join(tasks.values()))
         new.replace(path)
@@ -176,6 +189,10 @@ class LazyPlan:
             for pid, size in head["tasks"].items():
                 tasks[int(pid)] = Runs.from_bytes(rest[:size])
                 rest = rest[size:]
-            return cls(list(head["files"]), tasks)
+            files = list(head["files"])
+            remote, number = str(head.get("remote", "")), int(head.get("remote_file", -1))
+            if number not in (range(len(files)) if remote else (-1,)):
+                raise ValueError(f"no file {number}")
+            return cls(files, tasks, remote, number, int(head.get("remote_pages", 0)))
         except (OSError, ValueError, KeyError) as error:
             raise DestinationError(f"cannot read the plan of lazy pages {path}: {error}") from error

@@ -107,6 +107,11 @@ class Pagemap:
     wide: bool = False
 
 
+def is_remote(flags: int) -> bool:
+    """Whether pages were not dumped at all: those of a dump with `lazy_pages` that may be lazy."""
+    return not flags & (PRESENT | IN_PARENT)
+
+
 class Vma(NamedTuple):
     """A memory area: `flags` are those of mmap(2), `status` has CRIU's own (image.h)."""
 
@@ -169,8 +174,10 @@ def read_pagemap(path: Path) -> Pagemap:
                 pages = entry.compat_nr_pages
             # Before there were flags: init_compat_pagemap_entry in criu/pagemap.c.
             flags = entry.flags | IN_PARENT if entry.in_parent else entry.flags or PRESENT
-            here = flags & PRESENT != 0
-            if vaddr < behind or vaddr % PAGE or not pages or here == bool(flags & IN_PARENT):
+            where = flags & (PRESENT | IN_PARENT)
+            # Here, in the parent, or, of a lazy dump, left with the process; never two of them.
+            bad = where == PRESENT | IN_PARENT or (not where and not flags & LAZY)
+            if vaddr < behind or vaddr % PAGE or not pages or bad:
                 raise DestinationError(
                     f"{path} is malformed: {pages} pages at {vaddr:#x}, flags {flags}"
                 )

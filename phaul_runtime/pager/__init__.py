@@ -15,8 +15,15 @@ error. Here two processes hold what the pages hang on, and either goes on withou
     source   the plan's files, mapped
     space    which pages of a process are missing yet
     uffd     the kernel's userfaultfd
+    remote   pages that are not on this host yet, and faults that wait for them
 """
+
+import struct
 
 LAZY_SOCKET = "lazy-pages.socket"
 CONTROL_SOCKET = "pager.socket"
 RESULT_FILE = "pager.json"
+WANTS_SOCKET = "wants.socket"
+ARRIVED_SOCKET = "arrived.socket"
+WANTED = struct.Struct("=QQ")
+"""In a datagram to `WANTS_SOCKET`, as often as there are wants: first page, pages."""

@@ -33,6 +33,7 @@ _SIZE = 64
 _BODY = 16
 _HEAD = struct.Struct("=IIQ")
 _RANGE = struct.Struct("=QQ")
+_SINCE = struct.Struct("=32xQ")
 _BODY_SIZE = _SIZE - _BODY
 _FRONT = _MOST_PATH = mmap.PAGESIZE
 
@@ -70,6 +71,12 @@ class Record(NamedTuple):
         """Start and end, of FILLED."""
         start, end = _RANGE.unpack_from(self.body)
         return start, end
+
+    @property
+    def since(self) -> int:
+        """Since when the one whose fault an EVENT tells has waited, monotonic ns; 0: not known."""
+        (since,) = _SINCE.unpack_from(self.body)
+        return int(since)
 
 
 class Board:
@@ -143,8 +150,14 @@ class Journal:
             _HEAD.pack_into(self._view, base, kind, task, 0)
             self._mark = (kind, task)
 
-    def keep(self) -> None:
-        """Count the record; `message` is the next one's."""
+    def keep(self, since: int = 0) -> None:
+        """Count the record; `message` is the next one's.
+
+        Args:
+            since: of a fault that is put off: `Record.since`.
+        """
+        if since:
+            struct.pack_into("=Q", self._view, self._base + _BODY + MESSAGE_SIZE, since)
         self._at += 1
         self._count[0] = self._at
         self._mark = (-1, -1)

@@ -28,6 +28,10 @@ back with what it held.
 Before CRIU has finished only faults are served: the restorer may touch lazy memory, but until a
 task has registered its areas, a page of them cannot be told from one that is gone. Afterwards the
 rest is filled in pieces of `CHUNK`: a fault waits for one piece at most. A fault brings `WINDOW`.
+
+A page that comes over the network (`remote`) is filled once it is here, and so is who waits for it.
+Nothing of that is known to one of the two alone: what is here stands in the map, who waits in the
+journal, and the socket on which more is announced is in the table.
 """
 
 from __future__ import annotations
@@ -45,9 +49,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phaul_runtime.errors import PhaulError
-from phaul_runtime.pager import LAZY_SOCKET, RESULT_FILE, criusock, twin, uffd
+from phaul_runtime.pager import ARRIVED_SOCKET, LAZY_SOCKET, RESULT_FILE, criusock, twin, uffd
 from phaul_runtime.pager.control import Control
 from phaul_runtime.pager.journal import Board, Journal, Kind
+from phaul_runtime.pager.remote import ASK_MS, Remote, Sweep, Waiting, found_missing
 from phaul_runtime.pager.source import Source
 from phaul_runtime.pager.space import Space
 from phaul_runtime.pager.uffd import PAGE
@@ -60,6 +65,8 @@ _TICK_MS = 1000
 _BACK_OFF_MS = 1
 _TROUBLE_MS = 100
 _RETRY_S = 1.0
+# Who waits for the network is asked now and then whether it still lives.
+_ALIVE_S = 1.0
 # A twin that has read the plan itself is made when the freeze is over.
 _RENEW_S = 1.0
 
@@ -103,6 +110,9 @@ class Pager:
         self._tasks: list[Task] = []
         self._pid = 0
         self._deferred: list[tuple[int, int, int]] = []
+        self._waiting = Waiting()
+        self._sweep = Sweep()
+        self._ask_alive_at = 0.0
         self._connection = -1
         # From the start: a restore may be begun before the plan is here, it is heard only then.
         self._listener = criusock.listen(LAZY_SOCKET)
@@ -152,8 +162,9 @@ class Pager:
         self._self_fd = os.pidfd_open(os.getpid())
         self._board[WORKER] = os.getpid()
         if inherited:
-            self._adopt({*known, self._self_fd, self._listener})
+            self._adopt({*known, self._self_fd, self._listener, self._waiting.fd})
         self.watch(self._control.listener, self._control.accept)
+        self.watch(self._waiting.fd, self._waiting.heard)
         if self._connection >= 0:
             self.watch(self._connection, self._hear)
         elif self._board[STAGE] == LISTENING:
@@ -183,12 +194,13 @@ class Pager:
 
     def _replay(self) -> None:
         """Do in memory what the dead one did since this one was born."""
+        now = time.monotonic_ns()
         for record in self._journal:
             kind, index, body = record
             if kind == Kind.EVENT:
                 if body[0] == uffd.EVENT_PAGEFAULT:
                     address = uffd.ADDRESS.unpack_from(body)[0] & -PAGE
-                    self._deferred.append((index, address, time.monotonic_ns()))
+                    self._deferred.append((index, address, record.since or now))
                 else:
                     self._apply(index, body)
             elif kind == Kind.FILLED:
@@ -200,7 +212,25 @@ class Pager:
             elif kind == Kind.HANDED:
                 self._handed(criusock.handed(body))
             elif kind == Kind.RESET:
-                self._tasks, self._pid = [], 0
+                self._forget()
+        # Who does not wait for the network was answered by the dead one, or would have been now.
+        old = self._deferred + self._waiting.ended(self._tasks, self._remote)
+        self._deferred = [
+            (index, address, since if self._lacks(index, address) else now)
+            for index, address, since in old
+        ]
+
+    def _forget(self) -> None:
+        self._tasks, self._pid, self._deferred = [], 0, []
+        self._waiting.clear()
+        self._sweep = Sweep()
+
+    @property
+    def _remote(self) -> Remote | None:
+        return None if self._source is None else self._source.remote
+
+    def _lacks(self, index: int, address: int) -> bool:
+        return found_missing(self._remote, self._tasks[index].space, address) is not None
 
     def _adopt(self, known: set[int]) -> None:
         """Sort out the descriptors: what the dead one opened for itself is closed."""
@@ -291,7 +321,7 @@ class Pager:
         if not board[CLEAN]:
             if board[STAGE] == DONE:
                 self._control.leave_result(RESULT_FILE)
-            for name in (LAZY_SOCKET, self._control.name):
+            for name in (LAZY_SOCKET, ARRIVED_SOCKET, self._control.name):
                 with contextlib.suppress(OSError):
                     os.unlink(name)  # noqa: PTH108 - relative to the current directory
             self._control.tell_waiting()
@@ -327,6 +357,8 @@ class Pager:
             self.renew()
         looked = time.monotonic_ns()
         timeout = self._back_off_ms if running or self._deferred else _TICK_MS
+        if self._waiting:
+            timeout = 0 if self._waiting.due else min(timeout, ASK_MS)
         ready = self._poll.poll(timeout)
         if timeout:
             # It slept until now: what it finds has only just come.
@@ -338,6 +370,7 @@ class Pager:
                 handler(fd)
         if self._deferred:
             self._again()
+        self._look_at_remote()
         self._looked_ns = looked
         if running:
             self._fill()
@@ -366,12 +399,9 @@ class Pager:
             if message[0] == uffd.EVENT_PAGEFAULT:
                 address = uffd.ADDRESS.unpack_from(message)[0] & -PAGE
                 self._board[FAULTS] += 1
-                if self._answer(index, task, address):
-                    self._answered(self._looked_ns)
-                else:
+                if not self._fault(index, task, address, self._looked_ns):
                     # Something else is to be read first, which must not go over it.
-                    self._deferred.append((index, address, self._looked_ns))
-                    journal.keep()
+                    journal.keep(self._looked_ns)
             else:
                 body = bytes(message)
                 journal.keep()
@@ -382,6 +412,7 @@ class Pager:
     def _apply(self, index: int, body: bytes) -> int:
         """What a process did to its memory; the index of a forked child's task, or -1."""
         event, space = body[0], self._tasks[index].space
+        self._waiting.due = True
         if event == uffd.EVENT_FORK:
             (fd,) = uffd.FORK.unpack_from(body)
             self._tasks.append(Task(fd, space.copy()))
@@ -395,15 +426,31 @@ class Pager:
     def _again(self) -> None:
         deferred, self._deferred = self._deferred, []
         for index, address, since in deferred:
-            task = self._tasks[index]
-            if task.fd < 0:
-                continue
-            if self._answer(index, task, address):
-                self._answered(since)
-            else:
-                self._deferred.append((index, address, since))
+            if self._tasks[index].fd >= 0:
+                self._fault(index, self._tasks[index], address, since)
         if self._deferred:
             self._back_off_ms = max(self._back_off_ms, _BACK_OFF_MS)
+
+    def _look_at_remote(self) -> None:
+        """Answer those that do not wait for the network any more, ask for the others' pages."""
+        waiting = self._waiting
+        if waiting.due:
+            self._sweep.wake()
+            for index, address, since in waiting.ended(self._tasks, self._remote):
+                if self._tasks[index].fd >= 0:
+                    self._fault(index, self._tasks[index], address, since)
+        if waiting:
+            waiting.ask(self._tasks, self._remote)
+
+    def _fault(self, index: int, task: Task, address: int, since: int) -> bool:
+        """Answer a page fault or put it off; False if it is put off and was not before."""
+        if self._lacks(index, address):
+            return not self._waiting.add(index, address, since)
+        if self._answer(index, task, address):
+            self._answered(since)
+            return True
+        self._deferred.append((index, address, since))
+        return False
 
     def _answered(self, since: int) -> None:
         """Keep the longest that a fault can have waited: since before it was looked for."""
@@ -421,6 +468,9 @@ class Pager:
             if size > PAGE:
                 most = WINDOW if self._board[STAGE] == RUNNING else PAGE
                 size = min(size, most)
+            if self._remote is not None and self._remote.holds(found[1]):
+                # At least its own page is here (`_fault`).
+                size = self._remote.here(found[1], size)
             done, code = uffd.copy(fd, address, found[1], size)
             if code == errno.ENOENT and size > PAGE:
                 # The run goes on in another area, or where none is any more.
@@ -447,24 +497,41 @@ class Pager:
         task.space.drop(start, start + size)
         self._journal.filled(index, start, start + size)
         self._board[FILLED] += copied // PAGE
+        self._waiting.due = True
 
     def _fill(self) -> None:
-        """One piece of what is missing."""
-        tasks = self._tasks
-        for index in range(len(tasks)):
-            task = tasks[index]
-            if task.fd < 0:
-                continue
-            if not task.space:
-                # Nothing is missing: no page that it faults on from now on needs us.
-                self._end(index, task)
-                continue
-            self._fill_task(index, task)
-            return
+        """One piece of what is missing and here."""
+        now = time.monotonic()
+        if not self._sweep.rest(now):
+            found = self._sweep.next(self._tasks, self._remote, now)
+            if found is not None:
+                index, start, end, source = found
+                if start < end:
+                    self._fill_task(index, start, min(CHUNK, end - start), source)
+                else:
+                    # Nothing is missing: no page that it faults on from now on needs us.
+                    self._end(index, self._tasks[index])
+                return
+        rest = self._sweep.rest(now)
+        if rest:
+            self._ask_alive(now)
+            if not self._deferred:
+                self._back_off_ms = math.ceil(rest * 1000)
 
-    def _fill_task(self, index: int, task: Task) -> None:
-        start, end, source = task.space.last()
-        size = min(CHUNK, end - start)
+    def _ask_alive(self, now: float) -> None:
+        """Notice by a copy of nothing that a process has ended that only waits for the network."""
+        if self._remote is None or now < self._ask_alive_at:
+            return
+        self._ask_alive_at = now + _ALIVE_S
+        for index, task in enumerate(self._tasks):
+            if task.fd >= 0 and task.space:
+                address, _, _ = task.space.run(0)
+                _, code = uffd.copy(task.fd, address, self._remote.nowhere, PAGE)
+                if code == errno.ESRCH:
+                    self._end(index, task)
+
+    def _fill_task(self, index: int, start: int, size: int, source: int) -> None:
+        task = self._tasks[index]
         while True:
             done, code = uffd.copy(task.fd, start, source, size)
             if code != errno.ENOENT or done or size == PAGE:
@@ -546,8 +613,8 @@ class Pager:
     def _reset(self) -> None:
         """The attempt failed: nothing of it runs, and the next may come."""
         self._journal.note(Kind.RESET, 0)
-        tasks, self._tasks = self._tasks, []
-        self._pid, self._deferred = 0, []
+        tasks = self._tasks
+        self._forget()
         for task in tasks:
             if task.fd >= 0:
                 self.close(task.fd)
@@ -591,11 +658,13 @@ class Pager:
         state = "restoring" if stage == LISTENING and self._connection >= 0 else _NAMES[stage]
         tasks = [] if stage >= DONE else self._tasks
         missing = sum(task.space.missing for task in tasks) // PAGE
+        remote = self._remote if stage < DONE else None
         until = board[LAST_NS] or time.monotonic_ns()
         return {
             "state": state,
             "pages": board[TOTAL],
             "missing": missing,
+            "remote_missing": 0 if remote is None else remote.missing,
             "filled": board[FILLED],
             "tasks": sum(task.fd >= 0 for task in tasks),
             "faults": board[FAULTS],

@@ -1,4 +1,7 @@
-"""A plan's pages files, mapped: they may be removed while the pager works."""
+"""A plan's pages files, mapped: they may be removed while the pager works.
+
+One of them may still be written (`remote`): its pages count from when its map says so.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,12 @@ from pathlib import Path
 
 from phaul_runtime.errors import DestinationError
 from phaul_runtime.lazyplan import LazyPlan, Runs
+from phaul_runtime.pager.remote import Remote
 from phaul_runtime.pager.space import Space
 from phaul_runtime.pager.uffd import PAGE, libc
 
-_PROT_READ, _MAP_PRIVATE = 1, 2
+_PROT_NONE, _PROT_READ = 0, 1
+_MAP_SHARED, _MAP_PRIVATE, _MAP_ANONYMOUS = 1, 2, 0x20
 _FAILED = ctypes.c_void_p(-1).value
 
 # Not `mmap.mmap`: it keeps a descriptor and hides the address.
@@ -31,9 +36,14 @@ class Source:
         plan = LazyPlan.load(path)
         self._maps: list[tuple[int, int]] = []
         self._spaces: dict[int, Space] = {}
+        self.remote: Remote | None = None
+        """What of the file that is still written is here; None if there is none."""
         try:
-            for name in plan.files:
-                self._maps.append(_map(name))
+            self._files = len(plan.files)
+            for number, name in enumerate(plan.files):
+                self._maps.append(_map(name, written=number == plan.remote_file))
+            if plan.remote:
+                self.remote = self._know_remote(plan)
             for pid, runs in plan.tasks.items():
                 space = self._place(runs)
                 if space is None:
@@ -42,6 +52,19 @@ class Source:
         except BaseException:
             self.close()
             raise
+
+    def _know_remote(self, plan: LazyPlan) -> Remote:
+        base, size = self._maps[plan.remote_file]
+        flags, pages = _map(plan.remote, written=True)
+        # Behind the files of the plan, to be unmapped with them.
+        self._maps.append((flags, pages))
+        if pages != plan.remote_pages or size != pages * PAGE:
+            raise DestinationError(f"{plan.remote} is not the map of its file")
+        nowhere = _mmap(None, PAGE, _PROT_NONE, _MAP_PRIVATE | _MAP_ANONYMOUS, -1, 0)
+        if nowhere == _FAILED:
+            raise DestinationError("no memory for the map of what comes over the network")
+        self._maps.append((int(nowhere), PAGE))
+        return Remote(base, flags, pages, int(nowhere))
 
     def _place(self, runs: Runs) -> Space | None:
         """The runs with addresses of ours; None if they are not sorted or not in the files."""
@@ -53,7 +76,7 @@ class Source:
         ends = list(map(add, starts, sizes))
         if not starts:
             return Space()
-        if max(files) >= len(self._maps):
+        if max(files) >= self._files:
             return None
         limits = [self._maps[file][1] for file in files]
         if (
@@ -78,8 +101,8 @@ class Source:
                 _munmap(base, size)
 
 
-def _map(name: str) -> tuple[int, int]:
-    """Address and size of a file in memory.
+def _map(name: str, *, written: bool) -> tuple[int, int]:
+    """Address and size of a file in memory; of one that is still written, what it becomes.
 
     Raises:
         DestinationError: it cannot be mapped.
@@ -90,7 +113,8 @@ def _map(name: str) -> tuple[int, int]:
             size = os.fstat(fd).st_size
             if not size:
                 return 0, 0
-            base = _mmap(None, size, _PROT_READ, _MAP_PRIVATE, fd, 0)
+            kind = _MAP_SHARED if written else _MAP_PRIVATE
+            base = _mmap(None, size, _PROT_READ, kind, fd, 0)
             if base == _FAILED:
                 code = ctypes.get_errno()
                 raise OSError(code, os.strerror(code))

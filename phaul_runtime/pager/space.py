@@ -51,9 +51,9 @@ class Space:
             return None
         return self._ends[at], self._sources[at] + address - self._starts[at]
 
-    def last(self) -> tuple[int, int, int]:
-        """(start, end, source) of the last run."""
-        return self._starts[-1], self._ends[-1], self._sources[-1]
+    def run(self, at: int) -> tuple[int, int, int]:
+        """(start, end, source) of one run."""
+        return self._starts[at], self._ends[at], self._sources[at]
 
     def drop(self, start: int, end: int) -> None:
         """Nothing between is missing any more: it was filled, or the process gave it up."""

@@ -425,8 +425,8 @@ def test_malformed_images_are_refused(tmp_path: Path) -> None:
         b"\1" + good[1:],
         pagemap_image(1, [(3, 4, PRESENT), (6, 1, PRESENT)], wide=False),
         pagemap_image(1, [(3, 0, PRESENT)], wide=False),
-        # Not sent at all: images of a lazy dump.
-        pagemap_image(1, [(3, 1, LAZY)], wide=False),
+        # Neither here nor in the parent, nor left with the process by a lazy dump.
+        pagemap_image(1, [(3, 1, 8)], wide=False),
         pagemap_image(1, [(3, 1, IN_PARENT | PRESENT)], wide=False),
         image(0x56084025, numbers(f1=1), b"\xff\xff"),
     ]

@@ -12,6 +12,7 @@ from phaul_runtime import lazy
 from phaul_runtime.errors import DestinationError
 from phaul_runtime.lazy import AUTO_FROM, LazyRestore
 from phaul_runtime.lazyplan import PAGE, LazyPlan, Run, Runs
+from phaul_runtime.postcopy.pages import RemotePages
 
 MIB = 1 << 20
 
@@ -21,6 +22,7 @@ class Pager:
 
     state = "waiting"
     missing: Sequence[int] = ()
+    remote_missing = 0
     broken = ""
 
     def __init__(self) -> None:
@@ -48,6 +50,7 @@ class Pager:
             "pids": [0, 0],
             "pages": 9,
             "missing": missing,
+            "remote_missing": self.remote_missing,
             "faults": 1,
             "worst_fault_ms": 2.0,
             "ms": 3.0,
@@ -165,3 +168,80 @@ def test_a_pager_that_does_nothing_is_told(
     assert restore.plan(tmp_path / "3")
     with pytest.raises(DestinationError, match="8 pages are missing"):
         restore.watch(lambda now: None)
+
+
+# -- pages that are still at the source ----------------------------------------------------
+
+
+@pytest.fixture
+def far(planned: type[Pager], monkeypatch: pytest.MonkeyPatch) -> type[Pager]:
+    """Three pages, as little as that is, and they are not here."""
+
+    def plan(_index: object, _images_dir: Path, remote: Path) -> LazyPlan:
+        runs = Runs()
+        runs.append(Run(PAGE, 3, 0, 0))
+        return LazyPlan([str(remote)], {1: runs}, str(remote.with_name("remote.map")), 0, 3)
+
+    def of(_images_dir: Path) -> RemotePages:
+        return RemotePages([(1, PAGE, 3)])
+
+    monkeypatch.setattr(lazy, "plan_lazy", plan)
+    monkeypatch.setattr(RemotePages, "of", of)
+    return planned
+
+
+def test_little_memory_that_is_at_the_source_is_lazy_too(tmp_path: Path, far: type[Pager]) -> None:
+    restore = begun("auto", tmp_path)
+    for attempt in ("3", "4"):
+        (tmp_path / attempt).mkdir(exist_ok=True)
+        assert restore.plan(tmp_path / attempt)
+        assert restore.handed()
+        assert restore.place == tmp_path / "pager"
+        assert restore.store is not None
+        assert restore.store.missing() == [(0, 3)]
+        # Nothing of a failed attempt's is taken for the next one's.
+        restore.store.put(0, bytes(PAGE))
+
+
+@pytest.mark.parametrize("mode", ["auto", "full"])
+def test_what_is_at_the_source_is_never_restored_in_full(
+    tmp_path: Path, far: type[Pager], mode: str
+) -> None:
+    restore = begun(mode, tmp_path, "crun cannot")
+    why = "restore: full" if mode == "full" else "crun cannot"
+    with pytest.raises(DestinationError, match=f"pages are still at the source: {why}"):
+        restore.plan(tmp_path / "3")
+
+
+@pytest.mark.parametrize("broken", ["start", "plan"])
+def test_without_a_pager_what_is_at_the_source_fails(
+    tmp_path: Path, far: type[Pager], broken: str
+) -> None:
+    far.broken = broken
+    restore = begun("auto", tmp_path)
+    with pytest.raises(DestinationError, match=r"still at the source: .*(no python|both are dead)"):
+        _ = restore.plan(tmp_path / "3") and restore.handed()
+
+
+def test_a_plan_that_fails_is_no_full_restore(
+    tmp_path: Path, far: type[Pager], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plan(*_: Any) -> LazyPlan:
+        raise DestinationError("no image has the page")
+
+    monkeypatch.setattr(lazy, "plan_lazy", plan)
+    restore = begun("auto", tmp_path)
+    with pytest.raises(DestinationError, match="still at the source: no image"):
+        restore.plan(tmp_path / "3")
+
+
+def test_a_cable_may_be_cut_for_long(
+    tmp_path: Path, far: type[Pager], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lazy, "STALLED_S", -1.0)
+    far.missing = (3, 3, 3, 3, 3, 0)
+    far.remote_missing = 3
+    far.state = "filling"
+    restore = begun("auto", tmp_path)
+    assert restore.plan(tmp_path / "3")
+    restore.watch(lambda now: None)
