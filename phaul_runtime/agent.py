@@ -35,9 +35,18 @@ from phaul_runtime.lifecycle import Hooks, Move
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.rpc import phaul_pb2_grpc
 from phaul_runtime.settle import Settler
-from phaul_runtime.states import Role, Verdict
+from phaul_runtime.states import Role, Settled, State, Verdict
 from phaul_runtime.transport.image_proxy import restored
-from phaul_runtime.wire import CONTROL, ID_BYTES, MAX_MESSAGE, MEMORY, VERSION_KEY, ZSTD, to_wire
+from phaul_runtime.wire import (
+    CONTROL,
+    ID_BYTES,
+    MAX_MESSAGE,
+    MEMORY,
+    PAGES,
+    VERSION_KEY,
+    ZSTD,
+    to_wire,
+)
 
 log = logging.getLogger(__name__)
 
@@ -169,9 +178,16 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
         incoming.arrived(request.name)
         return pb.ArrivedReply(trees=_places(incoming))
 
-    @_answers(pb.Done)
-    def StartIter(self, request: pb.MigrationRef, _context: object) -> None:  # noqa: D102, N802
-        self.find(request.id).start_iter()
+    @_answers(pb.StartIterReply)
+    def StartIter(self, request: pb.StartIterRequest, _context: object) -> pb.StartIterReply:  # noqa: D102, N802
+        migration = self.find(request.id)
+        if not request.local:
+            migration.start_iter()
+            return pb.StartIterReply()
+        maps = migration.start_local()
+        return pb.StartIterReply(
+            parent=[pb.ImagePart(name=name, data=data) for name, data in maps.items()]
+        )
 
     @_answers(pb.Done)
     def StopIter(self, request: pb.MigrationRef, _context: object) -> None:  # noqa: D102, N802
@@ -216,10 +232,16 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
     @_answers(pb.LookReply)
     def Look(self, request: pb.LookRequest, _context: object) -> pb.LookReply:  # noqa: D102, N802
         reply = pb.LookReply()
+        mine = self._running(request.id)
         for role, end in ((Role.SOURCE, reply.source), (Role.DESTINATION, reply.destination)):
+            if mine is not None and role is Role.DESTINATION:
+                end.CopyFrom(pb.End(state=mine.state.value))
+                continue
             standing = self._settler.look(request.id, role, wait_s=request.wait_s)
             if standing is not None:
-                end.CopyFrom(pb.End(state=standing.state.value, alive=standing.alive))
+                end.CopyFrom(
+                    pb.End(state=standing.state.value, alive=standing.alive, held=standing.held)
+                )
         return reply
 
     @_answers(pb.SettleReply)
@@ -228,8 +250,31 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
             role, verdict = Role(request.role), Verdict(request.verdict)
         except ValueError as error:
             raise DestinationError(f"malformed request: {error}") from error
-        settled = self._settler.settle(request.id, role, verdict)
-        return pb.SettleReply(pid=settled.pid, warnings=settled.warnings)
+        mine = self._running(request.id)
+        if mine is not None and (role, verdict) == (Role.DESTINATION, Verdict.RUN):
+            mine.seen = time.monotonic()
+            settled = Settled(mine.commit().pid, missing=mine.missing)
+        else:
+            settled = self._settler.settle(request.id, role, verdict, self._take_up)
+        return pb.SettleReply(
+            pid=settled.pid,
+            warnings=settled.warnings,
+            post_copy=settled.missing is not None,
+            missing=settled.missing or 0,
+        )
+
+    def _running(self, migration_id: str) -> Incoming | None:
+        """A copy of this agent's own that misses pages: its client has come back."""
+        with self._lock:
+            found = self._migrations.get(migration_id)
+        if found is None or found.given_up or found.state is not State.POST_COPY:
+            return None
+        return found
+
+    def _take_up(self, incoming: Incoming) -> None:
+        """A copy that runs and misses pages: its source is about to bring them."""
+        with self._lock:
+            self._migrations[incoming.id] = incoming
 
 
 def _places(incoming: Incoming) -> list[pb.TreePlace]:
@@ -333,7 +378,7 @@ class Agent:
             threading.Thread(target=self.take_stream, args=(channel,), daemon=True).start()
 
     def take_stream(self, channel: socket.socket) -> None:
-        """Hand a connection to the migration that it names: for memory, or for a tree.
+        """Hand a connection to the migration that it names: for memory, a tree, or late pages.
 
         Returns once it is handed over, or has ended; never raises.
         """
@@ -357,7 +402,9 @@ class Agent:
                     migration.refuse_memory(error)
                     raise
             tree = " ".join(words)
-            if tree:
+            if tree == PAGES:
+                migration.serve_pages(channel)
+            elif tree:
                 migration.serve_tree(tree, channel)
             else:
                 migration.connect_memory(channel)

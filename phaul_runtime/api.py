@@ -8,6 +8,7 @@ drive them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -94,6 +95,14 @@ class PhaulRemote(ABC):
 
         Raises if it did not: then the iteration's images are worthless, and so is the chain.
         """
+
+    def start_local(self) -> Mapping[str, bytes]:
+        """For a post-copy move: a directory for a final dump that no page server takes.
+
+        Returns:
+            the page maps of the iteration before it, by file name; none if there was none.
+        """
+        raise UsageError("this remote has no post-copy", hint="mode: pre-copy")
 
     def failure(self) -> PhaulError | None:
         """Why the server's chain is worthless, if it is and that can be told; asked when a request

@@ -19,13 +19,14 @@ from phaul_runtime.events import (
     Warned,
     nobody,
 )
-from phaul_runtime.images import ImageDirs
+from phaul_runtime.images import ImageDirs, keep_page_maps
 from phaul_runtime.policy import BudgetPolicy, Decision, Policy, Round, decide_braking
 from phaul_runtime.report import Iteration, MigrationReport
 from phaul_runtime.stats import read_dump_stats
 from phaul_runtime.throttle import Throttle
 
 LOG_FILE = "pre-dump.log"
+PRE_COPY, POST_COPY, HYBRID = MODES = ("pre-copy", "post-copy", "hybrid")
 
 
 class PhaulClient:
@@ -39,6 +40,8 @@ class PhaulClient:
         if_not_converging: `proceed` or `abort`, when the policy ends without meeting its budget.
         throttle: slows the target before it comes to that; undone when `migrate` ends, however it
             does. Whoever drives the cut-over may lift it in the freeze.
+        mode: `pre-copy`; `post-copy`: no rounds; `hybrid`: rounds, and then, as with post-copy,
+            `local` leaves the contents of lazy pages at the source, for whoever serves them after.
         criu: a session factory; by default the `criu` on PATH.
         listener: told of everything that happens.
         cancellation: asked between steps; a request also cuts the memory channel, on which CRIU
@@ -55,6 +58,7 @@ class PhaulClient:
         policy: Policy | None = None,
         if_not_converging: str = "proceed",
         throttle: Throttle | None = None,
+        mode: str = PRE_COPY,
         criu: Criu | None = None,
         listener: Listener = nobody,
         cancellation: Cancellation | None = None,
@@ -66,6 +70,7 @@ class PhaulClient:
         self.policy: Policy = policy or BudgetPolicy()
         self.if_not_converging = if_not_converging
         self.throttle = throttle
+        self.mode = mode
         self.criu = criu or Criu()
         self.listener = listener
         self.cancellation = cancellation or Cancellation()
@@ -100,7 +105,10 @@ class PhaulClient:
         self.cancellation.check()
         last = self._dirs.last
         with self._memory_cut_on_request():
-            self.remote.start_iter()
+            if self.mode == PRE_COPY:
+                self.remote.start_iter()
+            else:
+                keep_page_maps(last, self.remote.start_local())
             outcome = self._hand_over(None if last is None else str(last)) or Outcome()
         report = MigrationReport(
             result="moved",
@@ -147,6 +155,8 @@ class PhaulClient:
 
     def _iterate(self) -> tuple[list[Iteration], bool, str]:
         """Pre-dump until the policy has enough; returns rounds, convergence, and what was done."""
+        if self.mode == POST_COPY:
+            return [], True, "none: post-copy"
         if not self.criu.feature_check().mem_track:
             reason = "this kernel has no dirty tracking (CONFIG_MEM_SOFT_DIRTY)"
             self.listener(PreCopySkipped(reason))
@@ -193,7 +203,7 @@ class PhaulClient:
                 reason=decision.reason,
             )
         )
-        if decision.go_on or decision.converged:
+        if decision.go_on or decision.converged or self.mode != PRE_COPY:
             return
         if self.if_not_converging == "abort":
             raise NotConverging(

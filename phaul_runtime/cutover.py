@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,8 @@ from phaul_runtime.api import Outcome
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.errors import MigrationFailed, OutcomeUnknown, PhaulError
 from phaul_runtime.events import Committed, Frozen, Listener, Prepared, SourceDead, Warned
+from phaul_runtime.hold import FACT as HOLD
+from phaul_runtime.hold import Hold
 from phaul_runtime.journal import Journal
 from phaul_runtime.states import State
 
@@ -30,11 +32,12 @@ RECOVER = "phaul-runtime recover {} finishes it or undoes it"
 
 @dataclass(frozen=True)
 class Running:
-    """The destination's answer to commit."""
+    """The destination's answer to commit; `missing` pages are still at the source."""
 
     pid: int
     since_resume_ms: float
     resume_ms: float
+    missing: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,9 @@ class CutOver:
     """One cut-over, as seen from the source.
 
     `before_freeze` is called just before it, `in_freeze` in it, once the memory is dumped; neither
-    is repeated, and the latter must not raise. `when_frozen`, where there is any, is called once
+    is repeated, and the latter must not raise. `processes` makes it a post-copy move: it says the
+    pids of the frozen tree, which is held instead of killed, and `serve` begins to serve its pages,
+    before the destination restores. `when_frozen`, where there is any, is called once
     the target stands still, beside the dump if that is known by then, and before the last files
     are carried; if it raises, the source runs on.
     """
@@ -83,11 +88,14 @@ class CutOver:
     before_freeze: Callable[[], None] = lambda: None
     in_freeze: Callable[[], None] = lambda: None
     when_frozen: Callable[[], None] | None = None
+    processes: Callable[[], Sequence[int]] | None = None
+    serve: Callable[[Hold, Path], object] = lambda _hold, _images_dir: None
     freeze: dict[str, float] = field(default_factory=dict)
     bytes_sent: int = 0
     files_sent: int = 0
     full_because: str = ""
     downtime_ms: float | None = None
+    hold: Hold | None = None
     _frozen_at: float = 0.0
     _early: Future[tuple[int, int]] | None = None
 
@@ -95,6 +103,16 @@ class CutOver:
     def committing(self) -> bool:
         """The source's copy was given up: it lives only if CRIU did not hear of it."""
         return self.journal.state is State.COMMITTING
+
+    @property
+    def post_copy(self) -> bool:
+        """See `engine.Handover`."""
+        return self.processes is not None
+
+    @property
+    def held(self) -> bool:
+        """See `engine.Handover`."""
+        return self.hold is not None
 
     def frozen_for_ms(self) -> float:
         """How long nothing has run, if nothing does yet."""
@@ -154,6 +172,10 @@ class CutOver:
         self.in_freeze()
         self.files_sent, sent = self._sync_files(images_dir)
         synced = time.monotonic()
+        hold = None
+        if self.processes is not None:
+            hold = Hold.plan(f"{self.journal.id}-held", self.processes())
+            self.serve(hold, images_dir)
         held, images_bytes = self.destination.prepare(images_dir)
         self.bytes_sent += sent + images_bytes
         self.freeze["files_ms"] = (synced - dumped) * 1000
@@ -168,7 +190,13 @@ class CutOver:
         self.listener(Prepared(held.pid))
         # The last moment at which a request to cancel counts; after it the source will die.
         self.cancellation.seal()
-        self.journal.enter(State.COMMITTING)
+        if hold is None:
+            self.journal.enter(State.COMMITTING)
+            return held.pid
+        self.journal.enter(State.COMMITTING, **{HOLD: hold.facts(), "final_dir": str(images_dir)})
+        # Not before: should this process end, CRIU has to find nothing that keeps the tree.
+        hold.take()
+        self.hold = hold
         return held.pid
 
     def commit(self, source_is_dead: Callable[[], bool], frozen_at: float | None = None) -> Outcome:
@@ -179,6 +207,8 @@ class CutOver:
             # CRIU looks around for a moment before it freezes: that is no downtime.
             self.freeze["dump_ms"] -= (frozen_at - self._frozen_at) * 1000
             self._frozen_at = frozen_at
+        if self.processes is not None:
+            source_is_dead = self._is_held
         deadline = time.monotonic() + DEAD_WITHIN_S
         while not source_is_dead():
             if time.monotonic() > deadline:
@@ -190,12 +220,14 @@ class CutOver:
             time.sleep(_POLL_S)
         killed = time.monotonic()
         self.freeze["kill_ms"] = (killed - self._prepared_at) * 1000
-        self.listener(SourceDead())
+        if self.hold is None:
+            self.listener(SourceDead())
         try:
             running = self.destination.commit()
         except PhaulError as error:
             raise OutcomeUnknown(
-                f"the source's copy is dead and the destination did not confirm: {error.message}",
+                f"the source's copy is {'dead' if self.hold is None else 'frozen'} and the "
+                f"destination did not confirm: {error.message}",
                 host=error.host,
                 log=error.log,
                 hint=RECOVER.format(self.journal.id),
@@ -204,8 +236,9 @@ class CutOver:
         self.freeze["commit_ms"] = max(0.0, ran_at - killed) * 1000
         self.freeze["resume_ms"] = running.resume_ms
         self.downtime_ms = (ran_at - self._frozen_at) * 1000
+        then = State.DONE if self.hold is None else State.POST_COPY
         try:
-            self.journal.enter(State.DONE, pid=running.pid, downtime_ms=round(self.downtime_ms, 3))
+            self.journal.enter(then, pid=running.pid, downtime_ms=round(self.downtime_ms, 3))
         except MigrationFailed as error:
             # It runs, and its own journal says so: only this host's history suffers.
             self.listener(Warned(error.message))
@@ -216,5 +249,8 @@ class CutOver:
             freeze=self.freeze,
             extra_bytes=self.bytes_sent,
         )
+
+    def _is_held(self) -> bool:
+        return self.hold is not None and self.hold.frozen()
 
     _prepared_at: float = 0.0

@@ -73,6 +73,18 @@ class Handover(Protocol):
     def committing(self) -> bool:
         """`prepare` has returned: the source's copy lives only if CRIU did not hear of it."""
 
+    @property
+    def post_copy(self) -> bool:
+        """The final dump is to leave out the contents of lazy pages (CRIU's `lazy-pages`), without
+        a page server.
+        """
+
+    @property
+    def held(self) -> bool:
+        """Of a post-copy move: `prepare` has frozen the tree by a cgroup and killed CRIU. So the
+        dump fails, and `commit` is next all the same.
+        """
+
     def freezing(self, identity: Mapping[str, Any]) -> None:
         """The final dump begins; `identity` as of `SourceHalf`, now.
 
@@ -147,6 +159,13 @@ class SourceHalf(ABC):
         By the trees' names, relative to their paths.
         """
         return {}
+
+    no_post_copy = "its engine cannot leave pages at the source"
+    """Why not; empty for a half whose dump follows `Handover.post_copy`."""
+
+    def processes(self) -> Sequence[int]:
+        """In the freeze: the pids of all of the tree, on this host, its root first."""
+        raise Refused(self.no_post_copy)
 
     def throttle_cgroup(self) -> Path:
         """The directory of a cgroup v2 that holds the target last inspected and nothing else.

@@ -17,7 +17,7 @@
     │   ├── ChannelError            4  the control or the memory channel broke
     │   ├── DestinationError        4  the destination could not do its part
     │   └── NotConverging           4  the budget cannot be met and the policy says abort
-    ├── OutcomeUnknown              5  the source is dead, the destination did not confirm
+    ├── OutcomeUnknown              5  the source is dead or held, the rest not known
     └── Cancelled                   6  by the user, before the cut-over
 
 An error's message is one line (CRIU's lines follow it, indented); `hint` says what to do about it.
@@ -48,7 +48,7 @@ MEANINGS = {
     ExitCode.USAGE: "the command line or the configuration is wrong; nothing was done",
     ExitCode.REFUSED: "refused before anything was frozen, or there is no such thing",
     ExitCode.FAILED: "failed; the source's copy runs on",
-    ExitCode.UNKNOWN: "outcome unknown: the source's copy is dead, the destination did not "
+    ExitCode.UNKNOWN: "outcome unknown: the source's copy is dead or held, the destination did not "
     "confirm: `phaul-runtime recover`",
     ExitCode.CANCELLED: "cancelled before the cut-over; the source's copy runs on",
     ExitCode.PARTLY: "of a batch, not all moves succeeded",
@@ -165,7 +165,9 @@ class NotConverging(MigrationFailed):
 
 
 class OutcomeUnknown(PhaulError):
-    """The source's copy is dead and the destination did not confirm that its own runs."""
+    """The source's copy is dead, or held by a post-copy move, and the destination did not confirm
+    that its own runs, or does not take the pages that it misses.
+    """
 
     exit_code = ExitCode.UNKNOWN
 

@@ -17,7 +17,7 @@ from phaul_runtime.errors import PhaulError
 from phaul_runtime.rpc import phaul_pb2 as pb
 
 # The version of the control channel's protocol; client and agent must agree.
-PROTOCOL = 6
+PROTOCOL = 7
 CPUINFO = "cpuinfo.img"
 
 

@@ -11,10 +11,12 @@ import itertools
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from phaul_runtime import proc
-from phaul_runtime.errors import PhaulError
+from phaul_runtime.errors import MigrationFailed, PhaulError
+from phaul_runtime.pagemap import read_pagemap
 
 _OCTAL = re.compile(rb"\\([0-7]{3})")
 _UMOUNT_S = 30.0
@@ -81,6 +83,28 @@ def image_files(images_dir: Path) -> list[Path]:
         for path in images_dir.iterdir()
         if path.suffix in (".img", ".json") and path.is_file() and not path.is_symlink()
     )
+
+
+def keep_page_maps(images_dir: Path | None, page_maps: Mapping[str, bytes]) -> None:
+    """Make a pre-dump whose pages went to a page server the parent of a dump into files.
+
+    CRIU looks up in the parent's page maps what it leaves out of such a dump, and opens the pages
+    files, which it does not read (v4.1.1, criu/page-xfer.c: check_pagehole_in_parent).
+
+    Raises:
+        MigrationFailed: they cannot be written.
+    """
+    if images_dir is None:
+        return
+    try:
+        # The maps tell of all pages: nothing is looked up further back.
+        (images_dir / "parent").unlink(missing_ok=True)
+        for name, data in page_maps.items():
+            path = images_dir / Path(name).name
+            path.write_bytes(data)
+            (images_dir / f"pages-{read_pagemap(path).pages_id}.img").touch()
+    except OSError as error:
+        raise MigrationFailed(f"cannot write to {images_dir}: {error.strerror}") from error
 
 
 def directory_bytes(path: Path) -> int:

@@ -23,9 +23,14 @@ from phaul_runtime.engine import DestinationHalf, load_engine
 from phaul_runtime.errors import DestinationError, PhaulError
 from phaul_runtime.filecarry import FileStage
 from phaul_runtime.hangup import hang_up
-from phaul_runtime.images import forget_resumed, remove_tree, was_resumed
+from phaul_runtime.images import (
+    forget_resumed,
+    new_directory,
+    remove_tree,
+    was_resumed,
+)
 from phaul_runtime.journal import Journal, checked_id, lock_directory
-from phaul_runtime.lazy import Filled, LazyRestore
+from phaul_runtime.lazy import PLACE, Filled, LazyRestore
 from phaul_runtime.lifecycle import (
     COMMITTED,
     FROZEN,
@@ -36,6 +41,8 @@ from phaul_runtime.lifecycle import (
     Hooks,
     move_of,
 )
+from phaul_runtime.postcopy.late import LatePages
+from phaul_runtime.progress import forget_progress, write_progress
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.server import PhaulServer
 from phaul_runtime.states import Role, State
@@ -97,6 +104,7 @@ class Incoming:
         self._stage = FileStage(journal)
         self._trees = TreeServer(journal)
         self._giving_up = Cancellation()
+        self._late = LatePages()
         engine = load_engine(facts["engine"])
         options = engine.options_model.model_validate(facts["options"])
         self._engine: DestinationHalf = engine.destination(
@@ -134,7 +142,8 @@ class Incoming:
                 log_level=min(4, request.criu_log_level),
                 lost_s=request.lost_s,
                 hold_s=request.commit_s,
-                restore=request.restore or "auto",
+                restore="lazy" if request.post_copy else request.restore or "auto",
+                post_copy=request.post_copy,
                 page_server=_page_server(request.page_server),
             )
             incoming = cls(journal, criu, hooks)
@@ -179,7 +188,12 @@ class Incoming:
         """Take up what an earlier agent left; then `commit` or `abort` it."""
         incoming = cls(journal, criu, hooks)
         incoming._stage.recall()
-        incoming._engine.prepare(journal.facts["manifest"], journal.id)
+        if journal.facts.get("post_copy") and incoming._dir.exists():
+            # Nobody tidies up while its pages come.
+            incoming._dir_lock = lock_directory(incoming._dir)
+        if incoming.state is not State.POST_COPY:
+            # What runs there already is not to be prepared for.
+            incoming._engine.prepare(journal.facts["manifest"], journal.id)
         return incoming
 
     @property
@@ -227,28 +241,38 @@ class Incoming:
     def start_iter(self) -> None:
         """A directory and a page server for the next iteration."""
         with self._step:
-            self._expect(State.ITERATING)
-            arrived = self._memory_here.wait(MEMORY_WITHIN_S)
-            if self._memory_refused is not None:
-                raise self._memory_refused
-            if not arrived or self._memory is None:
-                raise DestinationError("the memory channel did not arrive")
-            if self._server is None:
-                config = PhaulConfig(0, self._memory.fileno(), str(self._dir))
-                self._server = PhaulServer(
-                    config,
-                    self._criu,
-                    log_level=self._log_level,
-                    page_server=self.journal.facts["page_server"],
-                    ahead=self._ahead,
-                )
-                self._ahead = None
-            self._server.start_iter()
+            self._open_server().start_iter()
+
+    def start_local(self) -> dict[str, bytes]:
+        """A directory for final images of a post-copy move; the page maps of the one before."""
+        with self._step:
+            found = self._open_server().start_local()
+            self._lazy.await_started()
+            return found
+
+    def _open_server(self) -> PhaulServer:
+        self._expect(State.ITERATING)
+        arrived = self._memory_here.wait(MEMORY_WITHIN_S)
+        if self._memory_refused is not None:
+            raise self._memory_refused
+        if not arrived or self._memory is None:
+            raise DestinationError("the memory channel did not arrive")
+        if self._server is None:
+            config = PhaulConfig(0, self._memory.fileno(), str(self._dir))
+            self._server = PhaulServer(
+                config,
+                self._criu,
+                log_level=self._log_level,
+                page_server=self.journal.facts["page_server"],
+                ahead=self._ahead,
+            )
+            self._ahead = None
+        return self._server
 
     def stop_iter(self) -> None:
         """The iteration's page server has ended well; a repetition changes nothing."""
         with self._step:
-            if self.state is State.DONE:
+            if self.state in (State.POST_COPY, State.DONE):
                 return
             self._expect(State.ITERATING)
             server = self._require_server()
@@ -376,12 +400,65 @@ class Incoming:
         A copy that is no longer held (its CRIU or its agent died) is rebuilt from the images.
         """
         with self._step:
-            if self.state is not State.DONE:
+            if self.state is State.POST_COPY:
+                self._take_up()
+            elif self.state is not State.DONE:
                 self._expect(State.PREPARED, State.COMMITTING)
                 self._run()
                 self._settle_soon()
             since = (time.monotonic() - self._resumed_at) * 1000 if self._resumed_at else 0.0
-            return pb.CommitReply(pid=self._pid, since_resume_ms=since, resume_ms=self._resume_ms)
+            return pb.CommitReply(
+                pid=self._pid,
+                since_resume_ms=since,
+                resume_ms=self._resume_ms,
+                missing=self.missing or 0,
+            )
+
+    @property
+    def missing(self) -> int | None:
+        """Pages that are still at the source; None in a move that leaves none there."""
+        if not self.journal.facts.get("post_copy"):
+            return None
+        store = self._lazy.store
+        return store.missing_pages if store else 0
+
+    def _take_up(self) -> None:
+        """Attend to a copy that runs and misses pages, if that is not done already."""
+        if self._settler is not None:
+            return
+        try:
+            self._resume_pager()
+        except DestinationError:
+            if Path(f"/proc/{self._pid}").exists():
+                raise
+            # Its pager is gone because it is: nothing misses anything.
+            self.journal.enter(State.DONE)
+        self._settle_soon()
+
+    @property
+    def still_misses(self) -> bool:
+        """Of a copy that runs: whether its pager waits for pages from elsewhere."""
+        return self.state is State.POST_COPY and not self._lazy.filled().over
+
+    def _pager_at(self, place: str) -> LazyRestore:
+        return LazyRestore("lazy", self._dir, f"{self.id}-pager", place=place)
+
+    def _resume_pager(self) -> None:
+        """Take up the pager of the copy that runs."""
+        self._lazy = self._pager_at(str(self.journal.facts.get("pager", PLACE)))
+        self._lazy.resume()
+
+    def serve_pages(self, channel: socket.socket) -> None:
+        """Take the pages of a copy that runs from a connection to its source, until it ends."""
+        logs.enter(self.id)
+        # Without `_step`: the restore that holds it may need the first pages.
+        if not self._late.serve(channel, lambda: (self._lazy.store, self._lazy.place)):
+            return
+        with self._step:
+            if self.state is State.POST_COPY and not self.given_up:
+                # From now on it is a lazy restore as any other: nothing depends on the source.
+                self.journal.enter(State.DONE)
+                forget_progress(self.journal.path.parents[1], self.id, Role.DESTINATION)
 
     _resumed_at = 0.0
     _resume_ms = 0.0
@@ -392,7 +469,9 @@ class Incoming:
             # Told to run before, by whom did not live to say what came of it.
             self._engine.wait_let_go()
             if was_resumed(images_dir):
-                self.journal.enter(State.DONE)
+                if self.journal.facts.get("post_copy"):
+                    self._resume_pager()
+                self._enter_running()
                 return
         if self.state is State.PREPARED:
             self.journal.enter(State.COMMITTING)
@@ -412,10 +491,30 @@ class Incoming:
         if not self._resumed_at:
             self._engine.discard()
             self._lazy.stop("the copy was rebuilt after the loss of the first")
-            self._restore(images_dir)
+            self._restore(images_dir, lazy=self._plan_anew(images_dir))
             self._held = False
             self._resumed_at = self._engine.resume()
-        self.journal.enter(State.DONE, pid=self._pid)
+        self._enter_running(pid=self._pid)
+
+    def _plan_anew(self, images_dir: Path) -> bool:
+        """A second restore is in full, where all pages are here."""
+        if not self.journal.facts.get("post_copy"):
+            return False
+        # What came so far came for the pager of the first attempt.
+        self._late.stop()
+        # Of that one it is not known when it ends.
+        place = new_directory(self._dir, PLACE)
+        self.journal.note(pager=place.name)
+        self._lazy = self._pager_at(place.name)
+        self._lazy.follow(images_dir)
+        self._lazy.begin()
+        return self._lazy.plan(images_dir)
+
+    def _enter_running(self, **facts: Any) -> None:
+        """The copy runs; in a post-copy move it may miss pages that are not here yet."""
+        store = self._lazy.store
+        over = store is None or store.complete
+        self.journal.enter(State.DONE if over else State.POST_COPY, **facts)
 
     def _settle_soon(self) -> None:
         self._settler = threading.Thread(target=self._settle, name="settle", daemon=True)
@@ -446,16 +545,36 @@ class Incoming:
         if not self._lazy.why_not:
             self._watch_pager()
         with self._step:
+            if self.given_up:
+                return
+            if self.state is State.POST_COPY:
+                if isinstance(self._filled, PhaulError):
+                    # Its pager is lost, or was told to stop: a recovery finds out.
+                    self._let_go()
+                    return
+                self.journal.enter(State.DONE)
+                forget_progress(self.journal.path.parents[1], self.id, Role.DESTINATION)
             self._close(keep_images=False)
 
     def _watch_pager(self) -> None:
         def tell(now: Filled) -> None:
             self._filled = now
+            if self.state is State.POST_COPY:
+                write_progress(
+                    self.journal.path.parents[1],
+                    self.id,
+                    Role.DESTINATION,
+                    pages=now.pages,
+                    missing=now.missing,
+                )
+            if self.given_up:
+                raise DestinationError("left to its pager")
 
         try:
             self._lazy.watch(tell)
         except PhaulError as error:
-            log.error("%s", error)
+            if not self.given_up:
+                log.error("%s", error)
             self._filled = error
 
     @property
@@ -486,11 +605,16 @@ class Incoming:
         if self._memory is not None:
             # Ends a page server that waits for memory, and so whoever waits for it.
             hang_up(self._memory)
+        self._late.stop()
         self._trees.stop()
         # Not before a step that takes its time has ended can anything be discarded.
         self._giving_up.request()
         with self._step:
             if self.over:
+                return
+            if self.state is State.POST_COPY:
+                # It runs, and its pager outlives this agent: nothing of it may go.
+                self._let_go()
                 return
             keep = self.state is State.COMMITTING or (client_lost and self.state is State.PREPARED)
             if not keep and self.state is not State.ABORTING:
@@ -527,7 +651,14 @@ class Incoming:
         with contextlib.suppress(PhaulError):
             self.journal.enter(state)
 
+    def _let_go(self) -> None:
+        """Another agent may take it up."""
+        self._close(keep_images=True)
+
     def _close(self, *, keep_images: bool) -> None:
+        self._late.close()
+        if self._lazy.store is not None:
+            self._lazy.store.close()
         if self._server is not None:
             self._server.abort()
         if self._ahead is not None:

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 MODES = ("auto", "lazy", "full")
 # Below that, starting CRIU outweighs reading the pages.
 AUTO_FROM = 16 << 20
-_PLACE = "pager"
+PLACE = "pager"
 _PLAN = "plan"
 _START_S = 60.0
 _ANSWER_S = 10.0
@@ -67,14 +67,20 @@ class LazyRestore:
         directory: the migration's, which has the image directories.
         name: of the pager's cgroup: it outlives the agent's.
         cannot: asked, beside the first iterations, why engine or host cannot; empty if they can.
+        place: the pager's directory in the migration's: one pager, one place.
     """
 
     def __init__(
-        self, mode: str, directory: Path, name: str, cannot: Callable[[], str] = str
+        self,
+        mode: str,
+        directory: Path,
+        name: str,
+        cannot: Callable[[], str] = str,
+        place: str = PLACE,
     ) -> None:
         self._mode = mode
         self._cannot = cannot
-        self._place = directory / _PLACE
+        self._place = directory / place
         self._name = name
         self._why_not = "restore: full" if mode == "full" else ""
         self._index = ChainIndex()
@@ -123,6 +129,11 @@ class LazyRestore:
         except (OSError, PhaulError) as error:
             self._why_not = f"the pager does not start: {error}"
 
+    def await_started(self) -> None:
+        """Before a freeze that no rounds precede: the pager takes longer to start than it."""
+        if self._starting is not None:
+            self._starting.join(_START_S)
+
     def add(self, images_dir: Path) -> None:
         """An iteration is whole: know its pages before the freeze.
 
@@ -145,8 +156,7 @@ class LazyRestore:
         Raises:
             DestinationError: `restore: lazy`, or pages are still at the source, and it cannot be.
         """
-        if self._starting is not None:
-            self._starting.join(_START_S)
+        self.await_started()
         try:
             if not self._why_not:
                 self._make_plan(images_dir)
@@ -183,6 +193,7 @@ class LazyRestore:
         if self._pager is None:
             raise DestinationError("there is no pager")
         # CRIU looks for it in its work directory.
+        (images_dir / LAZY_SOCKET).unlink(missing_ok=True)
         (images_dir / LAZY_SOCKET).symlink_to(self._place / LAZY_SOCKET)
         # Beside the restore: the pager makes a twin that knows the plan, which takes its time.
         self._handing = threading.Thread(
@@ -217,6 +228,14 @@ class LazyRestore:
     def _refusal(self, why: object) -> str:
         must = "" if self._mode == "lazy" else ", and pages are still at the source"
         return f"no lazy restore{must}: {why}"
+
+    def follow(self, images_dir: Path) -> None:
+        """Know a whole chain, for whoever did not see it grow; `begin` and `plan` follow.
+
+        Raises:
+            DestinationError: an image is missing or malformed.
+        """
+        self._index = ChainIndex.follow(images_dir)
 
     def resume(self) -> None:
         """Take up the pager and the store of an agent that died while the copy was filled.
@@ -265,6 +284,7 @@ class LazyRestore:
             if now.over:
                 break
             if now.missing != missing or now.remote_missing:
+                # How long pages are in coming from elsewhere, nobody can say.
                 missing, since = now.missing, time.monotonic()
             elif time.monotonic() - since > STALLED_S:
                 raise DestinationError(f"{missing} pages are missing, and the pager does nothing")

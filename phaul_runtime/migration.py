@@ -24,7 +24,7 @@ from phaul_runtime.checks import (
     judge,
     refuse,
 )
-from phaul_runtime.client import PhaulClient
+from phaul_runtime.client import POST_COPY, PRE_COPY, PhaulClient
 from phaul_runtime.criu import Criu
 from phaul_runtime.cutover import RECOVER, CutOver
 from phaul_runtime.engine import (
@@ -53,16 +53,20 @@ from phaul_runtime.events import (
     Progress,
     Recovering,
     RolledBack,
+    Served,
     Staging,
     Warned,
     nobody,
 )
 from phaul_runtime.filling import await_filled
+from phaul_runtime.hold import FACT as HOLD
+from phaul_runtime.hold import Hold, check_hold
 from phaul_runtime.hostfacts import gather_facts
 from phaul_runtime.journal import Journal, forget_old
 from phaul_runtime.keptlogs import keep_logs
 from phaul_runtime.lifecycle import COMMITTED, ON_ROLLBACK, PRE_FREEZE, Move, move_of
 from phaul_runtime.policy import AncestorPolicy, BudgetPolicy, Policy
+from phaul_runtime.postcopy.transfer import Transfer
 from phaul_runtime.recovery import Recovery
 from phaul_runtime.remote import RemoteAgent
 from phaul_runtime.report import Iteration, MigrationReport, result_of
@@ -172,7 +176,7 @@ class Migration:
             findings = self._source_hooks.asked(self._about(), HERE) if engine else []
             findings += self._host_findings(session)
             if engine is not None:
-                source = self._source_half(engine)
+                source = self._source = self._source_half(engine)
                 findings += self._target_findings(session, source.inspect())[0]
                 findings += self._throttle_findings(source)
             return judge(findings, self.config.checks.ignore, self.listener)
@@ -222,8 +226,10 @@ class Migration:
         there = self._there = session.agent.hello()
         self._same_host = self._here.boot_id == there.boot_id
         findings = compare_hosts(self._here, there, (HERE, session.agent.name))
-        if self.config.restore == "lazy":
+        if self.config.restore == "lazy" or self.config.mode != PRE_COPY:
             findings.append(HostFinding(session.agent.name, check_lazy(there)))
+        if self.config.mode != PRE_COPY:
+            findings += [HostFinding(HERE, check_lazy(self._here)), HostFinding(HERE, check_hold())]
         return findings
 
     def _target_findings(
@@ -231,6 +237,9 @@ class Migration:
     ) -> tuple[list[HostFinding], list[str]]:
         """What speaks against this target, and the paths of files that differ."""
         findings = [HostFinding(HERE, f) for f in inspection.findings]
+        if self.config.mode != PRE_COPY and self._source.no_post_copy:
+            text = f"no {self.config.mode}: {self._source.no_post_copy}"
+            findings.append(HostFinding(HERE, Finding("mode", REFUSED, text, "--mode pre-copy")))
         request = pb.CheckRequest(
             engine=self.config.engine,
             manifest=json.dumps(self._manifest(inspection)).encode(),
@@ -339,6 +348,7 @@ class Migration:
             options=options,
             identity=dict(self._source.identity()),
             lost_s=config.timeouts.lost_s,
+            mode=config.mode,
         )
         places = agent.open(
             self.id,
@@ -349,7 +359,8 @@ class Migration:
             lost_s=config.timeouts.lost_s,
             log_level=config.criu.log_level,
             restore=config.restore,
-            memory=inspection.memory,
+            post_copy=config.mode != PRE_COPY,
+            memory=0 if config.mode == POST_COPY else inspection.memory,
             page_server=config.criu.page_server,
         )
         memory = session.open_memory()
@@ -370,6 +381,8 @@ class Migration:
             before_freeze=lambda: self._before_freeze(agent, journal),
             in_freeze=throttle.lift if throttle else lambda: None,
             when_frozen=self._source_hooks.when_frozen(journal),
+            processes=None if config.mode == PRE_COPY else self._source.processes,
+            serve=lambda hold, images_dir: self._begin_pages(agent, journal, hold, images_dir),
         )
         client = PhaulClient(
             self._source.local(cut_over, self.cancellation),
@@ -378,6 +391,7 @@ class Migration:
             policy=policy_from(config),
             if_not_converging=config.policy.if_not_converging,
             throttle=throttle,
+            mode=config.mode,
             criu=self.criu,
             listener=self._track,
             cancellation=self.cancellation,
@@ -389,12 +403,55 @@ class Migration:
         report.link_bytes = session.link_bytes
         # An address leaves this host before CRIU's lock on its connections does.
         report.warnings += self._hooks.try_to(COMMITTED, move_of(journal))
-        report.warnings += self._source.finish()
-        await_filled(agent, report, cut_over.full_because, self.listener)
-        self._left_there = agent.lost
+        if cut_over.hold is None:
+            report.warnings += self._source.finish()
+            await_filled(agent, report, cut_over.full_because, self.listener)
+        else:
+            answering = self._serve_pages(cut_over, report)
+            self._left_there = answering is not agent
+        self._left_there = self._left_there or agent.lost
         for warning in report.warnings:
             self.listener(Warned(warning))
         return report
+
+    def _begin_pages(
+        self, agent: RemoteAgent, journal: Journal, hold: Hold, images_dir: Path
+    ) -> None:
+        """Before the restore, which may need some of the pages that stay here."""
+        self._transfer = Transfer(
+            self.config,
+            journal,
+            hold,
+            images_dir,
+            listener=self.listener,
+            cancellation=self.cancellation,
+        )
+        self._transfer.begin(agent)
+
+    _transfer: Transfer | None = None
+
+    def _serve_pages(self, cut_over: CutOver, report: MigrationReport) -> RemoteAgent:
+        """The copy runs there: bring it the pages that it misses, then end the one here.
+
+        Returns the agent that answered last.
+        """
+        transfer = self._transfer
+        if transfer is None:
+            raise MigrationFailed("nothing serves the pages that are missing")
+        with transfer:
+            answering = transfer.run()
+            report.warnings += transfer.conclude(self._source)
+            report.bytes_transferred += transfer.bytes_sent
+            await_filled(answering, report, cut_over.full_because, self.listener)
+        faults, worst = report.lazy.get("faults", 0), report.lazy.get("worst_fault_ms", 0.0)
+        report.post_copy = {
+            "pages": transfer.total,
+            "faults": faults,
+            "worst_fault_ms": worst,
+            "seconds": transfer.seconds,
+        }
+        self.listener(Served(transfer.total, int(faults), worst, transfer.seconds))
+        return answering
 
     def _before_freeze(self, agent: RemoteAgent, journal: Journal) -> None:
         """CRIU is about to freeze: the last moment for what takes its time."""
@@ -451,10 +508,12 @@ class Migration:
         state = self._journal.state if self._journal else None
         if isinstance(error, OutcomeUnknown):
             return error
+        held = self._cut_over is not None and self._cut_over.hold is not None
         gone = self._source.gone()
-        if state is State.COMMITTING and gone:
+        if held or (state is State.COMMITTING and gone):
+            how = "frozen" if held and not gone else "dead"
             return OutcomeUnknown(
-                f"the source's copy is dead, and then: {error}", hint=RECOVER.format(self.id)
+                f"the source's copy is {how}, and then: {error}", hint=RECOVER.format(self.id)
             )
         if not isinstance(error, MigrationFailed):
             return error
@@ -473,11 +532,16 @@ class Migration:
             OutcomeUnknown: not even that helps within `timeouts.commit_s`.
             MigrationFailed: the source's copy turns out to run.
         """
+        if self._transfer is not None:
+            self._transfer.stop()
+        if self._journal is not None and self._journal.state is State.POST_COPY:
+            raise unknown  # New channels were tried, and for longer.
         self.listener(Recovering(unknown.message))
         deadline = time.monotonic() + self.config.timeouts.commit_s
         while True:
             try:
-                recovered = Recovery(self.config).recover(self.id, self._journal)
+                recovery = Recovery(self.config, listener=self.listener)
+                recovered = recovery.recover(self.id, self._journal)
                 break
             except PhaulError as error:
                 if time.monotonic() > deadline:
@@ -532,8 +596,12 @@ class Migration:
         if not self.begun:
             return
         self._journal_quietly(State.ABORTING)
+        if self._transfer is not None:
+            self._transfer.stop()
         if self._cut_over is not None:
             self._cut_over.end()
+        if self._journal is not None and (hold := Hold.recall(self._journal.facts.get(HOLD))):
+            hold.release()
         self._source.rollback()
         if self._journal is not None:
             for warning in self._hooks.try_to(ON_ROLLBACK, move_of(self._journal)):
@@ -570,6 +638,7 @@ class Migration:
     ) -> MigrationReport:
         report.id = self.id
         report.engine = self.config.engine
+        report.mode = self.config.mode
         report.target = self.target
         report.source = socket.gethostname()
         report.destination = destination.url if destination else (self.config.transport.to or "")

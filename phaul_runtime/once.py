@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phaul_runtime.client import PRE_COPY
 from phaul_runtime.errors import (
     ExitCode,
     MigrationFailed,
@@ -158,7 +159,7 @@ def settled_before(
         report = _recorded(config, migration_id, state, facts)
     else:
         listener(Recovering(f"an earlier command left {migration_id} at {state.value}"))
-        recovered = (recover or Recovery(config).recover)(migration_id)
+        recovered = (recover or Recovery(config, listener=listener).recover)(migration_id)
         state, facts = replay(read_records(state_dir, migration_id, Role.SOURCE))
         if state is None or not state.settled:
             raise OutcomeUnknown(f"migration {migration_id} was not settled")
@@ -177,7 +178,7 @@ def _recorded(
     if kept is not None and kept.get("result") in _SETTLED_RESULTS[state]:
         return MigrationReport.from_json(kept)
     moved = state is State.DONE
-    report = MigrationReport("moved" if moved else "failed")
+    report = MigrationReport("moved" if moved else "failed", mode=str(facts.get("mode", PRE_COPY)))
     report.id = migration_id
     report.engine, report.target = facts.get("engine", ""), facts.get("target", "")
     report.source, report.destination = os.uname().nodename, facts.get("to", "")

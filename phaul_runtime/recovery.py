@@ -6,9 +6,6 @@ and `states.decide` says the same of the same two standings whoever asks.
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,11 +20,16 @@ from phaul_runtime.errors import (
     OutcomeUnknown,
     Refused,
 )
+from phaul_runtime.events import Listener, nobody
+from phaul_runtime.hold import FACT as HOLD
+from phaul_runtime.hold import Hold
 from phaul_runtime.journal import Journal, read_records, replay, unsettled
+from phaul_runtime.lifecycle import COMMITTED, move_of
+from phaul_runtime.postcopy.transfer import Transfer, attend
+from phaul_runtime.reach import reach
 from phaul_runtime.remote import RemoteAgent
 from phaul_runtime.settle import Settler
 from phaul_runtime.states import Decision, Role, Settled, Standing, State, Verdict, decide
-from phaul_runtime.transport import Destination, load_transport
 
 if TYPE_CHECKING:
     from phaul_runtime.config import Config
@@ -63,11 +65,13 @@ class Recovery:
         config: as loaded; `transport.to`, if given, is the other host.
         source_is_dead: the operator says that the source's host will never come back.
         cancellation: honoured while a channel is opened.
+        listener: told how far the pages of a post-copy move are.
     """
 
     config: Config
     source_is_dead: bool = False
     cancellation: Cancellation = field(default_factory=Cancellation)
+    listener: Listener = nobody
 
     def __post_init__(self) -> None:
         self._state_dir = Path(self.config.state_dir)
@@ -113,7 +117,7 @@ class Recovery:
         try:
             source = self._here.standing(journal)
             wait_s = float(journal.facts.get("lost_s", 0)) + _MARGIN_S
-            if both:
+            if both and not (source and source.held):
                 there = self._here.look(migration_id, Role.DESTINATION, wait_s=wait_s)
                 decision = self._decided(migration_id, source, there)
                 settled = self._here.settle(migration_id, Role.DESTINATION, decision.verdict)
@@ -132,16 +136,22 @@ class Recovery:
     ) -> Recovered:
         url = self.config.transport.to or journal.facts.get("to", "")
         try:
-            with self._agent(url) as agent:
+            with reach(self.config, url, self.cancellation) as agent:
                 there = agent.look(journal.id, wait_s).get(Role.DESTINATION)
                 decision = self._decided(journal.id, source, there)
-                settled = agent.settle(journal.id, Role.DESTINATION, decision.verdict)
+                if decision.verdict is Verdict.RUN and source and source.held:
+                    settled = self._serve(journal, agent)
+                else:
+                    settled = agent.settle(journal.id, Role.DESTINATION, decision.verdict)
+                    if settled.missing:
+                        settled = _lost(settled)
                 return self._finish(journal, source, decision, settled)
         except (DestinationUnreachable, ChannelError) as error:
             decision = decide(source, None)
             if decision.verdict is not Verdict.DISCARD:
+                how = "frozen" if source and source.held else "dead"
                 raise OutcomeUnknown(
-                    f"the source's copy is dead and the destination does not answer: "
+                    f"the source's copy is {how} and the destination does not answer: "
                     f"{error.message}",
                     host=error.host,
                     log=error.log,
@@ -152,6 +162,35 @@ class Recovery:
                 f"migration stays until phaul-runtime recover {journal.id} puts it away"
             )
             return self._finish(journal, source, decision, Settled(warnings=(warning,)))
+
+    def _serve(self, journal: Journal, agent: RemoteAgent) -> Settled:
+        """The copy runs there: bring it the pages that it misses, then end the one here."""
+        hold = Hold.recall(journal.facts[HOLD])
+        final_dir = Path(journal.facts["final_dir"])
+        half = self._here.source(journal)
+        if hold is None:
+            raise OutcomeUnknown(f"migration {journal.id} holds nothing")
+        attend(agent, journal.id, self.config)
+        with Transfer(
+            self.config,
+            journal,
+            hold,
+            final_dir,
+            listener=self.listener,
+            cancellation=self.cancellation,
+        ) as transfer:
+            # Should it have to be rebuilt, that needs pages already.
+            transfer.begin(agent)
+            settled = agent.settle(journal.id, Role.DESTINATION, Verdict.RUN)
+            warnings = list(settled.warnings)
+            if journal.state is State.COMMITTING:
+                journal.enter(State.POST_COPY, pid=settled.pid)
+                warnings += self._here.hooks.try_to(COMMITTED, move_of(journal))
+            if settled.missing:
+                transfer.run()
+            transfer.stop()
+            warnings += transfer.conclude(half)
+        return Settled(settled.pid, tuple(warnings))
 
     def _finish(
         self, journal: Journal, source: Standing | None, decision: Decision, settled: Settled
@@ -177,6 +216,8 @@ class Recovery:
     def _ask_source(
         self, migration_id: str, there: Standing, facts: dict[str, object]
     ) -> tuple[Decision, tuple[str, ...]]:
+        if self.source_is_dead and facts.get("post_copy"):
+            return Decision(Verdict.DISCARD, "its memory is lost with the source"), ()
         if self.source_is_dead:
             return Decision(Verdict.RUN, "the operator says that the source is dead"), ()
         if not self.config.transport.to:
@@ -186,7 +227,7 @@ class Recovery:
                 hint=f"run recover there, or here with --to ssh://root@{peer}; if that host will "
                 "never come back: --source-is-dead",
             )
-        with self._agent(self.config.transport.to) as agent:
+        with reach(self.config, self.config.transport.to, self.cancellation) as agent:
             source = agent.look(migration_id, 1.0).get(Role.SOURCE)
             if source is None:
                 raise Refused(f"{agent.name} knows of no migration {migration_id} of its own")
@@ -207,24 +248,11 @@ class Recovery:
             )
         return decision
 
-    @contextmanager
-    def _agent(self, url: str) -> Iterator[RemoteAgent]:
-        destination = Destination.parse(url)
-        timeouts = self.config.timeouts
-        channel = load_transport(destination).open(
-            destination, self.config, self.cancellation, secrets.token_hex(8)
-        )
-        try:
-            agent = RemoteAgent(
-                channel,
-                call_s=timeouts.call_s,
-                prepare_s=timeouts.prepare_s,
-                commit_s=timeouts.commit_s,
-                cancellation=self.cancellation,
-            )
-            try:
-                yield agent
-            finally:
-                agent.close()
-        finally:
-            channel.close()
+
+def _lost(settled: Settled) -> Settled:
+    """The source has nothing left to do: its tree is gone, and with it what was not sent."""
+    warning = (
+        f"{settled.missing} pages of the destination's copy are lost with the source's: it can "
+        "never be whole, and waits for them for ever; end it there"
+    )
+    return Settled(settled.pid, (*settled.warnings, warning))

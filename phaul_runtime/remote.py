@@ -28,7 +28,7 @@ from phaul_runtime.rpc import phaul_pb2_grpc
 from phaul_runtime.states import Role, Settled, Standing, State, Verdict
 from phaul_runtime.transport import Channel
 from phaul_runtime.trees import Tree, TreeSender
-from phaul_runtime.wire import MAX_MESSAGE, VERSION_KEY, from_wire
+from phaul_runtime.wire import MAX_MESSAGE, PAGES, VERSION_KEY, from_wire
 
 _Reply = TypeVar("_Reply", bound=Any)
 _MESSAGE = MAX_MESSAGE // 2
@@ -162,6 +162,7 @@ class RemoteAgent(PhaulRemote):
         lost_s: float,
         log_level: int,
         restore: str,
+        post_copy: bool = False,
         memory: int = 0,
         page_server: str = "",
     ) -> dict[str, str]:
@@ -181,6 +182,7 @@ class RemoteAgent(PhaulRemote):
             commit_s=self._prepare_s + self._commit_s,
             criu_log_level=log_level,
             restore=restore,
+            post_copy=post_copy,
             memory=memory,
             page_server=page_server,
         )
@@ -242,7 +244,9 @@ class RemoteAgent(PhaulRemote):
         reply: pb.LookReply = self._call(self._stub.Look.future, request, wait_s + self._call_s)
         ends = {Role.SOURCE: reply.source, Role.DESTINATION: reply.destination}
         return {
-            role: Standing(State(end.state), end.alive) for role, end in ends.items() if end.state
+            role: Standing(State(end.state), end.alive, end.held)
+            for role, end in ends.items()
+            if end.state
         }
 
     def settle(self, migration_id: str, role: Role, verdict: Verdict) -> Settled:
@@ -251,13 +255,20 @@ class RemoteAgent(PhaulRemote):
         reply: pb.SettleReply = self._call(
             self._stub.Settle.future, request, self._prepare_s, cancellable=False
         )
-        return Settled(reply.pid, tuple(reply.warnings))
+        missing = reply.missing if reply.post_copy else None
+        return Settled(reply.pid, tuple(reply.warnings), missing)
 
     # -- PhaulRemote -----------------------------------------------------------------------
 
     def start_iter(self) -> None:
         """See `PhaulRemote`."""
-        self._call(self._stub.StartIter.future, self._ref(), self._call_s)
+        self._call(self._stub.StartIter.future, pb.StartIterRequest(id=self._id), self._call_s)
+
+    def start_local(self) -> dict[str, bytes]:
+        """See `PhaulRemote`."""
+        request = pb.StartIterRequest(id=self._id, local=True)
+        reply: pb.StartIterReply = self._call(self._stub.StartIter.future, request, self._call_s)
+        return {part.name: part.data for part in reply.parent}
 
     def stop_iter(self) -> None:
         """See `PhaulRemote`."""
@@ -413,7 +424,29 @@ class RemoteAgent(PhaulRemote):
                     raise
                 time.sleep(_RETRY_S)
             else:
-                return Running(reply.pid, reply.since_resume_ms, reply.resume_ms)
+                return Running(reply.pid, reply.since_resume_ms, reply.resume_ms, reply.missing)
+
+    def take_up(self, migration_id: str) -> None:
+        """Speak of a migration that this agent has settled, and still works on."""
+        self._id = migration_id
+
+    def answers(self) -> bool:
+        """Whether it still has the migration."""
+        if self._silent is not None:
+            return False
+        try:
+            reply = self._stub.Beat(self._ref(), timeout=_ASK_S, metadata=_VERSION)
+        except (grpc.RpcError, ValueError):
+            return False
+        return not reply.HasField("error")
+
+    def open_pages(self) -> socket.socket:
+        """A new page channel of a post-copy move.
+
+        Raises:
+            ChannelError: it cannot be opened.
+        """
+        return self._channel.open_stream(self._id, PAGES)
 
     def filled(self) -> pb.FilledReply:
         """How far the pager of the copy that runs is; raises if its pages are lost."""

@@ -145,6 +145,33 @@ class PhaulServer:
         finally:
             os.close(directory)
 
+    def start_local(self) -> dict[str, bytes]:
+        """Begin a directory that gets its images from elsewhere, and no page server.
+
+        Returns:
+            the page maps of the iteration before it, by file name.
+
+        Raises:
+            DestinationError: as `start_iter`; or the directory cannot be made.
+        """
+        if self._page_server is not None:
+            raise DestinationError("start_local: the iteration before was not stopped")
+        if self._failure is not None:
+            raise self._failure
+        try:
+            os.close(self._dirs.open_next())
+            directory, parent = self._dirs.path(self._dirs.count), self._dirs.parent
+            if parent is None:
+                return {}
+            # As CRIU's page server does.
+            (directory / "parent").symlink_to(parent)
+            before = self._dirs.path(self._dirs.count - 1)
+            return {path.name: path.read_bytes() for path in before.glob("pagemap-*.img")}
+        except OSError as error:
+            raise DestinationError(
+                f"cannot begin the final images in {self.config.wdir}: {error.strerror}"
+            ) from error
+
     def _wire(self) -> int | None:
         """The format of what is received here; None where CRIU does it."""
         if not self._by_criu:

@@ -7,6 +7,7 @@ nobody else holds, and may be repeated.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from phaul_runtime import throttle
 from phaul_runtime.criu import Criu
 from phaul_runtime.engine import SourceHalf, load_engine
 from phaul_runtime.errors import MigrationFailed, NoSuchMigration, OutcomeUnknown, PhaulError
+from phaul_runtime.hold import FACT as HOLD
+from phaul_runtime.hold import Hold
 from phaul_runtime.images import remove_tree
 from phaul_runtime.incoming import Incoming
 from phaul_runtime.journal import Journal, read_records, replay
@@ -60,15 +63,33 @@ class Settler:
             return None
         if journal.role is Role.DESTINATION:
             return Standing(journal.state)
-        source = self._source(journal)
+        source = self.source(journal)
+        hold = Hold.recall(journal.facts.get(HOLD))
+        if hold is not None and hold.lives() and hold.frozen():
+            # A tree that runs is not frozen now: the destination may have been told nothing.
+            hold.cut_loose()
+            return Standing(journal.state, held=True)
         alive = not source.gone()
         if journal.state is State.COMMITTING and not alive:
             # CRIU may not have lived to kill all of it; nothing of it may be left.
             source.end_rest()
         return Standing(journal.state, alive)
 
-    def settle(self, migration_id: str, role: Role, verdict: Verdict) -> Settled:
+    def settle(
+        self,
+        migration_id: str,
+        role: Role,
+        verdict: Verdict,
+        take_up: Callable[[Incoming], object] | None = None,
+    ) -> Settled:
         """Bring an end to done (`RUN`) or aborted (`DISCARD`).
+
+        Args:
+            migration_id: of the migration.
+            role: which end.
+            verdict: on the destination's copy.
+            take_up: told of a destination that runs and misses pages of a post-copy move: it is the
+                callee's from then on, its journal with it. Without, it cannot be settled so.
 
         Raises:
             OutcomeUnknown: it could not be done; it may be tried again.
@@ -79,8 +100,40 @@ class Settler:
         except NoSuchMigration:
             self._tidy(migration_id)
             return Settled()
+        if (
+            role is Role.DESTINATION
+            and verdict is Verdict.RUN
+            and journal.facts.get("post_copy")
+            and journal.state not in (State.DONE, State.ABORTED)
+        ):
+            return self._run_on(journal, take_up)
         with journal:
             return self.settle_journal(journal, verdict)
+
+    def _run_on(self, journal: Journal, take_up: Callable[[Incoming], object] | None) -> Settled:
+        """Let the copy run that a post-copy move has made, and have its pages taken in."""
+        try:
+            if take_up is None and journal.state is not State.POST_COPY:
+                raise _elsewhere(journal.id)
+            incoming = Incoming.revive(journal, self.criu, self.hooks)
+        except BaseException:
+            journal.close()
+            raise
+        if take_up is not None:
+            # Already now: a restore may need pages that are still at the source.
+            take_up(incoming)
+        try:
+            reply = incoming.commit()
+        except PhaulError as error:
+            incoming.abort(client_lost=True)
+            raise _not_rebuilt(error) from error
+        if take_up is None:
+            if incoming.still_misses:
+                incoming.abort(client_lost=True)
+                raise _elsewhere(journal.id)
+            incoming.wait_settled()
+        self._tidy(journal.id)
+        return Settled(pid=reply.pid, missing=incoming.missing)
 
     def settle_journal(self, journal: Journal, verdict: Verdict) -> Settled:
         """The same for a journal that the caller holds."""
@@ -95,7 +148,8 @@ class Settler:
         self._tidy(journal.id)
         return settled
 
-    def _source(self, journal: Journal) -> SourceHalf:
+    def source(self, journal: Journal) -> SourceHalf:
+        """The engine's half for the target that a journal of the source tells of."""
         facts = journal.facts
         engine = load_engine(facts["engine"])
         options = engine.options_model.model_validate(facts["options"])
@@ -104,17 +158,28 @@ class Settler:
         return source
 
     def _settle_source(self, journal: Journal, verdict: Verdict) -> Settled:
-        source = self._source(journal)
+        source = self.source(journal)
         if journal.state in (State.DONE, State.ABORTED):
             return Settled()
         unthrottled = [text] if (text := throttle.undo(journal.facts.get(throttle.FACT))) else []
+        hold = Hold.recall(journal.facts.get(HOLD))
         if verdict is Verdict.RUN:
-            if journal.state is not State.COMMITTING or not source.gone():
+            if hold is not None and hold.lives():
+                raise OutcomeUnknown(
+                    f"the pages of migration {journal.id} are still here",
+                    hint=f"phaul-runtime recover {journal.id} on this host",
+                )
+            given_up = journal.state in (State.COMMITTING, State.POST_COPY)
+            if not given_up or not source.gone():
                 raise MigrationFailed(f"the source of {journal.id} was not given up")
             warnings = unthrottled + self.hooks.try_to(COMMITTED, move_of(journal))
             warnings += source.finish()
             journal.enter(State.DONE)
             return Settled(warnings=tuple(warnings))
+        if journal.state is State.POST_COPY:
+            raise MigrationFailed(f"the destination of {journal.id} was told to run")
+        if hold is not None:
+            hold.release()
         if journal.state is State.COMMITTING and source.gone():
             raise MigrationFailed(f"the source's copy of {journal.id} is dead")
         if journal.state is not State.ABORTING:
@@ -146,11 +211,7 @@ class Settler:
             reply = incoming.commit()
         except PhaulError as error:
             incoming.abort(client_lost=True)
-            raise OutcomeUnknown(
-                f"the copy could not be rebuilt: {error.message}",
-                log=error.log,
-                hint="its images are kept; mend the cause and run recover again",
-            ) from error
+            raise _not_rebuilt(error) from error
         incoming.wait_settled()
         return Settled(pid=reply.pid)
 
@@ -161,9 +222,27 @@ class Settler:
                 remove_tree(path)
 
     def _needed(self, path: Path, migration_id: str) -> bool:
-        """Images of a copy that may still have to be rebuilt."""
+        """Images of a copy that may still have to be rebuilt, or page maps of one that is held."""
+        state, facts = replay(read_records(self.state_dir, migration_id, Role.SOURCE))
+        if HOLD in facts and state is not None and not state.settled:
+            return path in Path(facts["final_dir"]).parents
         records = read_records(self.state_dir, migration_id, Role.DESTINATION)
         state, facts = replay(records)
         if state is None or state.settled:
             return False
         return path == Path(facts["workdir"]) / migration_id
+
+
+def _elsewhere(migration_id: str) -> OutcomeUnknown:
+    return OutcomeUnknown(
+        f"pages of migration {migration_id} are still at its source",
+        hint=f"phaul-runtime recover {migration_id} on the source's host",
+    )
+
+
+def _not_rebuilt(error: PhaulError) -> OutcomeUnknown:
+    return OutcomeUnknown(
+        f"the copy could not be rebuilt: {error.message}",
+        log=error.log,
+        hint="its images are kept; mend the cause and run recover again",
+    )

@@ -33,6 +33,13 @@ that one can always be brought back:
 
 `aborting > aborted` is the way back from anything before committing; from committing only the
 source has it, and only when its tree was seen alive after CRIU's end (fact 4).
+
+Post-copy changes one step. The source's tree is not killed, since its memory has to be served: once
+its journal says *committing*, it is frozen by a cgroup (`hold`), CRIU is killed, and only when both
+are seen is the commit sent. Nobody thaws it from then on, unless the destination's own journal says
+that it was not told to run. Both ends stand at *post-copy* until the last page is over; then the
+source's tree is killed. In fact 4 a tree that is held by its cgroup counts as neither alive nor
+dead: what the destination was told decides, and as long as that is not known it stays frozen.
 """
 
 from __future__ import annotations
@@ -57,6 +64,7 @@ class State(Enum):
     FROZEN = "frozen"
     PREPARED = "prepared"
     COMMITTING = "committing"
+    POST_COPY = "post-copy"
     DONE = "done"
     ABORTING = "aborting"
     ABORTED = "aborted"
@@ -72,7 +80,8 @@ _NEXT: dict[State | None, set[State]] = {
     State.ITERATING: {State.FROZEN, State.ABORTING},
     State.FROZEN: {State.PREPARED, State.ABORTING},
     State.PREPARED: {State.COMMITTING, State.ABORTING},
-    State.COMMITTING: {State.DONE},
+    State.COMMITTING: {State.POST_COPY, State.DONE},
+    State.POST_COPY: {State.DONE},
     State.DONE: set(),
     State.ABORTING: {State.ABORTED},
     State.ABORTED: set(),
@@ -108,10 +117,12 @@ class Standing:
     Attributes:
         state: the last that its journal names.
         alive: the root of that end's tree exists (at the source: it runs).
+        held: at the source: it exists, and is frozen by the cgroup of a post-copy move.
     """
 
     state: State
     alive: bool = False
+    held: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,10 +132,12 @@ class Settled:
     Attributes:
         pid: root of the destination's copy, if it runs.
         warnings: what the user should know.
+        missing: pages of it that are still at the source; None if none ever were.
     """
 
     pid: int = 0
     warnings: tuple[str, ...] = ()
+    missing: int | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +154,7 @@ def decide(source: Standing | None, destination: Standing | None) -> Decision:
     Pure; what it says of any two standings never lets two copies run.
     """
     there = destination.state if destination else None
-    if there in (State.COMMITTING, State.DONE):
+    if there in (State.COMMITTING, State.POST_COPY, State.DONE):
         if source is not None and source.alive:
             return Decision(
                 Verdict.UNKNOWN, "the destination was told to run, yet the source's copy lives"
@@ -153,13 +166,17 @@ def decide(source: Standing | None, destination: Standing | None) -> Decision:
                 Verdict.UNKNOWN, "only the source's host knows whether its copy was killed"
             )
         return Decision(Verdict.DISCARD, "the destination was never prepared")
-    if source.state not in (State.COMMITTING, State.DONE):
+    if source.state not in (State.COMMITTING, State.POST_COPY, State.DONE):
         return Decision(Verdict.DISCARD, f"the source never went past {source.state.value}")
+    known = f"stands at {there.value}" if there else "is not known or not reachable"
+    if source.held:
+        if source.state is State.COMMITTING and there is not None:
+            return Decision(Verdict.DISCARD, "the destination was not told to run")
+        return Decision(Verdict.UNKNOWN, f"the source's copy is frozen and the destination {known}")
     if source.alive:
-        if source.state is State.DONE:
+        if source.state is not State.COMMITTING:
             return Decision(Verdict.UNKNOWN, "the source was done, yet its copy lives")
         return Decision(Verdict.DISCARD, "the source's copy was not killed")
     if there is State.PREPARED:
         return Decision(Verdict.RUN, "the source's copy was killed")
-    known = f"stands at {there.value}" if there else "is not known or not reachable"
     return Decision(Verdict.UNKNOWN, f"the source's copy is dead and the destination {known}")

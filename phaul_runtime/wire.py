@@ -18,6 +18,8 @@ MEMORY = "memory.sock"
 # A memory connection begins with the migration's id, a tree's with that and the tree's name; then
 # what was done to the stream, if anything was; padded to this length.
 ID_BYTES = 96
+# In the place of a tree's name: the pages of a post-copy move.
+PAGES = "@pages"
 ZSTD = "+zstd"
 # Of the control channel; streams send parts of 1 MiB.
 MAX_MESSAGE = 8 << 20

@@ -90,6 +90,8 @@ class DockerEngine(Engine):
 class DockerSource(OciSource):
     """The source half."""
 
+    no_post_copy = ""
+
     def __init__(self, target: str, options: DockerOptions) -> None:
         super().__init__(Runtime("runc", options.runtime_root), common_flags(options))
         self._target = target

@@ -138,11 +138,11 @@ class OciLocal(PhaulLocal):
         """See `PhaulLocal`."""
         self._images_dir = new_directory(Path(config.wdir), "final")
         memory = fcntl.fcntl(config.memfd, fcntl.F_DUPFD_CLOEXEC, _MEMORY_FROM)
-        gate = Gate(
-            self._images_dir / "gate",
-            deadline_s=VERDICT_WITHIN_S,
-            options=["page-server", f"ps-socket {memory}"],
-        )
+        options = ["page-server", f"ps-socket {memory}"]
+        if self._handover.post_copy:
+            # Of the server that CRIU starts after a veto, before it gives up.
+            options = ["address 127.0.0.1"]
+        gate = Gate(self._images_dir / "gate", deadline_s=VERDICT_WITHIN_S, options=options)
         command = GatedCommand(
             self._argv(last_client_images_dir),
             gate,
@@ -168,7 +168,9 @@ class OciLocal(PhaulLocal):
             self._source.dump_ends()
             os.close(memory)
         if code != 0:
-            if self._handover.committing and self._source.gone():
+            if self._handover.held:
+                pass  # As it has to be: CRIU was killed, with the container frozen.
+            elif self._handover.committing and self._source.gone():
                 # The container was killed, and nobody lived to say so: there is no way back.
                 self._source.end_rest()
             elif veto is not None:
@@ -205,7 +207,9 @@ class OciLocal(PhaulLocal):
         ]
         if parent is not None:
             words += ["--parent-path", relative_parent(self._images_dir, parent) or ""]
-        if Path(runtime.binary).name == "runc":
+        if self._handover.post_copy:
+            words += ["--lazy-pages"]
+        elif Path(runtime.binary).name == "runc":
             words += ["--page-server", _NOWHERE]
         return runtime.argv(*words, self._source.runtime_name)
 

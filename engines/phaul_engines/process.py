@@ -89,6 +89,8 @@ class ProcessEngine(Engine):
 class ProcessSource(TrackedSource):
     """The source half."""
 
+    no_post_copy = ""
+
     def __init__(self, pid: int, options: ProcessOptions, log_level: int) -> None:
         super().__init__()
         self._pid = pid
@@ -175,10 +177,16 @@ class ProcessLocal(PhaulLocal, CriuNotify):
             if last_client_images_dir is not None:
                 opts.track_mem = True
                 opts.parent_img = relative_parent(self._images_dir, last_client_images_dir)
-            opts.ps.fd = config.memfd
+            if self._handover.post_copy:
+                opts.lazy_pages = True
+                opts.config_file = str(_quiet_server(self._images_dir))
+            else:
+                opts.ps.fd = config.memfd
             criu.dump(opts, self)
         except PhaulError as error:
-            if self._handover.committing and self._source.gone():
+            if self._handover.held:
+                pass  # As it has to be: CRIU was killed, with the tree frozen.
+            elif self._handover.committing and self._source.gone():
                 # CRIU killed the tree, and did not live to say so: there is no way back.
                 self._source.end_rest()
             elif isinstance(error.__cause__, PhaulError):
@@ -316,6 +324,13 @@ class ProcessDestination(DestinationHalf):
             self._held = None
         # CRIU killed in mid-restore leaves half-built tasks that nobody would ever let go.
         cgroup.kill(self._id)
+
+
+def _quiet_server(images_dir: Path) -> Path:
+    """A configuration for a lazy dump: vetoed, CRIU opens a port before it asks and gives up."""
+    path = images_dir / "criu.conf"
+    path.write_text("address 127.0.0.1\n", encoding="ascii")
+    return path
 
 
 def _common_opts(options: ProcessOptions, shell_job: bool) -> dict[str, Any]:

@@ -75,6 +75,9 @@ class RuncSource(OciSource):
         self._name = name
         self.options = options
         self._bundle = ""
+        # As `RuncDestination.can_be_lazy`.
+        lazy = Path(options.binary).name == "runc"
+        self.no_post_copy = "" if lazy else f"{options.binary} restores nothing lazily"
 
     @property
     def runtime_name(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,10 @@ class TrackedSource(SourceHalf):
         if self._standstill is not None:
             self._standstill.end()
             self._standstill = None
+
+    def processes(self) -> Sequence[int]:
+        """See `SourceHalf`."""
+        return [member.pid for member in self._members.members]
 
     def throttle_cgroup(self) -> Path:
         """See `SourceHalf`."""

@@ -11,6 +11,8 @@ action=$CRTOOLS_SCRIPT_ACTION
 gate=${0%/*}
 case $action in
     pre-dump | post-dump | post-restore) ;;
+    # CRIU would serve pages itself, to whoever asks: after a dump that was called off, too.
+    status-ready) exit 1 ;;
     pre-restore) [ -e "$gate/early" ] || exit 0 ;;
     post-resume)
         # Only told: everything runs already. Opened for both, a FIFO does not block.

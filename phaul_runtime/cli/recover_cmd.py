@@ -8,8 +8,10 @@ from pathlib import Path
 import click
 
 from phaul_runtime.cli.logoptions import set_up_logs
+from phaul_runtime.cli.views import make_view
 from phaul_runtime.config import load_config
 from phaul_runtime.errors import ExitCode, OutcomeUnknown, PhaulError
+from phaul_runtime.events import nobody
 from phaul_runtime.recovery import Recovered, Recovery
 from phaul_runtime.states import Verdict
 
@@ -60,7 +62,8 @@ def recover_command(
         raise click.UsageError("--source-is-dead is about one migration: name its ID")
     config = load_config(config_path, {"transport.to": to} if to else None)
     set_up_logs(config)
-    recovery = Recovery(config, source_is_dead=source_is_dead)
+    listener = make_view("text") if output == "text" else nobody
+    recovery = Recovery(config, source_is_dead=source_is_dead, listener=listener)
     if migration_id is not None:
         _show(recovery.recover(migration_id), output)
         return 0

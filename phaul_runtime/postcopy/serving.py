@@ -50,7 +50,12 @@ class PageSource:
             raise
 
     def serve(
-        self, channel: socket.socket, tell: Callable[[int], object], *, silent_s: float
+        self,
+        channel: socket.socket,
+        tell: Callable[[int], object],
+        *,
+        silent_s: float,
+        stream: Callable[[], bool] = lambda: True,
     ) -> None:
         """Send what the destination lacks, until it says that it has all.
 
@@ -60,6 +65,8 @@ class PageSource:
             channel: to an `Arrival`; a plain one (of TLS: `transport.carry.expose`).
             tell: told how many pages are missing, 10 times a second at most.
             silent_s: how long nothing may move.
+            stream: whether to send what nobody has asked for, too; until it says so silence is
+                no trouble.
 
         Raises:
             ChannelError: the channel broke, nothing moved for that long, or what came is not
@@ -68,7 +75,7 @@ class PageSource:
         """
         with wire.unblocked(channel) as link:
             try:
-                _Serving(self, link, tell, silent_s).run()
+                _Serving(self, link, tell, silent_s, stream).run()
             finally:
                 self.bytes_sent += link.sent
 
@@ -108,8 +115,14 @@ class _Serving:
     """One channel."""
 
     def __init__(
-        self, source: PageSource, link: Link, tell: Callable[[int], object], silent_s: float
+        self,
+        source: PageSource,
+        link: Link,
+        tell: Callable[[int], object],
+        silent_s: float,
+        stream: Callable[[], bool],
     ) -> None:
+        self._stream = stream
         self._source = source
         self._total = source.pages.total
         self._link = link
@@ -144,7 +157,7 @@ class _Serving:
             if happened & select.POLLOUT and not self._done:
                 self._send()
             now = time.monotonic()
-            if link.sent + link.received != moved:
+            if link.sent + link.received != moved or not self._stream():
                 moved, moved_at = link.sent + link.received, now
             elif now - moved_at > self._silent_s:
                 raise ChannelError(
@@ -238,7 +251,7 @@ class _Serving:
                 self._queue(gone, begin, behind)
                 return
             self._wants.popleft()
-        if self._sent - self._acked + wire.PIECE > wire.FLIGHT:
+        if self._sent - self._acked + wire.PIECE > wire.FLIGHT or not self._stream():
             return
         begin = gone.find(0, self._at)
         if begin >= 0:

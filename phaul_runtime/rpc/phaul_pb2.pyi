@@ -32,6 +32,22 @@ class MigrationRef(_message.Message):
     id: str
     def __init__(self, id: _Optional[str] = ...) -> None: ...
 
+class StartIterRequest(_message.Message):
+    __slots__ = ("id", "local")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    local: bool
+    def __init__(self, id: _Optional[str] = ..., local: bool = ...) -> None: ...
+
+class StartIterReply(_message.Message):
+    __slots__ = ("error", "parent")
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    error: Error
+    parent: _containers.RepeatedCompositeFieldContainer[ImagePart]
+    def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., parent: _Optional[_Iterable[_Union[ImagePart, _Mapping]]] = ...) -> None: ...
+
 class HelloRequest(_message.Message):
     __slots__ = ("version",)
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -185,7 +201,7 @@ class FileVerdict(_message.Message):
     def __init__(self, path: _Optional[str] = ..., reason: _Optional[str] = ..., copyable: bool = ...) -> None: ...
 
 class OpenRequest(_message.Message):
-    __slots__ = ("id", "engine", "manifest", "options", "lost_s", "commit_s", "criu_log_level", "target", "source", "restore", "memory", "page_server")
+    __slots__ = ("id", "engine", "manifest", "options", "lost_s", "commit_s", "criu_log_level", "target", "source", "restore", "memory", "page_server", "post_copy")
     ID_FIELD_NUMBER: _ClassVar[int]
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
@@ -198,6 +214,7 @@ class OpenRequest(_message.Message):
     RESTORE_FIELD_NUMBER: _ClassVar[int]
     MEMORY_FIELD_NUMBER: _ClassVar[int]
     PAGE_SERVER_FIELD_NUMBER: _ClassVar[int]
+    POST_COPY_FIELD_NUMBER: _ClassVar[int]
     id: str
     engine: str
     manifest: bytes
@@ -210,7 +227,8 @@ class OpenRequest(_message.Message):
     restore: str
     memory: int
     page_server: str
-    def __init__(self, id: _Optional[str] = ..., engine: _Optional[str] = ..., manifest: _Optional[bytes] = ..., options: _Optional[bytes] = ..., lost_s: _Optional[float] = ..., commit_s: _Optional[float] = ..., criu_log_level: _Optional[int] = ..., target: _Optional[str] = ..., source: _Optional[str] = ..., restore: _Optional[str] = ..., memory: _Optional[int] = ..., page_server: _Optional[str] = ...) -> None: ...
+    post_copy: bool
+    def __init__(self, id: _Optional[str] = ..., engine: _Optional[str] = ..., manifest: _Optional[bytes] = ..., options: _Optional[bytes] = ..., lost_s: _Optional[float] = ..., commit_s: _Optional[float] = ..., criu_log_level: _Optional[int] = ..., target: _Optional[str] = ..., source: _Optional[str] = ..., restore: _Optional[str] = ..., memory: _Optional[int] = ..., page_server: _Optional[str] = ..., post_copy: bool = ...) -> None: ...
 
 class OpenReply(_message.Message):
     __slots__ = ("error", "trees")
@@ -289,19 +307,21 @@ class PrepareReply(_message.Message):
     def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., pid: _Optional[int] = ..., restore_ms: _Optional[float] = ..., images_ms: _Optional[float] = ..., full_because: _Optional[str] = ...) -> None: ...
 
 class CommitReply(_message.Message):
-    __slots__ = ("error", "pid", "since_resume_ms", "resume_ms")
+    __slots__ = ("error", "pid", "since_resume_ms", "resume_ms", "missing")
     ERROR_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     SINCE_RESUME_MS_FIELD_NUMBER: _ClassVar[int]
     RESUME_MS_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
     error: Error
     pid: int
     since_resume_ms: float
     resume_ms: float
-    def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., pid: _Optional[int] = ..., since_resume_ms: _Optional[float] = ..., resume_ms: _Optional[float] = ...) -> None: ...
+    missing: int
+    def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., pid: _Optional[int] = ..., since_resume_ms: _Optional[float] = ..., resume_ms: _Optional[float] = ..., missing: _Optional[int] = ...) -> None: ...
 
 class FilledReply(_message.Message):
-    __slots__ = ("error", "over", "pages", "missing", "faults", "worst_fault_ms", "ms", "full_because")
+    __slots__ = ("error", "over", "pages", "missing", "faults", "worst_fault_ms", "ms", "full_because", "remote_missing")
     ERROR_FIELD_NUMBER: _ClassVar[int]
     OVER_FIELD_NUMBER: _ClassVar[int]
     PAGES_FIELD_NUMBER: _ClassVar[int]
@@ -310,6 +330,7 @@ class FilledReply(_message.Message):
     WORST_FAULT_MS_FIELD_NUMBER: _ClassVar[int]
     MS_FIELD_NUMBER: _ClassVar[int]
     FULL_BECAUSE_FIELD_NUMBER: _ClassVar[int]
+    REMOTE_MISSING_FIELD_NUMBER: _ClassVar[int]
     error: Error
     over: bool
     pages: int
@@ -318,7 +339,8 @@ class FilledReply(_message.Message):
     worst_fault_ms: float
     ms: float
     full_because: str
-    def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., over: bool = ..., pages: _Optional[int] = ..., missing: _Optional[int] = ..., faults: _Optional[int] = ..., worst_fault_ms: _Optional[float] = ..., ms: _Optional[float] = ..., full_because: _Optional[str] = ...) -> None: ...
+    remote_missing: int
+    def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., over: bool = ..., pages: _Optional[int] = ..., missing: _Optional[int] = ..., faults: _Optional[int] = ..., worst_fault_ms: _Optional[float] = ..., ms: _Optional[float] = ..., full_because: _Optional[str] = ..., remote_missing: _Optional[int] = ...) -> None: ...
 
 class BeatReply(_message.Message):
     __slots__ = ("error", "bytes", "state", "failure", "trees")
@@ -361,12 +383,14 @@ class LookReply(_message.Message):
     def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., source: _Optional[_Union[End, _Mapping]] = ..., destination: _Optional[_Union[End, _Mapping]] = ...) -> None: ...
 
 class End(_message.Message):
-    __slots__ = ("state", "alive")
+    __slots__ = ("state", "alive", "held")
     STATE_FIELD_NUMBER: _ClassVar[int]
     ALIVE_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
     state: str
     alive: bool
-    def __init__(self, state: _Optional[str] = ..., alive: bool = ...) -> None: ...
+    held: bool
+    def __init__(self, state: _Optional[str] = ..., alive: bool = ..., held: bool = ...) -> None: ...
 
 class SettleRequest(_message.Message):
     __slots__ = ("id", "role", "verdict")
@@ -379,11 +403,15 @@ class SettleRequest(_message.Message):
     def __init__(self, id: _Optional[str] = ..., role: _Optional[str] = ..., verdict: _Optional[str] = ...) -> None: ...
 
 class SettleReply(_message.Message):
-    __slots__ = ("error", "pid", "warnings")
+    __slots__ = ("error", "pid", "warnings", "post_copy", "missing")
     ERROR_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
+    POST_COPY_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
     error: Error
     pid: int
     warnings: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., pid: _Optional[int] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
+    post_copy: bool
+    missing: int
+    def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., pid: _Optional[int] = ..., warnings: _Optional[_Iterable[str]] = ..., post_copy: bool = ..., missing: _Optional[int] = ...) -> None: ...

@@ -56,8 +56,8 @@ class AgentStub(object):
                 _registered_method=True)
         self.StartIter = channel.unary_unary(
                 '/phaul.v1.Agent/StartIter',
-                request_serializer=phaul__runtime_dot_rpc_dot_phaul__pb2.MigrationRef.SerializeToString,
-                response_deserializer=phaul__runtime_dot_rpc_dot_phaul__pb2.Done.FromString,
+                request_serializer=phaul__runtime_dot_rpc_dot_phaul__pb2.StartIterRequest.SerializeToString,
+                response_deserializer=phaul__runtime_dot_rpc_dot_phaul__pb2.StartIterReply.FromString,
                 _registered_method=True)
         self.StopIter = channel.unary_unary(
                 '/phaul.v1.Agent/StopIter',
@@ -246,8 +246,8 @@ def add_AgentServicer_to_server(servicer, server):
             ),
             'StartIter': grpc.unary_unary_rpc_method_handler(
                     servicer.StartIter,
-                    request_deserializer=phaul__runtime_dot_rpc_dot_phaul__pb2.MigrationRef.FromString,
-                    response_serializer=phaul__runtime_dot_rpc_dot_phaul__pb2.Done.SerializeToString,
+                    request_deserializer=phaul__runtime_dot_rpc_dot_phaul__pb2.StartIterRequest.FromString,
+                    response_serializer=phaul__runtime_dot_rpc_dot_phaul__pb2.StartIterReply.SerializeToString,
             ),
             'StopIter': grpc.unary_unary_rpc_method_handler(
                     servicer.StopIter,
@@ -433,8 +433,8 @@ class Agent(object):
             request,
             target,
             '/phaul.v1.Agent/StartIter',
-            phaul__runtime_dot_rpc_dot_phaul__pb2.MigrationRef.SerializeToString,
-            phaul__runtime_dot_rpc_dot_phaul__pb2.Done.FromString,
+            phaul__runtime_dot_rpc_dot_phaul__pb2.StartIterRequest.SerializeToString,
+            phaul__runtime_dot_rpc_dot_phaul__pb2.StartIterReply.FromString,
             options,
             channel_credentials,
             insecure,

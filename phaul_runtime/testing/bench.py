@@ -106,6 +106,8 @@ class RecordingHandover:
         """See `Handover`."""
         return self._committing
 
+    post_copy = held = False
+
     @contextlib.contextmanager
     def _step(self, name: str, before: Sequence[str]) -> Iterator[None]:
         had = list(self.steps)

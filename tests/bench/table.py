@@ -10,6 +10,7 @@ from tests.bench.workloads import Workload, parse
 
 PAGE = 4096
 HOT = "256-10"
+ALL_HOT = "512-100"
 SMALL, LARGE = "idle-64", "idle-1024"
 OURS_LAZY = ("phaul-lazy", "phaul-runc-lazy", "phaul-docker-lazy")
 Pick = Callable[[Run], float | None]
@@ -131,6 +132,9 @@ def readings(results: Results) -> list[tuple[str, float | None]]:
         for other in others:
             name = f"downtime at 256 MiB, 10 % hot: {one} / {other}"
             found.append((name, ratio(freeze(HOT, one), freeze(HOT, other))))
+    for key in ("phaul-hybrid", "phaul-post"):
+        name = f"downtime at 512 MiB, all hot: {key} / phaul-lazy"
+        found.append((name, ratio(freeze(ALL_HOT, key), freeze(ALL_HOT, "phaul-lazy"))))
     for key in ("phaul-lazy", "phaul-tcp", "phaul-full", "phaul-runc-lazy", "phaul-runc"):
         own = spread(results, SMALL, key, lambda run: run.carried.own_ms)
         reported = spread(results, SMALL, key, lambda run: run.carried.downtime_ms)

@@ -64,6 +64,7 @@ def parse(key: str) -> Workload:
 # side, few for the growth with memory and for hot regions.
 SIZES = ("phaul-lazy", "phaul-tcp", "phaul-full", "criu", "runc")
 HOT = ("phaul-lazy", "phaul-full", "phaul-policy")
+LATE = ("phaul-lazy", "phaul-hybrid", "phaul-post")
 # What takes long and is no close call, or is compared by another workload, is measured once.
 ENGINES = ("podman-pre", "podman", "phaul-docker-lazy", "phaul-docker", "docker")
 ONCE: dict[str, tuple[str, ...]] = {
@@ -80,5 +81,6 @@ PLAN: dict[str, tuple[str, ...] | None] = {
     "256-1": HOT,
     "256-10": None,
     "256-50": HOT,
+    "512-100": LATE,
     "redis": None,
 }

@@ -37,6 +37,10 @@ def ask(gate: Gate, process: subprocess.Popen[bytes], within_s: float = 20) -> G
         os.close(handle)
 
 
+def test_criu_never_serves_pages_itself(gate: Gate) -> None:
+    assert script(gate, "status-ready").wait(20) == 1
+
+
 @pytest.mark.parametrize("action", ["pre-dump", "post-dump", "post-restore"])
 @pytest.mark.parametrize("yes", [True, False])
 def test_it_goes_on_only_on_a_yes(gate: Gate, action: str, yes: bool) -> None:

@@ -7,9 +7,11 @@ from tests.bench.methods.phaul import (
     PhaulDocker,
     PhaulDockerLazy,
     PhaulFull,
+    PhaulHybrid,
     PhaulLazy,
     PhaulLocal,
     PhaulPolicy,
+    PhaulPostCopy,
     PhaulRunc,
     PhaulRuncLazy,
     PhaulTcp,
@@ -20,6 +22,8 @@ METHODS: dict[str, type[Method]] = {
     method.key: method
     for method in (
         PhaulLazy,
+        PhaulHybrid,
+        PhaulPostCopy,
         PhaulTcp,
         PhaulFull,
         PhaulPolicy,

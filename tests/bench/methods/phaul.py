@@ -18,7 +18,8 @@ _AGENT = "/var/tmp/bench-agent.pid"
 
 def parse_report(report: dict[str, Any]) -> Carried:
     """What the report says."""
-    final = int(report["final_pages_written"])
+    late = int(report.get("post_copy", {}).get("pages", 0))
+    final = int(report["final_pages_written"]) or late
     rounds = report["iterations"]
     first = rounds[0] if rounds else None
     return Carried(
@@ -105,6 +106,22 @@ class PhaulLazy(PhaulFull):
     title = "phaul-runtime, process, lazy"
     restore = "lazy"
     lazy = True
+
+
+class PhaulHybrid(PhaulLazy):
+    """Rounds, then what is rewritten comes after it runs."""
+
+    key = "phaul-hybrid"
+    title = "phaul-runtime, process, hybrid"
+    flags: ClassVar[tuple[str, ...]] = (*PhaulFull.flags, "--mode", "hybrid")
+
+
+class PhaulPostCopy(PhaulLazy):
+    """No rounds: all of memory comes after it runs."""
+
+    key = "phaul-post"
+    title = "phaul-runtime, process, post-copy"
+    flags: ClassVar[tuple[str, ...]] = (*PhaulFull.flags, "--mode", "post-copy")
 
 
 class PhaulTcp(PhaulLazy):
