@@ -132,6 +132,7 @@ class _Serving:
         self._gone: bytearray | None = None
         self._lacking = self._total
         self._wants: deque[tuple[int, int]] = deque()
+        self._wanted_at = 0.0
         self._sent = self._acked = 0
         self._at = 0
         self._done = False
@@ -221,6 +222,7 @@ class _Serving:
         if kind == Kind.WANT and 0 < count <= wire.AHEAD and first + count <= self._total:
             if self._gone is not None and self._gone.find(0, first, first + count) >= 0:
                 self._wants.append((first, count))
+                self._wanted_at = time.monotonic()
             if len(self._wants) > _MOST_WANTS:
                 raise ChannelError("the destination asks for pages without end")
         elif kind == Kind.ACK and not count and self._acked <= first <= self._sent:
@@ -251,11 +253,15 @@ class _Serving:
                 self._queue(gone, begin, behind)
                 return
             self._wants.popleft()
-        if self._sent - self._acked + wire.PIECE > wire.FLIGHT or not self._stream():
+        # A page that somebody waits for queues behind what is on its way already: on a link of
+        # 20 MiB/s a full flight is 100 ms for each of them.
+        calm = time.monotonic() - self._wanted_at > wire.CALM_S
+        piece, most = (wire.PIECE, wire.FLIGHT) if calm else (wire.BUSY_PIECE, wire.BUSY_FLIGHT)
+        if self._sent - self._acked + piece > most or not self._stream():
             return
         begin = gone.find(0, self._at)
         if begin >= 0:
-            self._at = self._queue(gone, begin, min(begin + wire.PIECE, self._total))
+            self._at = self._queue(gone, begin, min(begin + piece, self._total))
         else:
             self._at = self._total
 

@@ -12,7 +12,7 @@ All numbers are in network order; the bitmap's first page is the lowest bit of i
 source begins once it has the head, and sends no page that is here, nor any twice on one channel.
 Pages that are wanted go first, `AHEAD` of them for a want; what is missing follows upwards in
 pieces of `PIECE`, with `FLIGHT` pages at most on their way, so that a wanted one never queues
-behind more than that.
+behind more than that; for `CALM_S` after a want it is `BUSY_PIECE` and `BUSY_FLIGHT`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ MESSAGE = struct.Struct("!IIQ")
 PIECE = 64
 AHEAD = 32
 FLIGHT = 512
+BUSY_PIECE = 16
+BUSY_FLIGHT = 48
+CALM_S = 0.1
 _RECEIVE = 256 << 10
 _SEND = 1 << 20
 # Bytes 0 and 1 to digits and back: conversions by digits of base 2 are linear, and in C.
@@ -176,6 +179,9 @@ class Link:
 
 __all__ = [
     "AHEAD",
+    "BUSY_FLIGHT",
+    "BUSY_PIECE",
+    "CALM_S",
     "FLIGHT",
     "HEAD",
     "MAGIC",
