@@ -128,7 +128,7 @@ def one_copy(hosts: Hosts, dirtier: Dirtier) -> None:
     clean(hosts)
 
 
-@pytest.mark.parametrize("mode", ["post-copy", "hybrid"])
+@pytest.mark.parametrize("mode", [pytest.param("post-copy", marks=pytest.mark.thorough), "hybrid"])
 def test_every_page_comes_after_the_move(hosts: Hosts, observer: Observer, mode: str) -> None:
     dirtier = victim(hosts, f"late-{mode}", observer)
     before = {host: hosts.sh(host, LISTENING) for host in ("a", "b")}
@@ -172,6 +172,7 @@ def test_a_container(hosts: Hosts, containers: Containers, mode: str) -> None:
     clean(hosts)
 
 
+@pytest.mark.thorough
 def test_a_container_of_docker(docker_hosts: DockerHosts) -> None:
     web = docker_hosts.dirtier(
         "a", "late-docker", "--mib", "24", "--hot-mib", "12", "--writes", "500"
