@@ -3,7 +3,8 @@
     two_receivers.py DIRECTORY         prints what both have; fails if it is not the same
 
 A parent and two children with memory of their own, and some that they share. A round with their
-own, a round with all of it once a third has changed, then a restore in full from what ours has written.
+own, a round with all of it once a third has changed, then a restore in full from what ours has
+written.
 """
 
 from __future__ import annotations
