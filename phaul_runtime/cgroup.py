@@ -65,6 +65,19 @@ def members(name: str) -> list[int]:
     return [int(pid) for pid in text.split()]
 
 
+def below(group: Path) -> set[int]:
+    """The pids in a group and in all below it.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return {
+        int(pid)
+        for file in group.rglob("cgroup.procs")
+        for pid in file.read_text(encoding="ascii").split()
+    }
+
+
 def kill(name: str, *, within_s: float = 10.0) -> None:
     """End everything in `phaul-runtime/NAME`, and remove the group; idempotent."""
     kill_all(lambda: members(name), within_s=within_s)

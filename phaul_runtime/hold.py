@@ -59,7 +59,7 @@ class Hold:
             MigrationFailed: it has ended.
         """
         depth = len(_inner_pids(pids[0]))
-        facts = [(pid, _start_time(pid), _inner_pids(pid)[depth - 1]) for pid in pids]
+        facts = [(pid, _stat(pid)[1], _inner_pids(pid)[depth - 1]) for pid in pids]
         own = _own_group(pids)
         if own is not None:
             return cls(own, facts)
@@ -206,11 +206,7 @@ def _own_group(pids: Sequence[int]) -> Path | None:
     if group in (_ROOT, Path()):
         return None
     try:
-        inside = {
-            int(pid)
-            for file in group.rglob("cgroup.procs")
-            for pid in file.read_text(encoding="ascii").split()
-        }
+        inside = cgroup.below(group)
     except OSError:
         return None
     return group if inside == set(pids) else None
@@ -248,22 +244,20 @@ def _inner_pids(pid: int) -> list[int]:
     return pids
 
 
-def _start_time(pid: int) -> int:
+def _stat(pid: int) -> tuple[str, int]:
+    """State and start time; "" and 0 of a process that has ended."""
     try:
         text = (_PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return 0
-    # The 22nd field; the second, a name in brackets, may hold anything.
-    return int(text.rpartition(")")[2].split()[19])
+        return "", 0
+    # The third and the 22nd field; the second, a name in brackets, may hold anything.
+    fields = text.rpartition(")")[2].split()
+    return fields[0], int(fields[19])
 
 
 def _is(pid: int, start: int) -> bool:
-    try:
-        text = (_PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-    fields = text.rpartition(")")[2].split()
-    return int(fields[19]) == start and fields[0] not in "ZX"
+    state, started = _stat(pid)
+    return bool(state) and started == start and state not in "ZX"
 
 
 __all__ = ["FACT", "Hold", "check_hold"]

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from phaul_runtime.cgroup import below
 from phaul_runtime.errors import PhaulError, Refused
 from phaul_runtime.hostfacts import boot_id
 
@@ -70,11 +71,7 @@ def own_cgroup(pids: Iterable[int], root: Path = ROOT, proc: Path = Path("/proc"
     if not (group / _MAX).exists():
         raise Refused(f"the cgroup {path} has no cpu controller")
     try:
-        inside = {
-            int(pid)
-            for file in group.rglob("cgroup.procs")
-            for pid in file.read_text(encoding="ascii").split()
-        }
+        inside = below(group)
     except OSError as error:
         raise Refused(f"the cgroup {path} cannot be read: {error.strerror}") from error
     if others := inside - set(tree):
