@@ -14,10 +14,7 @@ from phaul_runtime.config import load_config
 from phaul_runtime.errors import NoSuchMigration
 from phaul_runtime.journal import is_locked, journal_path, migration_ids, read_records, replay
 from phaul_runtime.progress import read_progress
-from phaul_runtime.states import Role
-
-_SETTLED = ("done", "aborted")
-_POST_COPY = "post-copy"
+from phaul_runtime.states import Role, State
 
 
 @click.command("status")
@@ -40,7 +37,7 @@ def status_command(migration_id: str | None, config_path: Path | None, output: s
         raise NoSuchMigration(
             f"no migration {migration_id} in {state_dir}", hint="phaul-runtime history lists them"
         )
-    open_rows = [row for row in rows if row["state"] not in _SETTLED]
+    open_rows = [row for row in rows if not State(row["state"]).settled]
     if output == "json":
         # Who names a migration is told of it however it stands.
         for row in open_rows if migration_id is None else rows:
@@ -69,7 +66,7 @@ def _row(
     state_dir: Path, migration_id: str, role: Role, records: list[dict[str, Any]], worked_on: bool
 ) -> dict[str, Any]:
     entered = [record for record in records if "state" in record][-1]
-    _, facts = replay([{k: v for k, v in each.items() if k != "state"} for each in records])
+    state, facts = replay(records)
     row = {
         "id": migration_id,
         "role": role.value,
@@ -83,7 +80,7 @@ def _row(
         "pages": None,
         "missing": None,
     }
-    if row["state"] == _POST_COPY:
+    if state is State.POST_COPY:
         told = read_progress(state_dir, migration_id, role)
         row |= {name: told[name] for name in ("pages", "missing") if name in told}
     return {**row, "advice": _advice(row)}
@@ -91,10 +88,11 @@ def _row(
 
 def _advice(row: dict[str, Any]) -> str:
     """What to do; empty where somebody does it, or nothing is left to be done."""
-    if row["worked_on"] or row["state"] in _SETTLED:
+    state = State(row["state"])
+    if row["worked_on"] or state.settled:
         return ""
     command = f"phaul-runtime recover {row['id']}"
-    if row["state"] == _POST_COPY and row["role"] == Role.DESTINATION.value:
+    if state is State.POST_COPY and row["role"] == Role.DESTINATION.value:
         # Only the source has the pages.
         return f"{command} on the source's host" + (f", {row['peer']}" if row["peer"] else "")
     return command
