@@ -32,12 +32,11 @@ RECOVER = "phaul-runtime recover {} finishes it or undoes it"
 
 @dataclass(frozen=True)
 class Running:
-    """The destination's answer to commit; `missing` pages are still at the source."""
+    """The destination's answer to commit."""
 
     pid: int
     since_resume_ms: float
     resume_ms: float
-    missing: int = 0
 
 
 @dataclass(frozen=True)

@@ -411,7 +411,6 @@ class Incoming:
                 pid=self._pid,
                 since_resume_ms=since,
                 resume_ms=self._resume_ms,
-                missing=self.missing or 0,
             )
 
     @property

@@ -424,7 +424,7 @@ class RemoteAgent(PhaulRemote):
                     raise
                 time.sleep(_RETRY_S)
             else:
-                return Running(reply.pid, reply.since_resume_ms, reply.resume_ms, reply.missing)
+                return Running(reply.pid, reply.since_resume_ms, reply.resume_ms)
 
     def take_up(self, migration_id: str) -> None:
         """Speak of a migration that this agent has settled, and still works on."""

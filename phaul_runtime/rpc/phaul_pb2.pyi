@@ -307,18 +307,16 @@ class PrepareReply(_message.Message):
     def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., pid: _Optional[int] = ..., restore_ms: _Optional[float] = ..., images_ms: _Optional[float] = ..., full_because: _Optional[str] = ...) -> None: ...
 
 class CommitReply(_message.Message):
-    __slots__ = ("error", "pid", "since_resume_ms", "resume_ms", "missing")
+    __slots__ = ("error", "pid", "since_resume_ms", "resume_ms")
     ERROR_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     SINCE_RESUME_MS_FIELD_NUMBER: _ClassVar[int]
     RESUME_MS_FIELD_NUMBER: _ClassVar[int]
-    MISSING_FIELD_NUMBER: _ClassVar[int]
     error: Error
     pid: int
     since_resume_ms: float
     resume_ms: float
-    missing: int
-    def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., pid: _Optional[int] = ..., since_resume_ms: _Optional[float] = ..., resume_ms: _Optional[float] = ..., missing: _Optional[int] = ...) -> None: ...
+    def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., pid: _Optional[int] = ..., since_resume_ms: _Optional[float] = ..., resume_ms: _Optional[float] = ...) -> None: ...
 
 class FilledReply(_message.Message):
     __slots__ = ("error", "over", "pages", "missing", "faults", "worst_fault_ms", "ms", "full_because", "remote_missing")
