@@ -1,20 +1,20 @@
 # phaul-runtime: everything from a fresh Debian machine.
 #
 #   make demo    move a process that dirties its memory from host a to host b
-#   make test    lint, types, and tests, unit to e2e, in about 45 minutes
+#   make test    lint, types, and tests, unit to e2e, in about 25 minutes; make test PARTS="lint unit"
 #   make test-all  the same with those that go another way through the same
 #   make faults  every fault at every moment; make faults-random SEED=1 COUNT=100;
 #                ENGINE=runc or docker for containers
+#   make lab KIND=native SUITE=forky     hosts to work with; both words may be left out
 #   make bench   downtime beside other ways to move (METHODS=, WORKLOADS=, RUNS=)
 #
-# The laboratory (two emulated hosts, tests/lab) needs root, about 6 GiB of disk under
-# ~/.cache/phaul-runtime-lab and a few minutes for the first image.
+# The laboratory (hosts of namespaces and emulated ones, tests/lab) needs root, about 6 GiB of disk
+# for each suite of software under ~/.cache/phaul-runtime-lab and a few minutes for its image.
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 LAB := tests/lab/lab
-APT := qemu-system-x86 qemu-utils mmdebstrap openssh-client e2fsprogs rsync acl gcc libc6-dev make python3-venv
-PYCRIU = $(shell $(LAB) pycriu)
+APT := qemu-system-x86 qemu-utils mmdebstrap openssh-client e2fsprogs iproute2 rsync acl gcc libc6-dev make python3-venv
 
 all: test
 
@@ -36,8 +36,11 @@ venv: .venv/.ready
 	@$(PYTHON) -m pip install -q -e '.[dev]'
 	@touch $@
 
+# KIND=native or emulated: hosts of namespaces or machines; by default what this kernel can do.
+KIND :=
+SUITE :=
 lab: venv
-	@$(LAB) up
+	@$(LAB) up $(if $(KIND),--$(KIND)) --suite "$(SUITE)"
 	@$(LAB) status
 
 # -- what it is for ----------------------------------------------------------------------
@@ -47,33 +50,26 @@ demo: lab
 
 # -- tests -------------------------------------------------------------------------------
 
-test: lint unit e2e
+PARTS :=
+test: venv
+	@$(PYTHON) -m tests.parts $(PARTS)
 
 test-all: export THOROUGH = 1
 test-all: test
 
-lint: venv
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy
-
-# pycriu is not on PyPI: the tests get the real one out of the laboratory's image.
-unit: venv
-	PYTHONPATH=$(PYCRIU) $(VENV)/bin/pytest tests/unit tests/contract tests/integration
-
-e2e: lab
-	PYTHONPATH=$(PYCRIU) $(VENV)/bin/pytest tests/e2e
+lint unit unit-forky e2e-native e2e-emulated e2e-emulated-forky: venv
+	@$(PYTHON) -m tests.parts $@
 
 # The whole table of faults and moments (about 40 minutes), and kills at random moments.
 ENGINE := process
 SEED := 1
 COUNT := 100
-FAULTS = PYTHONPATH=$(PYCRIU) $(VENV)/bin/pytest tests/e2e/faults
+FAULTS = PYTHONPATH=$(shell $(LAB) pycriu) $(VENV)/bin/pytest tests/e2e/faults
 
-faults: lab
+faults: venv
 	FAULTS=full ENGINE=$(ENGINE) $(FAULTS) -k one_copy
 
-faults-random: lab
+faults-random: venv
 	SEED=$(SEED) COUNT=$(COUNT) ENGINE=$(ENGINE) $(FAULTS) -k random
 
 # Moves side by side with other ways (tests/bench/README.md), about an hour; RESUME=1 goes on with
@@ -85,6 +81,7 @@ RESUME :=
 OUT := build/bench/benchmarks.json
 BENCH = PYTHONPATH=tests/lab $(PYTHON) -m tests.bench
 
+bench: export KIND = emulated
 bench: lab build/bench/phaul-go $(VENV)/.bench
 	$(BENCH) --runs $(RUNS) --methods "$(METHODS)" --workloads "$(WORKLOADS)" --out $(OUT) \
 		$(if $(RESUME),--resume)
@@ -121,5 +118,6 @@ down:
 clean: down
 	rm -rf $(VENV) build dist *.egg-info
 
-.PHONY: all system venv lab demo test test-all lint unit e2e faults faults-random bench bench-docker \
+.PHONY: all system venv lab demo test test-all lint unit unit-forky e2e-native e2e-emulated \
+	e2e-emulated-forky faults faults-random bench bench-docker \
 	bench-docs docs proto down clean

@@ -108,39 +108,34 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Each test of hosts runs in the laboratory that has what it needs, or is skipped by name."""
-    if "lab" not in metafunc.fixturenames:
-        return
-    marks = list(metafunc.definition.iter_markers("needs"))
-    chosen, lacking = labs.choose({need for mark in marks for need in mark.args})
-    names = [chosen or "none"]
-    for mark in metafunc.definition.iter_markers("also_on"):
-        names += [name for name in mark.args if name not in names]
-    for mark in metafunc.definition.iter_markers("only_on"):
-        names = list(mark.args)
-    if os.environ.get("THOROUGH") and names == ["native"]:
-        names.append("emulated")
-    skip = pytest.mark.skip(reason=lacking)
-    parameters = [pytest.param(name, marks=[skip] if name == "none" else []) for name in names]
-    metafunc.parametrize("lab", parameters, indirect=True, scope="session")
+    """Every test of hosts with each laboratory; most of those are put away again below."""
+    if "lab" in metafunc.fixturenames:
+        metafunc.parametrize("lab", labs.LABS, indirect=True, scope="session")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What `--labs` leaves out."""
+    """Each test of hosts runs in the laboratory that has what it needs, or is skipped by name."""
     wanted = [name for name in config.getoption("--labs").split(",") if name]
-    if not wanted:
-        return
     if unknown := set(wanted) - labs.LABS.keys():
-        raise pytest.UsageError(f"no such laboratory: {sorted(unknown)}")
-    kept = [item for item in items if _lab_of(item) in {*wanted, "none", ""}]
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = kept
+        raise pytest.UsageError(f"no such laboratory: {', '.join(sorted(unknown))}")
+    items[:] = [item for item in items if _runs_there(item, wanted)]
 
 
-def _lab_of(item: pytest.Item) -> str:
-    """The laboratory that a test runs in; empty for those without hosts."""
+def _runs_there(item: pytest.Item, wanted: list[str]) -> bool:
+    """Whether a test runs in the laboratory that it stands there with."""
     spec = getattr(item, "callspec", None)
-    return str(spec.params.get("lab", "")) if spec else ""
+    if spec is None or "lab" not in spec.params:
+        return True
+    there = spec.params["lab"]
+    chosen, lacking = labs.choose({need for m in item.iter_markers("needs") for need in m.args})
+    only = [name for mark in item.iter_markers("only_on") for name in mark.args]
+    names = only or [chosen, *(name for m in item.iter_markers("also_on") for name in m.args)]
+    if os.environ.get("THOROUGH") and names == ["native"]:
+        names.append("emulated")
+    if not chosen and not only:
+        item.add_marker(pytest.mark.skip(reason=lacking))
+        return bool(there == next(iter(labs.LABS)))
+    return there in names and (not wanted or there in wanted)
 
 
 @pytest.fixture(scope="session")

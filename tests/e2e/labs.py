@@ -5,15 +5,8 @@ A test says it by `@pytest.mark.needs(...)`; without, hosts of namespaces do, at
 
 from __future__ import annotations
 
-import mmap
-import os
-import shutil
-import struct
-from functools import cache
-from pathlib import Path
-
 from phaul_lab.lab import Kind
-from phaul_lab.native import cgroup_root
+from phaul_lab.machine import controllers, soft_dirty, why_not_emulated, why_not_native
 
 # By the name that tests and `--labs` have for it.
 LABS = {
@@ -29,53 +22,11 @@ NEEDS = {
     "own-kernel": "hosts whose clock and settings are their own",
     "fixed-addresses": "a kernel that gives programs the same addresses each time",
 }
-_SOFT_DIRTY = 1 << 55
-_CONTROLLERS = {"cpu", "memory", "pids"}
-
-
-@cache
-def soft_dirty() -> bool:
-    """Whether this machine's kernel tells which pages were written to."""
-    with mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page:
-        page[0] = 1
-        address = _address(page)
-        with Path("/proc/self/pagemap").open("rb") as pagemap:
-            pagemap.seek(address // mmap.PAGESIZE * 8)
-            (entry,) = struct.unpack("<Q", pagemap.read(8))
-    return bool(entry & _SOFT_DIRTY)
-
-
-def _address(page: mmap.mmap) -> int:
-    import ctypes
-
-    return ctypes.addressof(ctypes.c_char.from_buffer(page))
-
-
-@cache
-def why_not_native() -> str:
-    """Why hosts of namespaces cannot be had on this machine; empty if they can."""
-    if os.geteuid() != 0:
-        return "hosts need root"
-    if cgroup_root() is None:
-        return "no cgroup2 is mounted"
-    missing = [tool for tool in ("unshare", "nsenter", "setpriv", "ip") if not shutil.which(tool)]
-    return f"not installed: {', '.join(missing)}" if missing else ""
-
-
-@cache
-def why_not_emulated() -> str:
-    """Why emulated hosts cannot be had on this machine; empty if they can."""
-    if os.geteuid() != 0:
-        return "hosts need root"
-    return "" if shutil.which("qemu-system-x86_64") else "not installed: qemu-system-x86"
 
 
 def _native_has(need: str) -> bool:
     """Whether hosts of namespaces have it on this machine."""
-    root = cgroup_root()
-    if need == "controllers" and root is not None:
-        return set((root / "cgroup.controllers").read_text().split()) >= _CONTROLLERS
-    return need == "dirty-tracking" and soft_dirty()
+    return {"dirty-tracking": soft_dirty, "controllers": controllers}.get(need, lambda: False)()
 
 
 def choose(needs: set[str]) -> tuple[str, str]:

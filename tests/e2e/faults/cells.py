@@ -116,6 +116,12 @@ class Cell:
         """It is of those that CI runs."""
         return (self.fault, self.moment) in CI.get(self.engine, ())
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What it needs of the hosts."""
+        rounds = ("dirty-tracking",) if self.moment in ("predump", "between") else ()
+        return rounds + (("own-kernel",) if self.fault.startswith("clock") else ())
+
     def __str__(self) -> str:
         return f"{self.engine}:{self.fault}@{self.moment}"
 

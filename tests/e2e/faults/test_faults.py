@@ -52,12 +52,16 @@ def victim(stage: Stage, observer: Observer, request: pytest.FixtureRequest) -> 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "cell",
-    cells(ENGINE, quick=False)
-    if FULL
-    else [
-        pytest.param(cell, marks=() if cell.in_ci else pytest.mark.thorough)
-        for engine in ("process", "runc", "docker")
-        for cell in cells(engine, quick=True)
+    [
+        pytest.param(
+            cell,
+            marks=[
+                pytest.mark.needs(*cell.needs),
+                *([] if FULL or cell.in_ci else [pytest.mark.thorough]),
+            ],
+        )
+        for engine in ((ENGINE,) if FULL else ("process", "runc", "docker"))
+        for cell in cells(engine, quick=not FULL)
     ],
     ids=str,
 )

@@ -12,6 +12,7 @@ from pathlib import Path
 from phaul_lab.host import ADDRESSES
 from phaul_lab.image import DEFAULT_SUITE, cache_dir, ensure_image, suites
 from phaul_lab.lab import Kind, Lab, checkout_name, checkouts_labs, pycriu_dir
+from phaul_lab.machine import what_native_lacks
 from phaul_lab.shell import LabError
 
 
@@ -26,7 +27,13 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument(
         "--memory", type=int, metavar="MIB", help="of each emulated host that is not up yet"
     )
-    up.add_argument("--native", action="store_true", help="hosts of namespaces, not emulated ones")
+    kinds = up.add_mutually_exclusive_group()
+    kinds.add_argument("--native", action="store_true", help="hosts of namespaces: seconds")
+    kinds.add_argument(
+        "--emulated",
+        action="store_true",
+        help="machines; default: if the kernel here lacks something",
+    )
     up.add_argument(
         "--suite", default="", help=f"of software: {', '.join(suites())}; of each host: a=.,b=."
     )
@@ -84,8 +91,12 @@ def _lab(name: str | None) -> Lab:
 def _up(given: argparse.Namespace) -> None:
     if given.memory:
         os.environ["PHAUL_LAB_MEMORY"] = str(given.memory)
-    kind = _kind(given.native, given.suite)
+    lacks = [] if given.native or given.emulated else what_native_lacks()
+    kind = _kind(given.native or not (given.emulated or lacks), given.suite)
     lab = Lab(given.name or kind.name)
+    if not (given.native or given.emulated):
+        chosen = "hosts of namespaces: this machine's kernel can do it all"
+        print(f"emulated hosts: {', '.join(lacks)}" if lacks else chosen, file=sys.stderr)
     lab.up([name for name in given.hosts.split(",") if name], kind)
     if given.name is None:
         _last().write_text(lab.name)

@@ -14,21 +14,13 @@ from pathlib import Path
 
 from phaul_lab.host import ADDRESSES, START_S, Host
 from phaul_lab.image import HERE
+from phaul_lab.machine import cgroup_root
 from phaul_lab.shell import LabError, run
 
 # The address, in the network that all cables end in, where tests listen for what hosts send.
 OUTSIDE = "10.77.0.254"
 SCRIPT = HERE / "native-host"
 _CLONE_NEWNET = 0x40000000
-
-
-def cgroup_root() -> Path | None:
-    """Where this machine has mounted cgroup2."""
-    for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines():
-        _source, place, kind, *_ = line.split(" ")
-        if kind == "cgroup2":
-            return Path(place)
-    return None
 
 
 @contextmanager

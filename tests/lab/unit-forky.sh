@@ -1,0 +1,16 @@
+#!/bin/sh
+# The tests that need no laboratory, in a host of namespaces: on forky's Python, pycriu and programs.
+#
+#   unit-forky.sh [PYTEST-ARGUMENT...]      without a path: unit, contract and integration tests
+set -eu
+cd "$(dirname "$0")/../.."
+name=${PHAUL_LAB:-$(basename "$(mktemp -u phaul-XXXXXX)")}-unit
+lab="tests/lab/lab --name $name"
+trap '$lab down' EXIT
+$lab up --native --suite forky --hosts a
+git ls-files -z --cached --others --exclude-standard | tar --null -T - -cf - |
+    $lab exec a -- sh -c 'mkdir /src && tar -C /src -xf - 2>/dev/null
+        echo /opt/phaul-runtime/phaul >$(echo /opt/phaul-tests/lib/python3*/site-packages)/phaul.pth'
+case " $*" in *" tests/"*) ;; *) set -- "$@" tests/unit tests/contract tests/integration ;; esac
+$lab exec a -- sh -c 'cd /src && PYTHONPATH=/src/engines:/src/hooks \
+    exec /opt/phaul-tests/bin/python -m pytest "$@"' sh "$@"
