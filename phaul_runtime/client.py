@@ -76,6 +76,7 @@ class PhaulClient:
         self.cancellation = cancellation or Cancellation()
         self.log_level = log_level
         self._dirs = ImageDirs(config.wdir)
+        self._begun = False
 
     def migrate(self) -> MigrationReport:
         """Run the pre-copy rounds and the switch-over.
@@ -98,9 +99,11 @@ class PhaulClient:
 
     def _migrate(self) -> MigrationReport:
         begun = time.monotonic()
-        if self._dirs.count:
+        if self._begun:
+            # The last round may have been the final dump alone, which only the remote has.
             self.remote.end_chain()
             self._dirs.end_chain()
+        self._begun = True
         iterations, converged, pre_copy = self._iterate()
         self.cancellation.check()
         last = self._dirs.last

@@ -38,6 +38,11 @@ setsid $words </dev/null >>/var/log/dockerd.log 2>&1 &
 IN_IMAGE = ("redis-server", "redis-cli", "piggie-dirty", "ip", "nc")
 
 
+def docker_network(lab: Lab) -> str:
+    """See `DockerHosts.network`: docker 28 restores none with a network namespace of its own."""
+    return "--network host" if lab.host("b").image.suite == "forky" else "--network none"
+
+
 def start_docker(lab: Lab) -> None:
     """Docker on both hosts, with one image; idempotent."""
     hosts = Hosts(lab)
@@ -133,11 +138,16 @@ class DockerHosts:
         self.sh(host, f"docker run -d --name {name} {flags} {IMAGE} {words} </dev/null")
         return container
 
-    def dirtier(
-        self, host: str, name: str, *args: str, flags: str = "--network none"
-    ) -> DockerContainer:
+    @property
+    def network(self) -> str:
+        """The flag for the most of a network of its own that this docker can restore."""
+        return docker_network(self.hosts.lab)
+
+    def dirtier(self, host: str, name: str, *args: str, flags: str = "") -> DockerContainer:
         """A container with the verifying dirtier."""
         words = ("piggie-dirty", "--status", "/data/status", "--verifies", "4000", *args)
+        if "--network" not in flags:
+            flags = f"{self.network} {flags}"
         return self.run(host, name, *words, flags=flags)
 
     def leftovers(self, host: str) -> str:

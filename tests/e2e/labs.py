@@ -20,7 +20,7 @@ NEEDS = {
     "dirty-tracking": "a kernel with soft-dirty, for pre-copy",
     "controllers": "cgroup2 with the controllers cpu, memory and pids",
     "own-kernel": "hosts whose clock and settings are their own",
-    "fixed-addresses": "a kernel that gives programs the same addresses each time",
+    "docker-networks": "a docker that restores containers with a network of their own, before 28",
 }
 
 

@@ -12,7 +12,7 @@ from phaul_lab import Lab
 
 from phaul_runtime.testing import CHECKS
 from tests.e2e.conftest import Hosts
-from tests.e2e.docker_hosts import docker_lab
+from tests.e2e.docker_hosts import docker_lab, docker_network
 from tests.e2e.test_library_use import PYTHON
 
 __all__ = ["docker_lab"]
@@ -41,7 +41,8 @@ class Results:
         lab, directory = self.hosts.lab, f"/run/conformance-{engine}"
         for name in ("conformance.py", "make_bundle.py"):
             lab.push("a", PROGRAMS / name, f"/tmp/{name}")
-        argv = [PYTHON, "/tmp/conformance.py", engine, directory]
+        network = f"DOCKER_NETWORK={docker_network(lab)}"
+        argv = ["env", network, PYTHON, "/tmp/conformance.py", engine, directory]
         done = lab.exec("a", argv, check=False, timeout=550)
         self.hosts.sh("a", 'rm -rf "$1"', directory)
         lines = [json.loads(line) for line in done.stdout.splitlines()]
@@ -50,7 +51,7 @@ class Results:
         return found
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def results(lab: Lab) -> Results:
     return Results(Hosts(lab))
 

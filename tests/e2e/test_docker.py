@@ -21,6 +21,7 @@ RICH = (
 )
 
 
+@pytest.mark.needs("docker-networks", "controllers")
 def test_a_container_moves_with_its_configuration_and_comes_back(docker_hosts: DockerHosts) -> None:
     """Dirtier, volumes, limits, restart policy: the same there; docker can do all with it."""
     docker_hosts.volumes.append("rich-data")
@@ -50,7 +51,7 @@ def test_a_container_moves_with_its_configuration_and_comes_back(docker_hosts: D
 
 def test_restart_always_leaves_no_second_copy(docker_hosts: DockerHosts) -> None:
     """Its end at the source is no failure that docker would mend."""
-    web = docker_hosts.dirtier("a", "always", flags="--network none --restart always")
+    web = docker_hosts.dirtier("a", "always", flags="--restart always")
     moved = web.migrate("a", "b", "--config", _config(docker_hosts, "{source: keep}"))
     assert moved.code == 0, moved.stderr
     assert web.inspect("b")["HostConfig"]["RestartPolicy"]["Name"] == "always"
@@ -76,7 +77,7 @@ def test_a_failed_restore_leaves_the_source_running_and_a_retry_works(
         docker_hosts.sh(host, "mkdir -p /srv/same")
     docker_hosts.sh("a", "touch /srv/same/file")
     script = "exec 3</same/file; exec piggie-dirty --status /data/status --verifies 4000 --mib 8"
-    flags = "--network none --restart always --volume /srv/same:/same"
+    flags = f"{docker_hosts.network} --restart always --volume /srv/same:/same"
     web = docker_hosts.run("a", "fails", "sh", "-c", script, flags=flags)
     config = _config(docker_hosts, "{mounts: {/srv/same: shared}}")
     failed = web.migrate("a", "b", "--config", config)
@@ -96,7 +97,7 @@ def test_the_hook_is_installed_when_containers_run_already(docker_hosts: DockerH
     """They migrate like any other; an operator's programs veto that, or follow it."""
     for host in ("a", "b"):
         docker_hosts.sh(host, "phaul-runtime hook remove docker")
-    web = docker_hosts.dirtier("a", "before", "--mib", "8", flags="--network none --restart always")
+    web = docker_hosts.dirtier("a", "before", "--mib", "8", flags="--restart always")
     hooks = "/etc/phaul-runtime/hooks"
     for host in ("a", "b"):
         docker_hosts.sh(host, "phaul-runtime hook install docker; phaul-runtime hook list")
@@ -140,6 +141,7 @@ def test_an_image_that_is_missing_is_carried(docker_hosts: DockerHosts) -> None:
         assert docker_hosts.leftovers(host) == ""
 
 
+@pytest.mark.needs("docker-networks")
 def test_shared_memory_files_move(docker_hosts: DockerHosts) -> None:
     """/dev/shm is docker's mount, which CRIU leaves to others; the network is the default one."""
     web = docker_hosts.dirtier("a", "shm", "--mib", "4", flags="--publish 8099:80")

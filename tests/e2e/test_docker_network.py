@@ -17,6 +17,8 @@ from tests.e2e.outside import CLIENTS, Outside
 
 __all__ = ["docker_hosts", "docker_lab"]
 
+pytestmark = pytest.mark.needs("docker-networks")
+
 NETWORK, BRIDGE, VOLUME = "phaul-net", "br-phaul", "phaul-redis"
 SUBNET, ADDRESS = "10.79.0.0/24", "10.79.0.10"
 PEERS = {"a": "10.77.0.2", "b": "10.77.0.1"}

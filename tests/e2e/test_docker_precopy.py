@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.e2e.conftest import wait_until
 from tests.e2e.docker_hosts import DockerHosts, docker_hosts, docker_lab
 
 __all__ = ["docker_hosts", "docker_lab"]
+
+pytestmark = pytest.mark.needs("dirty-tracking", "docker-networks")
 
 PAGES = 64 * 256
 

@@ -36,6 +36,7 @@ def goes_on(hosts: Hosts, file: str, old: int, new: int) -> None:
     assert numbers == list(range(len(numbers)))
 
 
+@pytest.mark.needs("dirty-tracking")
 def test_the_ancestors_demonstration(hosts: Hosts) -> None:
     file, directory = "/var/tmp/piggie.count", "/run/library-use"
     hosts.sh("a", "rm -rf $1 $2", file, directory)
@@ -48,6 +49,7 @@ def test_the_ancestors_demonstration(hosts: Hosts) -> None:
     hosts.sh("a", "rm -rf $1 $2", file, directory)
 
 
+@pytest.mark.needs("dirty-tracking")
 @pytest.mark.parametrize(
     "parent", ["none", pytest.param("same-parent", marks=pytest.mark.thorough)]
 )

@@ -21,6 +21,8 @@ REPORT_FIELDS = {
 ITERATION_FIELDS = {"pages_written", "pages_skipped", "duration_ms", "bytes"}
 
 
+@pytest.mark.needs("dirty-tracking")
+@pytest.mark.also_on("emulated-forky")
 @pytest.mark.usefixtures("random_addresses")
 def test_dirtier_moves_there_and_back_and_there(hosts: Hosts) -> None:
     victim = hosts.dirtier("a", "rounds", "--mib", "64", "--hot-mib", "4", "--writes", "300")
@@ -79,6 +81,7 @@ def test_a_job_of_a_shell_moves(hosts: Hosts) -> None:
     assert victim.verified_on("b")["wrong"] == 0
 
 
+@pytest.mark.needs("dirty-tracking")
 def test_a_killed_command_leaves_one_copy_and_nothing_else(hosts: Hosts) -> None:
     victim = hosts.dirtier("a", "killed", "--mib", "64", "--writes", "200")
     argv = ["phaul-runtime", "migrate", str(victim.pid), "--to", "ssh://root@b", "--output", "json"]

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.e2e.conftest import Hosts
 from tests.e2e.test_library_use import PYTHON
+
+pytestmark = pytest.mark.needs("dirty-tracking")
 
 PROGRAM = Path(__file__).parent / "programs" / "two_receivers.py"
 

@@ -145,6 +145,8 @@ def test_every_page_comes_after_the_move(hosts: Hosts, observer: Observer, mode:
     one_copy(hosts, dirtier)
 
 
+@pytest.mark.needs("dirty-tracking")
+@pytest.mark.also_on("emulated-forky")
 @pytest.mark.parametrize("mode", [pytest.param("post-copy", marks=pytest.mark.thorough), "hybrid"])
 def test_a_container(hosts: Hosts, containers: Containers, mode: str) -> None:
     container = containers.dirtier(
@@ -164,6 +166,7 @@ def test_a_container(hosts: Hosts, containers: Containers, mode: str) -> None:
     clean(hosts)
 
 
+@pytest.mark.needs("dirty-tracking")
 @pytest.mark.thorough
 def test_a_container_of_docker(docker_hosts: DockerHosts) -> None:
     web = docker_hosts.dirtier(
@@ -178,6 +181,7 @@ def test_a_container_of_docker(docker_hosts: DockerHosts) -> None:
     assert web.dirtier("b").verified_on("b")["wrong"] == 0
 
 
+@pytest.mark.needs("dirty-tracking")
 def test_a_tree_with_shared_memory(hosts: Hosts) -> None:
     dirtier = hosts.dirtier(
         "a", "late-tree", "--mib", "16", "--hot-mib", "8", "--writes", "300", "--children", "2"
@@ -188,6 +192,7 @@ def test_a_tree_with_shared_memory(hosts: Hosts) -> None:
     one_copy(hosts, dirtier)
 
 
+@pytest.mark.needs("dirty-tracking")
 def test_a_refused_restore_lets_the_source_run_on(hosts: Hosts, observer: Observer) -> None:
     dirtier = victim(hosts, "late-refused", observer, 16)
     hosts.sh("b", "mkdir -p /etc/phaul-runtime/hooks/post_restore.d && "

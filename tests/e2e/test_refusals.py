@@ -190,6 +190,7 @@ def until_event(process: subprocess.Popen[str], name: str) -> None:
     pytest.fail(f"no event {name}")
 
 
+@pytest.mark.needs("dirty-tracking")
 def test_a_process_that_exits_in_mid_move(hosts: Hosts) -> None:
     victim = hosts.dirtier("a", "exits", "--mib", "48")
     process = stream(hosts, str(victim.pid), "--to", "ssh://root@b", *COPY)
@@ -203,6 +204,7 @@ def test_a_process_that_exits_in_mid_move(hosts: Hosts) -> None:
     clean(hosts)
 
 
+@pytest.mark.needs("dirty-tracking")
 @pytest.mark.parametrize("signal", ["INT", "TERM"])
 def test_cancelled_before_the_freeze(hosts: Hosts, signal: str) -> None:
     victim = hosts.dirtier("a", "cancel", "--mib", "64", "--writes", "100")

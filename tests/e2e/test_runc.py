@@ -21,6 +21,8 @@ def clean(hosts: Hosts) -> None:
         assert hosts.leftovers(host) == ""
 
 
+@pytest.mark.needs("dirty-tracking", "controllers")
+@pytest.mark.also_on("emulated-forky")
 @pytest.mark.parametrize("runtime", ["runc", pytest.param("crun", marks=pytest.mark.thorough)])
 def test_dirtier_moves_there_and_back_and_there(
     hosts: Hosts, containers: Containers, runtime: str

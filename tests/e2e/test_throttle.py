@@ -14,6 +14,8 @@ from tests.e2e.containers import Containers, containers
 
 __all__ = ["containers"]
 
+pytestmark = pytest.mark.needs("dirty-tracking", "controllers")
+
 UNLIMITED = "max 100000"
 GROUP = "/sys/fs/cgroup/hot"
 CONFIG = "/tmp/throttle.yaml"

@@ -31,6 +31,7 @@ def numbers(hosts: Hosts, host: str) -> list[str]:
     return hosts.sh(host, "cat /var/tmp/count.log").split()
 
 
+@pytest.mark.needs("dirty-tracking")
 def test_the_tutorial(hosts: Hosts) -> None:
     for host in ("a", "b"):
         hosts.sh(host, f"test ! -e {CONFIG}")

@@ -119,7 +119,7 @@ class Cell:
     @property
     def needs(self) -> tuple[str, ...]:
         """What it needs of the hosts."""
-        rounds = ("dirty-tracking",) if self.moment in ("predump", "between") else ()
+        rounds = ("dirty-tracking",) if self.moment in ("opened", "predump", "between") else ()
         return rounds + (("own-kernel",) if self.fault.startswith("clock") else ())
 
     def __str__(self) -> str:

@@ -94,6 +94,7 @@ def test_a_source_that_was_not_given_up_needs_no_destination(
     assert stage.judge(victim, observer) == "a"
 
 
+@pytest.mark.needs("dirty-tracking")
 @pytest.mark.timeout(600)
 def test_check_names_what_is_left(stage: Stage, observer: Observer, victim: Victim) -> None:
     migration = killed_at(stage, victim, "opened")

@@ -32,6 +32,8 @@ MAKER = Path(__file__).with_name("make_bundle.py")
 CGROUPS = Path("/sys/fs/cgroup")
 PROC = Path("/proc")
 DOCKER = Path("/var/lib/docker")
+# What this host's docker can restore: see tests/e2e/docker_hosts.py.
+DOCKER_NETWORK = os.environ.get("DOCKER_NETWORK", "--network none").split()
 DOCKER_IMAGE = "phaul-test:1"
 # Where its runtime and its containerd keep what they know of a container that runs.
 DOCKER_STATE = (
@@ -290,7 +292,7 @@ class DockerCase(Case):
     def start(self) -> str:
         self._count += 1
         name = self._name(Place.SOURCE)
-        argv = ["docker", "run", "--detach", "--name", name, "--network", "none", DOCKER_IMAGE]
+        argv = ["docker", "run", "--detach", "--name", name, *DOCKER_NETWORK, DOCKER_IMAGE]
         words = ["piggie-dirty", "--status", "/data/status", *VICTIM]
         done = subprocess.run(
             [*argv, *words], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
