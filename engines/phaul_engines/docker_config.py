@@ -169,6 +169,16 @@ def is_user_defined(network: str) -> bool:
     return network not in _PREDEFINED
 
 
+def upper_directory(inspect: Mapping[str, Any]) -> str:
+    """Where its writable layer lies; empty where docker tells of no such place.
+
+    Only its own storage drivers do: with containerd's image store `GraphDriver` is missing (API
+    1.52), or has no data.
+    """
+    data = (inspect.get("GraphDriver") or {}).get("Data") or {}
+    return str(data.get("UpperDir") or "")
+
+
 def volumes_of(inspect: Mapping[str, Any]) -> Iterator[Volume]:
     """Every volume of a container, sorted by where it is mounted."""
     named = _named_destinations(inspect)

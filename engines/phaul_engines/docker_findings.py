@@ -10,6 +10,7 @@ from typing import Any
 from phaul_engines.docker_config import (
     Volume,
     configured_mac,
+    container_name,
     network_mode,
     networks_of,
     split_bind,
@@ -17,6 +18,7 @@ from phaul_engines.docker_config import (
     volumes_of,
 )
 from phaul_runtime.engine import OK, REFUSED, WARNING, Finding
+from phaul_runtime.errors import Refused
 
 STORAGE_DRIVER = "overlay2"
 # Annotations came with this API; by one of them a container's restore gets its configuration.
@@ -27,6 +29,8 @@ _SOCKETS = re.compile(r"(?:/var)?/run/(?:docker|containerd/containerd)\.sock")
 _LOCAL_LOGS = frozenset({"json-file", "local", "journald"})
 _CONTAINER = "container:"
 _GENERATED_MAC = "02:42:"
+# `driver-type` of a docker with containerd's image store.
+_SNAPSHOTTER = "io.containerd.snapshotter.v1"
 _REMOTE = frozenset({"nfs", "nfs4", "cifs", "smb3", "ceph", "glusterfs", "9p"})
 
 
@@ -257,20 +261,6 @@ def _runtime(inspect: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding(
             "docker-runtime", REFUSED, f"its isolation is {host_config['Isolation']}, not default"
         )
-    driver = str((inspect.get("GraphDriver") or {}).get("Name") or inspect.get("Driver") or "")
-    yield _storage(driver)
-
-
-def _storage(driver: str) -> Finding:
-    if driver == STORAGE_DRIVER:
-        return Finding("docker-storage", OK, f"storage driver {driver}")
-    untried = "the containerd image store is untried" if driver == "overlayfs" else "it is untried"
-    return Finding(
-        "docker-storage",
-        REFUSED,
-        f"the storage driver is {driver or 'not known'}, not {STORAGE_DRIVER}: {untried}",
-        f'"storage-driver": "{STORAGE_DRIVER}" in /etc/docker/daemon.json',
-    )
 
 
 def _log(inspect: Mapping[str, Any]) -> Iterator[Finding]:
@@ -494,7 +484,7 @@ def _version(version: str, *, private_netns: bool) -> Iterator[Finding]:
 
 
 def _host(info: Mapping[str, Any]) -> Iterator[Finding]:
-    yield _storage(str(info.get("Driver") or ""))
+    yield _storage(info)
     if str(info.get("CgroupVersion") or "1") != "2":
         yield Finding("docker-cgroup", WARNING, "this host has cgroup v1: it has not been tried")
     security = {str(option).split(",")[0] for option in info.get("SecurityOptions") or ()}
@@ -517,3 +507,39 @@ def _host(info: Mapping[str, Any]) -> Iterator[Finding]:
             f"docker has no runtime runc, only {', '.join(sorted(runtimes)) or 'none'}",
             "install runc",
         )
+
+
+def _storage(info: Mapping[str, Any]) -> Finding:
+    driver = str(info.get("Driver") or "not known")
+    if driver == STORAGE_DRIVER:
+        return Finding("docker-storage", OK, f"storage driver {driver}")
+    setting = f'"storage-driver": "{STORAGE_DRIVER}"'
+    text = f"the storage driver is {driver}, not {STORAGE_DRIVER}: it is untried"
+    if ["driver-type", _SNAPSHOTTER] in (info.get("DriverStatus") or ()):
+        # There `storage-driver` names a snapshotter, and dockerd would not start with overlay2.
+        setting = '"features": {"containerd-snapshotter": false}'
+        text = (
+            f"docker has its containers in containerd's image store ({driver}), from which none "
+            f"can be moved: only those of its own storage driver {STORAGE_DRIVER} can"
+        )
+    return Finding(
+        "docker-storage",
+        REFUSED,
+        text,
+        f"{setting} in /etc/docker/daemon.json, and restart dockerd: it has no images and "
+        "containers of before then, they are to be made anew",
+    )
+
+
+def no_layer(inspect: Mapping[str, Any], info: Mapping[str, Any]) -> Refused:
+    """Why docker tells of no directory with a container's writable layer.
+
+    Args:
+        inspect: `GET /containers/{id}/json`.
+        info: `GET /info`.
+    """
+    found = _storage(info)
+    if found.level == REFUSED:
+        return Refused(found.text, hint=found.hint)
+    name = container_name(inspect)
+    return Refused(f"docker does not tell where the writable layer of {name} lies")

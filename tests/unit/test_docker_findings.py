@@ -9,6 +9,7 @@ import pytest
 from phaul_engines.docker_findings import (
     daemon_findings,
     findings,
+    no_layer,
     parse_api_version,
     parse_version,
 )
@@ -22,6 +23,11 @@ INFO = {
     "CgroupVersion": "2",
     "SecurityOptions": ["name=seccomp,profile=builtin", "name=cgroupns"],
     "Runtimes": {"io.containerd.runc.v2": {}, "runc": {"path": "runc"}},
+}
+
+IMAGE_STORE: dict[str, Any] = {
+    "Driver": "overlayfs",
+    "DriverStatus": [["driver-type", "io.containerd.snapshotter.v1"]],
 }
 
 
@@ -44,7 +50,7 @@ def plain() -> dict[str, Any]:
 def test_nothing_speaks_against_a_plain_container() -> None:
     assert against(findings(plain())) == []
     said = [(finding.check, finding.level) for finding in findings(plain())]
-    assert said == [("docker-network", OK), ("docker-storage", OK), ("docker-log", OK)]
+    assert said == [("docker-network", OK), ("docker-log", OK)]
 
 
 def host_config(**values: Any) -> Callable[[dict[str, Any]], object]:
@@ -85,8 +91,6 @@ SPEAKS_AGAINST: list[tuple[Callable[[dict[str, Any]], object], str, str]] = [
     (host_config(BlkioDeviceReadBps=[{"Path": "/dev/sda"}]), "docker-devices", WARNING),
     (host_config(Runtime="kata"), "docker-runtime", REFUSED),
     (host_config(Isolation="hyperv"), "docker-runtime", REFUSED),
-    (lambda inspect: inspect["GraphDriver"].update(Name="btrfs"), "docker-storage", REFUSED),
-    (lambda inspect: inspect["GraphDriver"].update(Name="overlayfs"), "docker-storage", REFUSED),
     (host_config(VolumesFrom=["c" * 64 + ":ro"]), "docker-volume", REFUSED),
     (
         lambda inspect: inspect.update(Mounts=[{"Type": "npipe", "Destination": "/x"}]),
@@ -295,12 +299,24 @@ def test_the_destination_needs_the_experimental_features() -> None:
 
 
 def test_what_the_daemon_s_host_has_to_have() -> None:
-    assert daemon(Driver="overlayfs") == [("docker-storage", REFUSED)]
+    assert daemon(Driver="btrfs") == [("docker-storage", REFUSED)]
+    assert daemon(**IMAGE_STORE) == [("docker-storage", REFUSED)]
     assert daemon(CgroupVersion="1") == [("docker-cgroup", WARNING)]
     assert daemon(SecurityOptions=["name=rootless"]) == [("docker-namespaces", REFUSED)]
     assert daemon(SecurityOptions=["name=userns"]) == [("docker-namespaces", REFUSED)]
     assert daemon(Runtimes={"kata": {}}) == [("docker-runtime", REFUSED)]
     assert daemon(Runtimes={"runc": {}}) == []
+
+
+def test_a_storage_driver_s_hint_is_the_setting_that_it_follows() -> None:
+    """dockerd does not start with overlay2 as the image store's snapshotter."""
+    own = no_layer(document("bridge"), {**INFO, "Driver": "btrfs"})
+    assert "btrfs" in own.message
+    assert '"storage-driver": "overlay2"' in own.hint
+    store = no_layer(document("bridge"), {**INFO, **IMAGE_STORE})
+    assert "containerd's image store (overlayfs)" in store.message
+    assert '"containerd-snapshotter": false' in store.hint
+    assert "storage-driver" not in store.hint
 
 
 def test_versions_are_read_as_they_are_written() -> None:
