@@ -24,6 +24,7 @@ from phaul_runtime.transport import Channel
 from phaul_runtime.wire import CONTROL, MEMORY
 
 READY = b"phaul-runtime agent ready"
+_LOADER = "error while loading shared libraries"
 _POLL_S = 0.2
 _STDERR_LIMIT = 8 << 10
 _CLOSE_S = 10.0
@@ -127,7 +128,8 @@ class AgentProcess(Channel):
         if self._reader is not None:
             self._reader.join(_CLOSE_S)
         lines = self._said_lines()
-        if code == 127:
+        # A shell's, or a loader's that misses a library.
+        if code == 127 and not any(_LOADER in line for line in lines):
             return DestinationUnreachable(
                 "phaul-runtime is not installed there, or not on the PATH of a plain ssh command",
                 host=self.name,
