@@ -25,6 +25,7 @@ from phaul_engines.docker_config import (
     networks_of,
     upper_directory,
     volumes_of,
+    with_configured_macs,
 )
 from phaul_engines.docker_config import private_netns as has_private_netns
 from phaul_engines.docker_daemon import Daemon
@@ -114,10 +115,11 @@ class DockerSource(OciSource):
         """See `SourceHalf`."""
         if os.geteuid() != 0:
             raise Refused("moving a container needs root", hint="run phaul-runtime as root")
-        facts = self._facts = self._look_up()
+        facts = self._look_up()
         if not upper_directory(facts):
             raise no_layer(facts, self.daemon.info())
         self._id = str(facts["Id"])
+        facts = self._facts = with_configured_macs(facts, self.daemon.kept(self._id))
         self._restart = facts["HostConfig"].get("RestartPolicy") or _NEVER
         try:
             container = self._container = read_container(self.runtime, self._id)

@@ -14,7 +14,6 @@ from phaul_engines.docker_config import (
     network_mode,
     networks_of,
     split_bind,
-    takes_mac,
     volumes_of,
 )
 from phaul_runtime.engine import OK, REFUSED, WARNING, Finding
@@ -28,7 +27,6 @@ _SOCKETS = re.compile(r"(?:/var)?/run/(?:docker|containerd/containerd)\.sock")
 # Logs that stay where they were written.
 _LOCAL_LOGS = frozenset({"json-file", "local", "journald"})
 _CONTAINER = "container:"
-_GENERATED_MAC = "02:42:"
 # `driver-type` of a docker with containerd's image store.
 _SNAPSHOTTER = "io.containerd.snapshotter.v1"
 _REMOTE = frozenset({"nfs", "nfs4", "cifs", "smb3", "ceph", "glusterfs", "9p"})
@@ -137,14 +135,13 @@ def _network(inspect: Mapping[str, Any]) -> Iterator[Finding]:
     if mode != "host":
         yield from _ports(inspect)
     for name in names:
-        mac = str(networks_of(inspect)[name].get("MacAddress") or "")
-        # docker before 28 makes all of its own with this prefix.
-        known = configured_mac(inspect, name) or mac.startswith(_GENERATED_MAC)
-        if mac and takes_mac(name) and not known:
+        if configured_mac(inspect, name) is None:
+            mac = networks_of(inspect)[name]["MacAddress"]
             yield Finding(
                 "docker-network",
                 WARNING,
-                f"its MAC address in {name}, {mac}, may have been set: it gets a new one there",
+                f"its MAC address in {name}, {mac}, may have been set, which docker does not tell: "
+                "it gets a new one there",
             )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from phaul_engines.docker_config import with_configured_macs
 from phaul_engines.docker_findings import (
     daemon_findings,
     findings,
@@ -147,6 +148,21 @@ def test_a_mac_that_may_have_been_set_is_told() -> None:
     rich["NetworkSettings"]["Networks"]["back"]["MacAddress"] = "02:11:22:33:44:55"
     found = findings(rich, mounts={"/srv/bind": "shared"})
     assert against(found) == [("docker-network", WARNING)]
+    assert (
+        "02:11:22:33:44:55, may have been set, which docker does not tell"
+        in only(found, "MAC address").text
+    )
+
+
+@pytest.mark.parametrize("was_set", ["", "9e:11:22:33:44:55"])
+def test_nothing_is_told_of_a_mac_of_which_docker_says_whether_it_was_set(was_set: str) -> None:
+    """Docker 28 generates any locally administered address."""
+    bridge = document("bridge")
+    bridge["NetworkSettings"]["Networks"]["bridge"]["MacAddress"] = "9e:11:22:33:44:55"
+    file = {"NetworkSettings": {"Networks": {"bridge": {"DesiredMacAddress": was_set}}}}
+    told = with_configured_macs(bridge, file)
+    assert not [finding for finding in findings(told) if "MAC address" in finding.text]
+    assert [finding for finding in findings(bridge) if "MAC address" in finding.text]
 
 
 def test_a_published_port_that_docker_chose_is_told() -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
+from phaul_engines import docker
 from phaul_engines.docker import DockerSource
+from phaul_engines.docker_daemon import Daemon
 from phaul_engines.docker_options import DockerOptions
 
-from phaul_runtime.errors import Refused
+from phaul_runtime.errors import NoSuchTarget, Refused
 from tests.unit.docker import document
 
 
@@ -24,6 +27,10 @@ class SaidDaemon:
     def container(self, _name: str) -> dict[str, Any]:
         return self._inspect
 
+    def kept(self, _container: str) -> Mapping[str, Any]:
+        networks = {"bridge": {"DesiredMacAddress": "9e:11:22:33:44:55"}}
+        return {"NetworkSettings": {"Networks": networks}}
+
     def info(self) -> Mapping[str, Any]:
         return self._info
 
@@ -33,8 +40,13 @@ def source_of(
 ) -> DockerSource:
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     source = DockerSource("web", DockerOptions())
+    monkeypatch.setattr(docker, "read_container", _knows_none)
     monkeypatch.setattr(source, "daemon", SaidDaemon(inspect, info))
     return source
+
+
+def _knows_none(*_: object) -> None:
+    raise NoSuchTarget("knows no container")
 
 
 IMAGE_STORE = {
@@ -70,3 +82,25 @@ def test_a_storage_driver_without_a_layer_s_directory_is_refused_by_name(
     inspect["GraphDriver"] = {"Name": "vfs", "Data": None}
     with pytest.raises(Refused, match="storage driver is vfs, not overlay2"):
         source_of(monkeypatch, inspect, {"Driver": "vfs", "DriverStatus": []}).inspect()
+
+
+def test_docker_s_own_file_is_read_where_there_is_one(tmp_path: Path) -> None:
+    daemon = Daemon("unix:///none", 1.0)
+    daemon.root = tmp_path
+    (tmp_path / "containers/id").mkdir(parents=True)
+    assert daemon.kept("id") == {}
+    file = tmp_path / "containers/id/config.v2.json"
+    for text, said in (("[]", {}), ("{", {}), ('{"Name": "/web"}', {"Name": "/web"})):
+        file.write_text(text)
+        assert daemon.kept("id") == said
+
+
+def test_the_macs_that_were_set_are_in_what_is_told_of_a_container(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They are read before anything is looked for in its runtime."""
+    source = source_of(monkeypatch, document("bridge"), {"Driver": "overlay2"})
+    with pytest.raises(Refused, match="its runc has no state"):
+        source.inspect()
+    endpoint = source._facts["NetworkSettings"]["Networks"]["bridge"]
+    assert endpoint["DesiredMacAddress"] == "9e:11:22:33:44:55"
