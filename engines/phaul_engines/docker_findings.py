@@ -22,6 +22,9 @@ from phaul_runtime.errors import Refused
 STORAGE_DRIVER = "overlay2"
 # Annotations came with this API; by one of them a container's restore gets its configuration.
 OLDEST_API = (1, 43)
+# What is not refused below, whatever the container's network. A docker can be upgraded to it, never
+# downgraded: that one does not read what the newer one wrote.
+RESTORES = "docker 24.0, 25.0.4 or a later 25.0, 26.1 or 27"
 _RUNTIMES = frozenset({"runc", "io.containerd.runc.v2"})
 _SOCKETS = re.compile(r"(?:/var)?/run/(?:docker|containerd/containerd)\.sock")
 # Logs that stay where they were written.
@@ -45,7 +48,8 @@ def findings(
     Args:
         inspect: `GET /containers/{id}/json`.
         mounts: what is configured of host paths: shared, rsync, or their path there.
-        volumes: what is configured of volumes, by name or by destination: shared or rsync.
+        volumes: what is configured of volumes, by name: shared or rsync. An unnamed one may be
+            meant by its destination.
         volume_facts: `GET /volumes/{name}` by name; without it a volume's options are not known.
         is_directory: a host path that is none is left to the checks of files.
     """
@@ -196,7 +200,8 @@ def _namespaces(inspect: Mapping[str, Any]) -> Iterator[Finding]:
             "docker-namespaces",
             REFUSED,
             "it has a user namespace",
-            "only containers without one can be moved: --userns host",
+            'only containers without one can be moved: without "userns-remap" in '
+            "/etc/docker/daemon.json",
         )
     if host_config.get("Cgroup"):
         yield Finding("docker-namespaces", REFUSED, "it has the cgroup of another container")
@@ -328,7 +333,9 @@ def _volumes(
         )
     options = _asked_options(inspect)
     for volume in volumes_of(inspect):
-        how = configured.get(volume.name) or configured.get(volume.destination)
+        how = configured.get(volume.name)
+        if not volume.named:
+            how = how or configured.get(volume.destination)
         said = facts.get(volume.name, {}).get("Options") or options.get(volume.destination) or {}
         yield _volume(volume, how, said)
 
@@ -336,8 +343,11 @@ def _volumes(
 def _volume(volume: Volume, how: str | None, options: Mapping[str, str]) -> Finding:
     what = f"the volume {volume.name}" if volume.named else "an unnamed volume"
     at = f"{what} at {volume.destination}"
-    key = volume.name if volume.named else volume.destination
-    hint = f"engines.docker.volumes: {{{key}: shared}} if it is the same one there"
+    hint = f"engines.docker.volumes: {{{volume.name}: shared}} if it is the same one there"
+    if not volume.named:
+        hint = (
+            f"start the container with a named volume at {volume.destination}, which can be shared"
+        )
     if how == "shared" and not volume.named:
         return Finding(
             "docker-volume",
@@ -367,7 +377,9 @@ def _volume(volume: Volume, how: str | None, options: Mapping[str, str]) -> Find
             WARNING,
             f"{at} is {options['device']} of this host: an ordinary one there, if it is not made "
             "beforehand",
-            f"docker volume create {volume.name}, with the same options, there",
+            f"docker volume create {volume.name}, with the same options, there"
+            if volume.named
+            else "start the container with a named volume, which can be made there beforehand",
         )
     return Finding("docker-volume", OK, f"{at}: {how or 'rsync'}")
 
@@ -431,10 +443,10 @@ def daemon_findings(
                 REFUSED,
                 f"docker {version} has API {api_version}: annotations, which the restore needs, "
                 "came with 1.43",
-                "docker 24 or later",
+                f"upgrade it: {RESTORES}",
             )
         )
-    found += _version(version, private_netns=private_netns)
+    found += _version(version, private_netns=private_netns, destination=destination)
     if destination and not info.get("ExperimentalBuild"):
         found.append(
             Finding(
@@ -448,36 +460,44 @@ def daemon_findings(
     return found
 
 
-def _version(version: str, *, private_netns: bool) -> Iterator[Finding]:
+def _version(version: str, *, private_netns: bool, destination: bool) -> Iterator[Finding]:
     numbers = parse_version(version)
     if numbers is None:
         yield Finding("docker-version", WARNING, f"docker {version} is a version not known here")
         return
-    other = "another docker, as 24 or 26.1"
     if (25, 0, 0) <= numbers <= (25, 0, 3):
-        yield Finding(
-            "docker-version",
-            REFUSED,
-            f"docker {version} restores nothing: content digest not found",
-            "25.0.4 or later",
-        )
+        text = f"docker {version} restores nothing: content digest not found"
+        yield _restores_not(text, f"upgrade it: {RESTORES}", destination=destination)
     if private_netns and (numbers[:2] == (26, 0) or numbers >= (28, 0, 0)):
+        text = (
+            f"docker {version} restores no container with a network namespace of its own: "
+            "bind-mount /proc/0/ns/net"
+        )
+        way = f"move it to a host with {RESTORES}"
+        if numbers[:2] == (26, 0):
+            way = "upgrade it: docker 26.1 or 27"
+        hint = f"start the container with --network host, or {way}"
+        yield _restores_not(text, hint, destination=destination)
+    elif numbers[0] == 27:
         yield Finding(
             "docker-version",
-            REFUSED,
-            f"docker {version} restores no container with a network namespace of its own: "
-            "bind-mount /proc/0/ns/net",
-            f"--network host, or {other}",
+            WARNING,
+            f"docker {version} has not been tried",
+            "move a container first that can be spared",
         )
-    elif numbers[0] == 27:
-        yield Finding("docker-version", WARNING, f"docker {version} has not been tried", other)
     elif numbers[:2] == (19, 3):
         yield Finding(
             "docker-version",
             WARNING,
             f"docker {version} sometimes fails to restore: content sha256 already exists",
-            "try again, or a newer docker",
         )
+
+
+def _restores_not(text: str, hint: str, *, destination: bool) -> Finding:
+    """A refusal where the container is to be restored; elsewhere there is only no way back."""
+    if destination:
+        return Finding("docker-version", REFUSED, text, hint)
+    return Finding("docker-version", WARNING, f"it cannot move back to this host: {text}")
 
 
 def _host(info: Mapping[str, Any]) -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -215,12 +216,19 @@ def test_volumes_of_the_driver_local_are_carried() -> None:
     assert only(findings(volume("named")), "volume").text == "the volume named at /in: rsync"
     shared = findings(volume("named"), volumes={"named": "shared"})
     assert only(shared, "volume").text == "the volume named at /in: shared"
+    # The engine goes by its name, and so does what is said of it.
+    carried = findings(volume("named"), volumes={"/in": "shared"})
+    assert only(carried, "volume").text == "the volume named at /in: rsync"
 
 
 def test_a_volume_of_another_driver_has_to_be_shared() -> None:
     found = only(findings(volume("named", "rexray")), "rexray")
     assert (found.check, found.level) == ("docker-volume", REFUSED)
     assert "engines.docker.volumes: {named: shared}" in found.hint
+    inspect = volume("0" * 64, "rexray")
+    inspect["HostConfig"]["Binds"] = None
+    hint = only(findings(inspect), "rexray").hint  # an unnamed one cannot be shared
+    assert hint == "start the container with a named volume at /in, which can be shared"
     inspect = volume("named", "rexray")
     assert against(findings(inspect, volumes={"named": "rsync"})) == [("docker-volume", REFUSED)]
     assert against(findings(inspect, volumes={"named": "shared"})) == []
@@ -307,6 +315,51 @@ def test_versions(
 ) -> None:
     assert daemon(version, api_version) == private
     assert daemon(version, api_version, private_netns=False) == host
+
+
+@pytest.mark.parametrize("version", ["25.0.3", "26.0.2", "28.5.2", "29.1.0"])
+def test_only_the_destination_s_docker_restores(version: str) -> None:
+    """So a container can leave such a docker: that is the remedy."""
+    assert daemon(version, destination=False) == VERSION_WARNING
+    told = daemon_findings(version, "1.45", INFO, private_netns=True, destination=False)
+    assert "it cannot move back to this host" in only(told, version + " restores no").text
+
+
+def named(text: str) -> list[str]:
+    """Versions as a hint names them; what stands for later ones is the last of its series."""
+    found = re.findall(r"\d+(?:\.\d+)*", text.replace("a later 25.0", "25.0.8"))
+    return [number if "." in number else f"{number}.5.1" for number in found]
+
+
+@pytest.mark.parametrize("destination", [True, False])
+@pytest.mark.parametrize("private", [True, False])
+@pytest.mark.parametrize(
+    ("version", "api_version"),
+    [
+        ("19.03.15", "1.40"),
+        ("20.10.24", "1.41"),
+        ("25.0.0", "1.44"),
+        ("26.0.2", "1.45"),
+        ("28.5.2", "1.51"),
+        ("29.1.0", "1.52"),
+    ],
+)
+def test_no_hint_of_a_version_leads_to_one_that_is_refused(
+    version: str, api_version: str, private: bool, destination: bool
+) -> None:
+    told = daemon_findings(
+        version, api_version, INFO, private_netns=private, destination=destination
+    )
+    hints = [finding.hint for finding in told if finding.level == REFUSED]
+    for hint in hints:
+        assert named(hint)
+        for other in named(hint):
+            assert ("docker-version", REFUSED) not in daemon(other, private_netns=private)
+        if "upgrade" in hint:
+            newest = max(parse_version(other) or (0, 0, 0) for other in named(hint))
+            assert newest > (parse_version(version) or (0, 0, 0))
+        # `none` has a network namespace of its own too, and another container's is refused.
+        assert re.findall(r"--network (\w+)", hint) in ([], ["host"])
 
 
 def test_the_destination_needs_the_experimental_features() -> None:
