@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.namespaces import network  # noqa: F401
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "lab"))
 
 
