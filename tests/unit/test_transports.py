@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import sys
 import time
@@ -17,6 +16,7 @@ from phaul_runtime.config import Config
 from phaul_runtime.errors import Cancelled, DestinationUnreachable, PhaulError, Refused
 from phaul_runtime.testing.bench import NoCriu
 from phaul_runtime.transport import Destination, agentprocess, linkchannel, load_transport
+from tests.processes import open_descriptors
 
 TOKEN = "0123456789abcdef"
 
@@ -29,12 +29,6 @@ def config_of(tmp_path: Path, **transport: Any) -> Config:
             "transport": {"connect_timeout_s": 20, "insecure": True, **transport},
         }
     )
-
-
-def open_descriptors() -> set[str]:
-    """Those that are open still once it has been listed: not the list's own."""
-    found = os.listdir("/proc/self/fd")
-    return {number for number in found if Path("/proc/self/fd", number).exists()}
 
 
 def fails(url: str, config: Config, kind: type[PhaulError] = DestinationUnreachable) -> PhaulError:
@@ -126,9 +120,9 @@ def test_a_directory_of_somebody_else_stays(tmp_path: Path) -> None:
 
 
 def test_no_agent_on_the_port(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    fails(f"tcp://127.0.0.1:{port}", config_of(tmp_path))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and nobody listens
+        fails(f"tcp://127.0.0.1:{taken.getsockname()[1]}", config_of(tmp_path))
 
 
 def test_a_socket_s_path_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
