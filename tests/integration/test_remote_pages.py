@@ -203,10 +203,11 @@ def place(tmp_path: Path) -> Iterator[Place]:
             task.kill()
         task.communicate()
     for client in place.clients:
-        with contextlib.suppress(DestinationError):
-            client.wait(10)
-        with contextlib.suppress(DestinationError):
+        try:
             client.stop()
+        except DestinationError:  # it has not seen yet that nobody is left, or has ended
+            with contextlib.suppress(DestinationError):
+                client.wait(10)
     place.source.close()
     place.store.close()
 
