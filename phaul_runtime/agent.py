@@ -313,6 +313,7 @@ class Agent:
         self._sockets = sockets
         self._on_lost = on_lost
         self.service = AgentService(workdir, state_dir, criu, hooks or Hooks())
+        self._made = False
         self._lock = -1
         self._workdir = workdir
         self._server = grpc.server(
@@ -327,17 +328,19 @@ class Agent:
         """Listen on both sockets.
 
         Raises:
-            Refused: the directories cannot be made or the sockets not be bound.
+            Refused: the directories cannot be made or the sockets not be bound; nothing is left.
         """
         try:
             self._workdir.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._sockets.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._sockets.mkdir(mode=0o700)
+            self._made = True
             self._lock = lock_directory(self._sockets)
             self._listener.bind(str(self._sockets / MEMORY))
             self._listener.listen()
             self._server.add_insecure_port(f"unix:{self._sockets / CONTROL}")
         except (OSError, RuntimeError) as error:
+            self._leave()
             raise Refused(f"cannot listen in {self._sockets}: {error}") from error
         # Of trees and pagers that ended while no agent was there.
         cgroup.sweep()
@@ -358,16 +361,21 @@ class Agent:
         self._server.stop(_STOP_S).wait(_STOP_S)
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        shutil.rmtree(self._sockets, ignore_errors=True)
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        self._leave()
         deadline = time.monotonic() + (settle_within_s or 0)
         for migration in self.service.all():
             left = None if settle_within_s is None else max(0.0, deadline - time.monotonic())
             if not migration.wait_settled(left):
                 log.warning("%s: left to its pager; its images are put away later", migration.id)
+
+    def _leave(self) -> None:
+        """Give up the sockets and their directory; idempotent."""
+        self._listener.close()
+        if self._made:
+            shutil.rmtree(self._sockets, ignore_errors=True)
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     def _accept(self) -> None:
         while not self._stopping.is_set():

@@ -41,6 +41,7 @@ LOG_LINES = 6
 LOG_TAIL = 1 << 20
 DEFAULT_DEADLINE_S = 3600.0
 _GIVE_UP_S = 5.0
+_STDERR_TAIL = 8 << 10
 _ERROR_LINE = re.compile(r"Error \(")
 _STAMP = re.compile(r"^\(\d+\.\d+\)\s*")
 
@@ -179,6 +180,8 @@ class Criu:
         self.deadline_s = deadline_s
         self._process: proc.Process | None = None
         self._socket: socket.socket | None = None
+        self._stderr = -1
+        self._end = _End()
         self.known_version: CriuVersion | None = None
         """What `version` said last."""
 
@@ -195,12 +198,17 @@ class Criu:
         require_pycriu()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         fds = {theirs.fileno(), *self.pass_fds, *extra_fds}
+        self._end = _End()
+        self._stderr = os.memfd_create("criu-stderr")
         try:
             self._process = proc.spawn(
-                [self.binary, "swrk", str(theirs.fileno())], pass_fds=sorted(fds)
+                [self.binary, "swrk", str(theirs.fileno())],
+                stderr=self._stderr,
+                pass_fds=sorted(fds),
             )
         except Refused:
             ours.close()
+            os.close(self._stderr)
             raise
         finally:
             theirs.close()
@@ -220,7 +228,13 @@ class Criu:
             with contextlib.suppress(Exception):
                 # A swrk in the middle of a dump unfreezes the tree by itself: give it the time.
                 process.wait(_GIVE_UP_S)
-            proc.end(process)
+            ended = process.poll() is not None
+            try:
+                code = proc.end(process)
+            finally:
+                said = _tail(self._stderr)
+                os.close(self._stderr)
+            self._end = _End(code if ended else None, tuple(said))
 
     def __enter__(self) -> Criu:
         self.prepare()
@@ -364,14 +378,13 @@ class Criu:
                     veto = error
                 self._send(rpc.criu_req(type=rpc.NOTIFY, notify_success=veto is None))
         except TimeoutError as error:
+            self.cleanup()
             failure = self._failure(name, message.opts, None)
             failure.message = f"CRIU did not answer {name} within {self.deadline_s:g} s"
-            self.cleanup()
             raise failure from error
         except (OSError, EOFError) as error:
-            failure = self._failure(name, message.opts, None)
             self.cleanup()
-            raise failure from (veto or error)
+            raise self._failure(name, message.opts, None) from (veto or error)
         if veto is not None and not response.success:
             raise self._failure(name, message.opts, response, vetoed=True) from veto
         return response
@@ -402,16 +415,47 @@ class Criu:
         said = response.cr_errmsg if response is not None and response.HasField("cr_errmsg") else ""
         if said:
             lines = lines or [line for line in said.splitlines() if line.strip()]
+        lines = lines or list(self._end.said)
+        hint = advice(lines)
         if vetoed:
             reason = "was vetoed"
         elif response is None:
-            reason = "ended without an answer"
+            reason = f"ended without an answer{self._end}"
+            if not text:
+                # It may not have come as far as its log: a loader, or another program.
+                hint = hint or f"try by hand: {self.binary} --version"
         else:
             errno = response.cr_errno if response.HasField("cr_errno") else 0
             reason = f"failed ({os.strerror(errno)})" if errno else "failed"
         return CriuError(
-            f"CRIU's {name} {reason}", request=name, hint=advice(lines), log=lines, log_text=text
+            f"CRIU's {name} {reason}", request=name, hint=hint, log=lines, log_text=text
         )
+
+
+@dataclass(frozen=True)
+class _End:
+    """How a swrk ended.
+
+    Attributes:
+        code: its exit code; None if it was ended from here.
+        said: the last lines that it wrote to stderr.
+    """
+
+    code: int | None = None
+    said: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        how = "" if self.code is None else f" (code {self.code})"
+        if self.code is not None and self.code < 0:
+            how = f" (signal {-self.code})"
+        return how + (f": {self.said[-1]}" if self.said else "")
+
+
+def _tail(fd: int) -> list[str]:
+    """The last lines of what a process wrote to a file; its offset, which is shared, stays."""
+    size = os.fstat(fd).st_size
+    data = os.pread(fd, _STDERR_TAIL, max(0, size - _STDERR_TAIL))
+    return proc.last_lines(data.decode(errors="replace"))
 
 
 def _wanted_fds(opts: Any) -> set[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import selectors
@@ -22,6 +23,12 @@ Expired = subprocess.TimeoutExpired
 DEVNULL, PIPE = subprocess.DEVNULL, subprocess.PIPE
 
 _KILLED_S = 2.0
+_CANNOT_START = {
+    errno.ENOENT: "install {0} or put it on PATH",
+    errno.ENOTDIR: "install {0} or put it on PATH",
+    errno.EACCES: "let it be executed: chmod +x {0}, on a file system without noexec",
+    errno.ENOEXEC: "{0} is no program for this machine, nor a script that names its interpreter",
+}
 
 
 def spawn(
@@ -52,9 +59,8 @@ def spawn(
             env=env,
         )
     except OSError as error:
-        raise Refused(
-            f"cannot start {argv[0]}: {error.strerror}", hint=f"install {argv[0]} or put it on PATH"
-        ) from error
+        hint = _CANNOT_START.get(error.errno or 0, "").format(argv[0])
+        raise Refused(f"cannot start {argv[0]}: {error.strerror}", hint=hint) from error
 
 
 def run(

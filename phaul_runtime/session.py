@@ -63,15 +63,19 @@ class Session:
         self._channel = load_transport(self._destination).open(
             self._destination, self._config, self._cancellation, self._token
         )
-        if self._proxy is not None:
-            self._channel = ProxiedChannel(self._channel, self._proxy)
-        self.agent = RemoteAgent(
-            self._channel,
-            call_s=timeouts.call_s,
-            prepare_s=timeouts.prepare_s,
-            commit_s=timeouts.commit_s,
-            cancellation=self._cancellation,
-        )
+        try:
+            if self._proxy is not None:
+                self._channel = ProxiedChannel(self._channel, self._proxy)
+            self.agent = RemoteAgent(
+                self._channel,
+                call_s=timeouts.call_s,
+                prepare_s=timeouts.prepare_s,
+                commit_s=timeouts.commit_s,
+                cancellation=self._cancellation,
+            )
+        except BaseException:
+            self._channel.close()
+            raise
         return self
 
     @property

@@ -7,6 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 # The laboratory's package.
 sys.path.insert(0, str(Path(__file__).resolve().parent / "lab"))
@@ -20,7 +25,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """CI has 45 minutes: what is `thorough` is left to `make test-all` (THOROUGH=1)."""
+    """CI has 25 minutes: what is `thorough` is left to `make test-all` (THOROUGH=1)."""
     if os.environ.get("THOROUGH"):
         return
     left = [item for item in items if item.get_closest_marker("thorough")]

@@ -23,11 +23,13 @@ from phaul_engines.docker_config import (
     container_name,
     is_user_defined,
     networks_of,
+    upper_directory,
     volumes_of,
+    with_configured_macs,
 )
 from phaul_engines.docker_config import private_netns as has_private_netns
 from phaul_engines.docker_daemon import Daemon
-from phaul_engines.docker_findings import daemon_findings, findings
+from phaul_engines.docker_findings import daemon_findings, findings, no_layer
 from phaul_engines.docker_options import DockerOptions
 from phaul_engines.docker_volumes import mark_moved
 from phaul_engines.oci import Container, Mount, Runtime, common_flags, read_container, single_files
@@ -113,8 +115,11 @@ class DockerSource(OciSource):
         """See `SourceHalf`."""
         if os.geteuid() != 0:
             raise Refused("moving a container needs root", hint="run phaul-runtime as root")
-        facts = self._facts = self._look_up()
+        facts = self._look_up()
+        if not upper_directory(facts):
+            raise no_layer(facts, self.daemon.info())
         self._id = str(facts["Id"])
+        facts = self._facts = with_configured_macs(facts, self.daemon.kept(self._id))
         self._restart = facts["HostConfig"].get("RestartPolicy") or _NEVER
         try:
             container = self._container = read_container(self.runtime, self._id)
@@ -263,7 +268,7 @@ class DockerSource(OciSource):
         return self._shm.is_dir() and any(self._shm.iterdir())
 
     def _places(self, container: Container) -> dict[str, tuple[str, str]]:
-        places = {"/": (LAYER, str(self._facts["GraphDriver"]["Data"]["UpperDir"]))}
+        places = {"/": (LAYER, upper_directory(self._facts))}
         for mount in container.binds:
             # All that docker mounts in, its own small files included; what is carried, below.
             places[mount.destination.rstrip("/") + "/"] = ("", mount.source)

@@ -18,8 +18,15 @@ from phaul_hooks.gate import CONFIG, Gate, GateEvent
 from phaul_hooks.heldconfig import HeldConfig
 
 from phaul_engines.docker_checks import destination_findings
-from phaul_engines.docker_config import CRIU_CONFIG, CreatePlan, create_body, restart_policy
+from phaul_engines.docker_config import (
+    CRIU_CONFIG,
+    CreatePlan,
+    create_body,
+    restart_policy,
+    upper_directory,
+)
 from phaul_engines.docker_daemon import Daemon
+from phaul_engines.docker_findings import no_layer
 from phaul_engines.docker_layer import Layer, let_go
 from phaul_engines.docker_volumes import may_be_overwritten, unmark
 from phaul_engines.gated import deadline_in, failure
@@ -155,6 +162,13 @@ class DockerDestination(DestinationHalf):
         for network, endpoint in plan.connect:
             self._daemon.connect(container, network, endpoint)
 
+    def _layer(self, facts: Mapping[str, Any]) -> Layer:
+        directory = upper_directory(facts)
+        if not directory:
+            refusal = no_layer(facts, self._daemon.info())
+            raise DestinationError(refusal.message, hint=refusal.hint)
+        return Layer(Path(directory))
+
     def _named_volumes(self) -> list[str]:
         return [v["name"] for v in self._manifest["volumes"] if v["name"] and v["tree"]]
 
@@ -164,7 +178,7 @@ class DockerDestination(DestinationHalf):
         if facts is None:
             return {"image": self._image_place()}
         at = {m["Destination"]: Path(m["Source"]) for m in facts["Mounts"]}
-        found = {"layer": _layer(facts).path}
+        found = {"layer": self._layer(facts).path}
         found |= {v["tree"]: at[v["destination"]] for v in self._manifest["volumes"] if v["tree"]}
         carried = [s for s, how in self._manifest["mounts"].items() if how == "rsync"]
         found |= {f"mount-{number}": Path(source) for number, source in enumerate(carried, 1)}
@@ -198,7 +212,7 @@ class DockerDestination(DestinationHalf):
         self._cgroup = self._daemon.cgroup(facts)
         if (self._place / _HELD).exists():
             # The source's copy may be dead by now: whatever happens, this can be repeated.
-            _layer(facts).secure()
+            self._layer(facts).secure()
         try:
             gate, start = self._begin(facts, images_dir, lazy=lazy)
             deadline = deadline_in(RESTORE_WITHIN_S)
@@ -343,7 +357,7 @@ class DockerDestination(DestinationHalf):
             if policy["Name"] not in ("", "no"):
                 self._daemon.set_restart_policy(str(facts["Id"]), policy)
             self._clean(facts)
-            _layer(facts).forget()
+            self._layer(facts).forget()
             for mount in facts["Mounts"]:
                 unmark(Path(mount["Source"]))
         except PhaulError as error:
@@ -452,10 +466,6 @@ class _Start:
 
 def _daemon(manifest: Mapping[str, Any]) -> Daemon:
     return Daemon(str(manifest["host"]), float(manifest["timeout_s"]))
-
-
-def _layer(facts: Mapping[str, Any]) -> Layer:
-    return Layer(Path(str(facts["GraphDriver"]["Data"]["UpperDir"])))
 
 
 def _shims(container: str) -> list[int]:

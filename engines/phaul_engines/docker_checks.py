@@ -59,7 +59,8 @@ def _image(daemon: Daemon, manifest: Mapping[str, Any]) -> Iterator[Finding]:
             "docker-image",
             REFUSED,
             f"image {image} is missing there",
-            f"docker pull {image} there, or engines.docker.image: carry",
+            f"engines.docker.image: carry, or docker save {image} here and docker load there: what "
+            "is pulled may be another image by now",
         )
 
 
@@ -139,6 +140,7 @@ def _volumes(daemon: Daemon, manifest: Mapping[str, Any]) -> Iterator[Finding]:
                 "docker-volume",
                 REFUSED,
                 f"the volume {name} is missing there, although it is said to be shared",
+                f"docker volume create {name} there, on the storage that is shared",
             )
         if there is None or not volume["tree"]:
             continue

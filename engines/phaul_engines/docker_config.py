@@ -24,6 +24,9 @@ _SHORT_ID = 12
 _CONFLICT_CONFIG = ("Hostname", "Domainname", "ExposedPorts")
 _CONFLICT_HOST_CONFIG = ("Links", "Dns", "ExtraHosts", "PortBindings", "PublishAllPorts")
 _LOCALLY_ADMINISTERED = 0x02
+_GENERATED_MAC = "02:42:"
+# In docker's own file, and from there in our copy of what inspect says.
+_DESIRED_MAC = "DesiredMacAddress"
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
 
 
@@ -107,8 +110,9 @@ def create_body(
         # None at all would be the image's, even if it was taken away: --entrypoint ''.
         config["Entrypoint"] = [""]
     endpoints = _endpoints(inspect, addresses or {})
-    mac = config.pop("MacAddress", None)
-    if mac and api_version < SEVERAL_ENDPOINTS and takes_mac(network_mode(inspect)):
+    config.pop("MacAddress", None)
+    mac = configured_mac(inspect, _same_bridge(network_mode(inspect)))
+    if mac and api_version < SEVERAL_ENDPOINTS:
         config["MacAddress"] = mac
     first = len(endpoints) if api_version >= SEVERAL_ENDPOINTS else 1
     if api_version < SEVERAL_ENDPOINTS:
@@ -169,6 +173,16 @@ def is_user_defined(network: str) -> bool:
     return network not in _PREDEFINED
 
 
+def upper_directory(inspect: Mapping[str, Any]) -> str:
+    """Where its writable layer lies; empty where docker tells of no such place.
+
+    Only its own storage drivers do: with containerd's image store `GraphDriver` is missing (API
+    1.52), or has no data.
+    """
+    data = (inspect.get("GraphDriver") or {}).get("Data") or {}
+    return str(data.get("UpperDir") or "")
+
+
 def volumes_of(inspect: Mapping[str, Any]) -> Iterator[Volume]:
     """Every volume of a container, sorted by where it is mounted."""
     named = _named_destinations(inspect)
@@ -207,21 +221,44 @@ def mapped(path: str, mounts: Mapping[str, str]) -> str:
     return path
 
 
-def configured_mac(inspect: Mapping[str, Any], network: str) -> str:
-    """The MAC address that the user set in a network; empty if docker made it.
+def with_configured_macs(inspect: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
+    """What inspect says, and beside each endpoint's MAC address the one that the user set there.
 
-    An endpoint shows the one it has, set or not. For the network of `NetworkMode`, `Config` has
-    what was set, up to API 1.51. Of the others only this is known: docker makes locally
-    administered ones.
+    Inspect shows the address in use, generated or not: docker 28 generates any locally administered
+    one, and API 1.52 has no `Config.MacAddress` any more.
+
+    Args:
+        inspect: `GET /containers/{id}/json`.
+        kept: docker's own file of the container, config.v2.json; it has this since docker 25.
+    """
+    found = copy.deepcopy(dict(inspect))
+    theirs = (kept.get("NetworkSettings") or {}).get("Networks") or {}
+    for name, endpoint in ((found.get("NetworkSettings") or {}).get("Networks") or {}).items():
+        if endpoint and _DESIRED_MAC in (theirs.get(name) or {}):
+            endpoint[_DESIRED_MAC] = str(theirs[name][_DESIRED_MAC] or "")
+    return found
+
+
+def configured_mac(inspect: Mapping[str, Any], network: str) -> str | None:
+    """The MAC address that the user set in a network; empty if docker made it, None if unknown.
+
+    Where `with_configured_macs` does not know: for the network of `NetworkMode`, `Config` has what
+    was set, up to API 1.51. Otherwise only this is known: docker makes locally administered ones,
+    and before docker 28 all of them with the same prefix.
     """
     if not takes_mac(network):
         return ""
+    endpoint = networks_of(inspect).get(network, {})
+    if _DESIRED_MAC in endpoint:
+        return str(endpoint[_DESIRED_MAC])
     if network == _same_bridge(network_mode(inspect)):
         mac = str(inspect.get("Config", {}).get("MacAddress") or "")
         if mac:
             return mac
-    mac = str(networks_of(inspect).get(network, {}).get("MacAddress") or "")
-    return "" if not mac or int(mac[:2], 16) & _LOCALLY_ADMINISTERED else mac
+    mac = str(endpoint.get("MacAddress") or "")
+    if not mac or mac.startswith(_GENERATED_MAC):
+        return ""
+    return None if int(mac[:2], 16) & _LOCALLY_ADMINISTERED else mac
 
 
 def _same_bridge(mode: str) -> str:

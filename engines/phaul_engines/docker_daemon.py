@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -104,6 +105,14 @@ class Daemon:
     def directory(self, container_id: str) -> Path:
         """Where it keeps what it knows of a container."""
         return self.root / "containers" / container_id
+
+    def kept(self, container_id: str) -> Mapping[str, Any]:
+        """What it keeps of a container in its own file; empty where that cannot be read."""
+        try:
+            found = json.loads((self.directory(container_id) / "config.v2.json").read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def cgroup(self, facts: Mapping[str, Any]) -> str:
         """The cgroup that docker makes for a container (`GET /containers/{id}/json`)."""

@@ -10,23 +10,28 @@ from typing import Any
 from phaul_engines.docker_config import (
     Volume,
     configured_mac,
+    container_name,
     network_mode,
     networks_of,
     split_bind,
-    takes_mac,
     volumes_of,
 )
 from phaul_runtime.engine import OK, REFUSED, WARNING, Finding
+from phaul_runtime.errors import Refused
 
 STORAGE_DRIVER = "overlay2"
 # Annotations came with this API; by one of them a container's restore gets its configuration.
 OLDEST_API = (1, 43)
+# What is not refused below, whatever the container's network. A docker can be upgraded to it, never
+# downgraded: that one does not read what the newer one wrote.
+RESTORES = "docker 24.0, 25.0.4 or a later 25.0, 26.1 or 27"
 _RUNTIMES = frozenset({"runc", "io.containerd.runc.v2"})
 _SOCKETS = re.compile(r"(?:/var)?/run/(?:docker|containerd/containerd)\.sock")
 # Logs that stay where they were written.
 _LOCAL_LOGS = frozenset({"json-file", "local", "journald"})
 _CONTAINER = "container:"
-_GENERATED_MAC = "02:42:"
+# `driver-type` of a docker with containerd's image store.
+_SNAPSHOTTER = "io.containerd.snapshotter.v1"
 _REMOTE = frozenset({"nfs", "nfs4", "cifs", "smb3", "ceph", "glusterfs", "9p"})
 
 
@@ -43,7 +48,8 @@ def findings(
     Args:
         inspect: `GET /containers/{id}/json`.
         mounts: what is configured of host paths: shared, rsync, or their path there.
-        volumes: what is configured of volumes, by name or by destination: shared or rsync.
+        volumes: what is configured of volumes, by name: shared or rsync. An unnamed one may be
+            meant by its destination.
         volume_facts: `GET /volumes/{name}` by name; without it a volume's options are not known.
         is_directory: a host path that is none is left to the checks of files.
     """
@@ -133,14 +139,13 @@ def _network(inspect: Mapping[str, Any]) -> Iterator[Finding]:
     if mode != "host":
         yield from _ports(inspect)
     for name in names:
-        mac = str(networks_of(inspect)[name].get("MacAddress") or "")
-        # docker before 28 makes all of its own with this prefix.
-        known = configured_mac(inspect, name) or mac.startswith(_GENERATED_MAC)
-        if mac and takes_mac(name) and not known:
+        if configured_mac(inspect, name) is None:
+            mac = networks_of(inspect)[name]["MacAddress"]
             yield Finding(
                 "docker-network",
                 WARNING,
-                f"its MAC address in {name}, {mac}, may have been set: it gets a new one there",
+                f"its MAC address in {name}, {mac}, may have been set, which docker does not tell: "
+                "it gets a new one there",
             )
 
 
@@ -195,7 +200,8 @@ def _namespaces(inspect: Mapping[str, Any]) -> Iterator[Finding]:
             "docker-namespaces",
             REFUSED,
             "it has a user namespace",
-            "only containers without one can be moved: --userns host",
+            'only containers without one can be moved: without "userns-remap" in '
+            "/etc/docker/daemon.json",
         )
     if host_config.get("Cgroup"):
         yield Finding("docker-namespaces", REFUSED, "it has the cgroup of another container")
@@ -257,20 +263,6 @@ def _runtime(inspect: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding(
             "docker-runtime", REFUSED, f"its isolation is {host_config['Isolation']}, not default"
         )
-    driver = str((inspect.get("GraphDriver") or {}).get("Name") or inspect.get("Driver") or "")
-    yield _storage(driver)
-
-
-def _storage(driver: str) -> Finding:
-    if driver == STORAGE_DRIVER:
-        return Finding("docker-storage", OK, f"storage driver {driver}")
-    untried = "the containerd image store is untried" if driver == "overlayfs" else "it is untried"
-    return Finding(
-        "docker-storage",
-        REFUSED,
-        f"the storage driver is {driver or 'not known'}, not {STORAGE_DRIVER}: {untried}",
-        f'"storage-driver": "{STORAGE_DRIVER}" in /etc/docker/daemon.json',
-    )
 
 
 def _log(inspect: Mapping[str, Any]) -> Iterator[Finding]:
@@ -341,7 +333,9 @@ def _volumes(
         )
     options = _asked_options(inspect)
     for volume in volumes_of(inspect):
-        how = configured.get(volume.name) or configured.get(volume.destination)
+        how = configured.get(volume.name)
+        if not volume.named:
+            how = how or configured.get(volume.destination)
         said = facts.get(volume.name, {}).get("Options") or options.get(volume.destination) or {}
         yield _volume(volume, how, said)
 
@@ -349,8 +343,11 @@ def _volumes(
 def _volume(volume: Volume, how: str | None, options: Mapping[str, str]) -> Finding:
     what = f"the volume {volume.name}" if volume.named else "an unnamed volume"
     at = f"{what} at {volume.destination}"
-    key = volume.name if volume.named else volume.destination
-    hint = f"engines.docker.volumes: {{{key}: shared}} if it is the same one there"
+    hint = f"engines.docker.volumes: {{{volume.name}: shared}} if it is the same one there"
+    if not volume.named:
+        hint = (
+            f"start the container with a named volume at {volume.destination}, which can be shared"
+        )
     if how == "shared" and not volume.named:
         return Finding(
             "docker-volume",
@@ -380,7 +377,9 @@ def _volume(volume: Volume, how: str | None, options: Mapping[str, str]) -> Find
             WARNING,
             f"{at} is {options['device']} of this host: an ordinary one there, if it is not made "
             "beforehand",
-            f"docker volume create {volume.name}, with the same options, there",
+            f"docker volume create {volume.name}, with the same options, there"
+            if volume.named
+            else "start the container with a named volume, which can be made there beforehand",
         )
     return Finding("docker-volume", OK, f"{at}: {how or 'rsync'}")
 
@@ -444,10 +443,10 @@ def daemon_findings(
                 REFUSED,
                 f"docker {version} has API {api_version}: annotations, which the restore needs, "
                 "came with 1.43",
-                "docker 24 or later",
+                f"upgrade it: {RESTORES}",
             )
         )
-    found += _version(version, private_netns=private_netns)
+    found += _version(version, private_netns=private_netns, destination=destination)
     if destination and not info.get("ExperimentalBuild"):
         found.append(
             Finding(
@@ -461,40 +460,48 @@ def daemon_findings(
     return found
 
 
-def _version(version: str, *, private_netns: bool) -> Iterator[Finding]:
+def _version(version: str, *, private_netns: bool, destination: bool) -> Iterator[Finding]:
     numbers = parse_version(version)
     if numbers is None:
         yield Finding("docker-version", WARNING, f"docker {version} is a version not known here")
         return
-    other = "another docker, as 24 or 26.1"
     if (25, 0, 0) <= numbers <= (25, 0, 3):
-        yield Finding(
-            "docker-version",
-            REFUSED,
-            f"docker {version} restores nothing: content digest not found",
-            "25.0.4 or later",
-        )
+        text = f"docker {version} restores nothing: content digest not found"
+        yield _restores_not(text, f"upgrade it: {RESTORES}", destination=destination)
     if private_netns and (numbers[:2] == (26, 0) or numbers >= (28, 0, 0)):
+        text = (
+            f"docker {version} restores no container with a network namespace of its own: "
+            "bind-mount /proc/0/ns/net"
+        )
+        way = f"move it to a host with {RESTORES}"
+        if numbers[:2] == (26, 0):
+            way = "upgrade it: docker 26.1 or 27"
+        hint = f"start the container with --network host, or {way}"
+        yield _restores_not(text, hint, destination=destination)
+    elif numbers[0] == 27:
         yield Finding(
             "docker-version",
-            REFUSED,
-            f"docker {version} restores no container with a network namespace of its own: "
-            "bind-mount /proc/0/ns/net",
-            f"--network host, or {other}",
+            WARNING,
+            f"docker {version} has not been tried",
+            "move a container first that can be spared",
         )
-    elif numbers[0] == 27:
-        yield Finding("docker-version", WARNING, f"docker {version} has not been tried", other)
     elif numbers[:2] == (19, 3):
         yield Finding(
             "docker-version",
             WARNING,
             f"docker {version} sometimes fails to restore: content sha256 already exists",
-            "try again, or a newer docker",
         )
 
 
+def _restores_not(text: str, hint: str, *, destination: bool) -> Finding:
+    """A refusal where the container is to be restored; elsewhere there is only no way back."""
+    if destination:
+        return Finding("docker-version", REFUSED, text, hint)
+    return Finding("docker-version", WARNING, f"it cannot move back to this host: {text}")
+
+
 def _host(info: Mapping[str, Any]) -> Iterator[Finding]:
-    yield _storage(str(info.get("Driver") or ""))
+    yield _storage(info)
     if str(info.get("CgroupVersion") or "1") != "2":
         yield Finding("docker-cgroup", WARNING, "this host has cgroup v1: it has not been tried")
     security = {str(option).split(",")[0] for option in info.get("SecurityOptions") or ()}
@@ -517,3 +524,39 @@ def _host(info: Mapping[str, Any]) -> Iterator[Finding]:
             f"docker has no runtime runc, only {', '.join(sorted(runtimes)) or 'none'}",
             "install runc",
         )
+
+
+def _storage(info: Mapping[str, Any]) -> Finding:
+    driver = str(info.get("Driver") or "not known")
+    if driver == STORAGE_DRIVER:
+        return Finding("docker-storage", OK, f"storage driver {driver}")
+    setting = f'"storage-driver": "{STORAGE_DRIVER}"'
+    text = f"the storage driver is {driver}, not {STORAGE_DRIVER}: it is untried"
+    if ["driver-type", _SNAPSHOTTER] in (info.get("DriverStatus") or ()):
+        # There `storage-driver` names a snapshotter, and dockerd would not start with overlay2.
+        setting = '"features": {"containerd-snapshotter": false}'
+        text = (
+            f"docker has its containers in containerd's image store ({driver}), from which none "
+            f"can be moved: only those of its own storage driver {STORAGE_DRIVER} can"
+        )
+    return Finding(
+        "docker-storage",
+        REFUSED,
+        text,
+        f"{setting} in /etc/docker/daemon.json, and restart dockerd: it has no images and "
+        "containers of before then, they are to be made anew",
+    )
+
+
+def no_layer(inspect: Mapping[str, Any], info: Mapping[str, Any]) -> Refused:
+    """Why docker tells of no directory with a container's writable layer.
+
+    Args:
+        inspect: `GET /containers/{id}/json`.
+        info: `GET /info`.
+    """
+    found = _storage(info)
+    if found.level == REFUSED:
+        return Refused(found.text, hint=found.hint)
+    name = container_name(inspect)
+    return Refused(f"docker does not tell where the writable layer of {name} lies")

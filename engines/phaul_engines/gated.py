@@ -96,6 +96,10 @@ class GatedCommand:
     def failure(self) -> CriuError:
         """Why it failed: CRIU's first error lines, and the runtime's own where there are none."""
         said = _tail(self.gate.directory / OUTPUT).splitlines()
+        code = self.wait(0)
+        if not said and code:
+            # One that did not come as far as its log: its loader says why, by hand.
+            said = [f"{self._argv[0]} ended with code {code} and said nothing"]
         return failure(self._name, self._request, self._log, said)
 
     def close(self) -> None:

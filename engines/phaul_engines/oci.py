@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +20,7 @@ from phaul_runtime.rpc import phaul_pb2 as pb
 CONFIG = "config.json"
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 _WITHIN_S = 60.0
+_NOT_RUN = (126, 127)
 # What config.json and `update` can limit, as cgroup v2 names it.
 _LIMITS = (
     "cpu.max",
@@ -59,18 +62,36 @@ class Runtime:
         """The first line of `--version`.
 
         Raises:
-            Refused: it is not installed.
+            Refused: it is not installed, or does not run.
         """
-        said = proc.run([self.binary, "--version"], timeout_s=_WITHIN_S).stdout
-        return said.splitlines()[0] if said else self.binary
+        done = self._run([self.binary, "--version"])
+        return done.stdout.splitlines()[0] if done.stdout else self.binary
+
+    def _run(self, argv: list[str]) -> subprocess.CompletedProcess[str]:
+        """Run it; what it answers is for the caller to judge, once it can run at all.
+
+        Raises:
+            Refused: it cannot be started, not even by the loader of its libraries.
+        """
+        done = proc.run(argv, timeout_s=_WITHIN_S)
+        # Its own failures end with 1; these are the loader's, a shell's, or a signal.
+        if done.returncode < 0 or done.returncode in _NOT_RUN:
+            said = proc.last_lines(done.stderr)
+            raise Refused(
+                f"{self.binary} does not run (code {done.returncode})"
+                + (f": {said[-1]}" if said else ""),
+                hint=f"try by hand: {shlex.join(argv)}",
+                log=said[:-1],
+            )
+        return done
 
     def state(self, name: str) -> dict[str, Any] | None:
         """`state NAME`; None if it knows no such container.
 
         Raises:
-            Refused: it is not installed.
+            Refused: it is not installed, or does not run.
         """
-        done = proc.run(self.argv("state", name), timeout_s=_WITHIN_S)
+        done = self._run(self.argv("state", name))
         if done.returncode != 0:
             return None
         try:
@@ -81,7 +102,7 @@ class Runtime:
 
     def names(self) -> list[str]:
         """The containers that it knows."""
-        done = proc.run(self.argv("list", "--quiet"), timeout_s=_WITHIN_S)
+        done = self._run(self.argv("list", "--quiet"))
         return done.stdout.split()
 
     def delete(self, name: str) -> str:

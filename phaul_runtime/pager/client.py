@@ -59,7 +59,10 @@ class PagerClient:
         except PhaulError as error:
             raise DestinationError(f"the pager does not start: {error.message}") from error
         if done.returncode:
-            raise DestinationError("the pager does not start", log=proc.last_lines(done.stderr))
+            raise DestinationError(
+                f"the pager does not start (code {done.returncode})",
+                log=proc.last_lines(done.stderr),
+            )
         client = cls(workdir)
         client.status()
         return client

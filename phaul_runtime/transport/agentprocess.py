@@ -17,13 +17,14 @@ from pathlib import Path
 
 from phaul_runtime import proc
 from phaul_runtime.cancel import Cancellation
-from phaul_runtime.errors import ChannelError, DestinationUnreachable
+from phaul_runtime.errors import ChannelError, DestinationUnreachable, Refused
 from phaul_runtime.images import remove_tree
 from phaul_runtime.journal import lock_directory
 from phaul_runtime.transport import Channel
 from phaul_runtime.wire import CONTROL, MEMORY
 
 READY = b"phaul-runtime agent ready"
+_LOADER = "error while loading shared libraries"
 _POLL_S = 0.2
 _STDERR_LIMIT = 8 << 10
 _CLOSE_S = 10.0
@@ -36,7 +37,7 @@ class AgentProcess(Channel):
         name: of the host, for messages.
         argv: starts the agent, or ssh with the agent's command.
         sockets: directory with the two sockets on this host.
-        owned: remove `sockets` on close.
+        owned: make `sockets`; otherwise the agent does. Removed on close in either case.
         by_hand: a command that a user may try to find out more.
     """
 
@@ -48,42 +49,58 @@ class AgentProcess(Channel):
         self._argv = list(argv)
         self._sockets = sockets
         self._owned = owned
+        self._removes = False
         self._lock = -1
         self._process: proc.Process | None = None
         self._stderr = bytearray()
         self._reader: threading.Thread | None = None
 
     def start(self, timeout_s: float, cancellation: Cancellation) -> None:
-        """Start the agent and wait for its announcement.
+        """Start the agent and wait for its announcement; a failure leaves nothing behind.
 
         Raises:
             DestinationUnreachable: it did not come; the message has what was printed instead.
+            Refused: the program or the directory for the sockets is what fails, on this host.
         """
-        if self._owned:
+        try:
+            if self._owned:
+                self._make_directory()
+            with os.fdopen(self._spawn(), "rb") as announcement:
+                self._await_ready(announcement.fileno(), timeout_s, cancellation)
+        except BaseException:
+            self.close()
+            raise
+
+    def _make_directory(self) -> None:
+        try:
+            self._sockets.mkdir(mode=0o700, parents=True)
+            self._removes = True
             self._lock = lock_directory(self._sockets)
+        except OSError as error:
+            raise Refused(f"cannot create {self._sockets}: {error.strerror}") from error
+
+    def _spawn(self) -> int:
+        """Start it; returns the descriptor that has its stdout."""
         read_fd, write_fd = os.pipe()
         stderr_read, stderr_write = os.pipe()
-        stdin_read, stdin_write = os.pipe()
+        stdin_read, self._stdin = os.pipe()
+        self._reader = threading.Thread(
+            target=self._collect, args=(stderr_read,), name="agent-stderr", daemon=True
+        )
+        self._reader.start()
         try:
             with (
                 os.fdopen(stdin_read, "rb") as stdin,
                 os.fdopen(write_fd, "wb") as out,
                 os.fdopen(stderr_write, "wb") as err,
             ):
-                self._stdin = stdin_write
                 self._process = proc.spawn(self._argv, stdin=stdin, stdout=out, stderr=err)
-        finally:
-            self._reader = threading.Thread(
-                target=self._collect, args=(stderr_read,), name="agent-stderr", daemon=True
-            )
-            self._reader.start()
-        try:
-            self._await_ready(read_fd, timeout_s, cancellation)
         except BaseException:
-            self.close()
-            raise
-        finally:
             os.close(read_fd)
+            raise
+        # An agent on this host makes the directory, and leaves it if it is killed.
+        self._removes = True
+        return read_fd
 
     def _await_ready(self, fd: int, timeout_s: float, cancellation: Cancellation) -> None:
         deadline = time.monotonic() + timeout_s
@@ -111,7 +128,8 @@ class AgentProcess(Channel):
         if self._reader is not None:
             self._reader.join(_CLOSE_S)
         lines = self._said_lines()
-        if code == 127:
+        # A shell's, or a loader's that misses a library.
+        if code == 127 and not any(_LOADER in line for line in lines):
             return DestinationUnreachable(
                 "phaul-runtime is not installed there, or not on the PATH of a plain ssh command",
                 host=self.name,
@@ -170,7 +188,7 @@ class AgentProcess(Channel):
             with contextlib.suppress(Exception):
                 process.wait(_CLOSE_S)
             proc.end(process)
-        if self._owned:
+        if self._removes:
             remove_tree(self._sockets)
         if self._lock >= 0:
             os.close(self._lock)

@@ -56,6 +56,7 @@ class LinkChannel(Channel):
         self._directory = directory
         self._timeout_s = timeout_s
         self._secure = secure
+        self._made = False
         self._lock = -1
         self._first: socket.socket | None = None
         self._open: set[socket.socket] = set()
@@ -64,25 +65,36 @@ class LinkChannel(Channel):
         self._trouble = ""
 
     def start(self, cancellation: Cancellation) -> None:
-        """Open the control connection, and listen for gRPC.
+        """Open the control connection, and listen for gRPC; a failure leaves nothing behind.
 
         Raises:
             DestinationUnreachable: no agent, or one that refuses this host.
             Refused: the directory cannot be made.
         """
         try:
-            self._first = self._connection(CONTROL, cancellation)
-        except ChannelError as error:
-            raise DestinationUnreachable(error.message, host=self.name, hint=error.hint) from error
+            try:
+                self._first = self._connection(CONTROL, cancellation)
+            except ChannelError as error:
+                raise DestinationUnreachable(
+                    error.message, host=self.name, hint=error.hint
+                ) from error
+            self._listen()
+        except BaseException:
+            self.close()
+            raise
+        threading.Thread(target=self._accept, name="control", daemon=True).start()
+
+    def _listen(self) -> None:
         try:
             self._directory.mkdir(mode=0o700, parents=True)
+            self._made = True
             self._lock = lock_directory(self._directory)
             self._listener.bind(str(self._directory / CONTROL_SOCKET))
             self._listener.listen()
         except OSError as error:
-            self.close()
-            raise Refused(f"cannot listen in {self._directory}: {error.strerror}") from error
-        threading.Thread(target=self._accept, name="control", daemon=True).start()
+            raise Refused(
+                f"cannot listen in {self._directory}: {error.strerror or error}"
+            ) from error
 
     def _connection(self, purpose: str, cancellation: Cancellation | None = None) -> socket.socket:
         deadline = Deadline.within(self._timeout_s)
@@ -164,8 +176,9 @@ class LinkChannel(Channel):
         with self._changing:
             channels = tuple(self._open)
         cut(*channels)
-        if self._lock >= 0:
+        if self._made:
             remove_tree(self._directory)
+        if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
 

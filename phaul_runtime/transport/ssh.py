@@ -9,7 +9,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from phaul_runtime.errors import Refused, UsageError
+from phaul_runtime.errors import UsageError
 from phaul_runtime.transport import Channel, Destination, Transport, socket_directory
 from phaul_runtime.transport.agentprocess import AgentProcess
 from phaul_runtime.wire import CONTROL, MEMORY
@@ -44,10 +44,6 @@ class SshTransport(Transport):
         there = socket_directory(config.workdir, token)
         # Another name on this side: the destination may be this very host.
         here = there.with_name(f"ssh-{token}")
-        try:
-            here.mkdir(mode=0o700, parents=True)
-        except OSError as error:
-            raise Refused(f"cannot create {here}: {error.strerror}") from error
         login = f"{destination.user}@{destination.host}" if destination.user else destination.host
         by_hand = [*config.transport.ssh_command, "-o", "BatchMode=yes", login]
         channel = AgentProcess(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.contract.wholemove import WholeMove
+from tests.namespaces import network  # noqa: F401
 
 
 @pytest.fixture

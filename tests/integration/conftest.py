@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.namespaces import network  # noqa: F401
+
 
 @pytest.fixture
 def root() -> Iterator[Path]:

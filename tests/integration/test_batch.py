@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ import yaml
 pytest.importorskip("dbos")
 
 FAKE = Path(__file__).parent / "batch" / "fakehosts.py"
+ROOT = Path(__file__).parents[2]
+FORKSERVER = ROOT / "tests" / "forkserver.py"
 ENGINES = ("process", "runc", "docker")
 WITHIN_S = 120.0
 
@@ -30,12 +33,15 @@ class World:
 
     root: Path
     store: str
+    programs: Path
     env: dict[str, str] = field(default_factory=dict)
+    # An interpreter of its own for each controller, as users have it.
+    by_itself: bool = False
     running: list[subprocess.Popen[str]] = field(default_factory=list)
 
     @classmethod
-    def make(cls, root: Path, store: str = "", **env: str) -> World:
-        world = cls(root, store or str(root / "store"))
+    def make(cls, root: Path, programs: Path, store: str = "", **env: str) -> World:
+        world = cls(root, store or str(root / "store"), programs)
         world.env = {**os.environ, "FAKE_HOSTS": str(root / "hosts"), **env}
         for host in ("a", "b"):
             (root / "hosts" / host / "victims").mkdir(parents=True)
@@ -44,10 +50,15 @@ class World:
             )
         transport = {
             "ssh_command": [sys.executable, str(FAKE), "ssh"],
-            "agent_command": [sys.executable, str(FAKE), "phaul"],
+            "agent_command": [*world.python, str(FAKE), "phaul"],
         }
         (root / "config.yaml").write_text(yaml.safe_dump({"transport": transport}))
         return world
+
+    @property
+    def python(self) -> list[str]:
+        """Starts a module or a file, as Python does, but for the seconds of its imports."""
+        return [sys.executable, "-I", "-S", str(FORKSERVER), str(self.programs)]
 
     def moves(self, count: int, **keys: Any) -> Path:
         """A file of `count` moves of mixed engines, every other one the other way."""
@@ -68,8 +79,9 @@ class World:
 
     def start(self, *argv: str) -> subprocess.Popen[str]:
         """A controller."""
+        python = [sys.executable, "-m"] if self.by_itself else self.python
         process = subprocess.Popen(
-            [sys.executable, "-m", "phaul_runtime", "batch", *argv, "--store", self.store,
+            [*python, "phaul_runtime", "batch", *argv, "--store", self.store,
              "--config", str(self.root / "config.yaml")],
             env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
@@ -139,9 +151,22 @@ class World:
         assert len(moved) == count
 
 
+@pytest.fixture(scope="session")
+def programs() -> Iterator[Path]:
+    """The socket of a server that starts programs without their imports."""
+    with tempfile.TemporaryDirectory(prefix="phaul-") as directory:
+        path = Path(directory, "programs")
+        argv = [sys.executable, str(FORKSERVER), "serve", str(path)]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(argv, stdin=pipe, stdout=pipe, cwd=ROOT) as server:
+            assert server.stdout is not None
+            assert server.stdout.readline() == b"serves\n"
+            yield path
+
+
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    world = World.make(tmp_path)
+def world(tmp_path: Path, programs: Path) -> Iterator[World]:
+    world = World.make(tmp_path, programs)
     yield world
     for process in world.running:
         if process.poll() is None:
@@ -346,6 +371,7 @@ def test_the_same_moves_are_not_begun_twice(world: World) -> None:
 
 def test_the_report_has_every_move_and_needs_no_network(world: World) -> None:
     pytest.importorskip("plotly")
+    world.by_itself = True
     file = world.moves(3)
     page = world.root / "report.html"
     world.batch("run", str(file), "--id", "shown", "--report", str(page))

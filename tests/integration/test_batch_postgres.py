@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.test_batch import LIMITS, WITHIN_S, World
+from tests.integration.test_batch import LIMITS, WITHIN_S, World, programs
 from tests.postgres import server
 
-__all__ = ["server"]
+__all__ = ["programs", "server"]
 
 
 @pytest.fixture
-def world(server: str, tmp_path: Path) -> Iterator[World]:
-    world = World.make(tmp_path, server)
+def world(server: str, tmp_path: Path, programs: Path) -> Iterator[World]:
+    world = World.make(tmp_path, programs, server)
     yield world
     for process in world.running:
         if process.poll() is None:
@@ -60,7 +60,7 @@ def test_batches_in_one_database_are_apart(world: World) -> None:
     first.kill()
     first.communicate(timeout=60)
     begun = len(world.log())
-    other = World.make(world.root / "other", world.store)
+    other = World.make(world.root / "other", world.programs, world.store)
     assert other.batch("run", str(other.moves(2)), "--id", "second", "--controller", "same")
     # Another batch does not take up what the first left.
     assert len(world.log()) == begun
@@ -84,8 +84,8 @@ def test_a_controllers_name_is_taken_while_it_lives(world: World) -> None:
     assert runner.wait(WITHIN_S) == 0
 
 
-def test_a_database_that_does_not_answer_is_a_clear_error(tmp_path: Path) -> None:
-    world = World.make(tmp_path, f"postgresql://phaul@/postgres?host={tmp_path}")
+def test_a_database_that_does_not_answer_is_a_clear_error(tmp_path: Path, programs: Path) -> None:
+    world = World.make(tmp_path, programs, f"postgresql://phaul@/postgres?host={tmp_path}")
     process = world.start("run", str(world.moves(1)))
     _, err = process.communicate(timeout=WITHIN_S)
     assert process.returncode == 3

@@ -36,6 +36,7 @@ from tests.integration.test_trees import (
     Move,
     Options,
     fail,
+    mark,
     rsyncs,
     wait,
 )
@@ -160,12 +161,12 @@ class ImageMove(Move):
 
 @pytest.fixture
 def move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ImageMove]:
-    before = rsyncs()
+    mark(tmp_path, monkeypatch)
     found = ImageMove(tmp_path, monkeypatch)
     yield found
     found.remote.close()
     found.agent.stop()
-    wait(lambda: rsyncs() <= before)
+    wait(lambda: not rsyncs())
 
 
 @contextlib.contextmanager

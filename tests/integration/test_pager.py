@@ -101,7 +101,7 @@ def alive(pid: int) -> bool:
     return state != "Z"
 
 
-def gone(pids: list[int], within_s: float = 10) -> bool:
+def gone(pids: list[int], within_s: float = 60) -> bool:
     deadline = time.monotonic() + within_s
     while any(alive(pid) for pid in pids):
         if time.monotonic() > deadline:
@@ -117,7 +117,7 @@ def kill_one(client: PagerClient, at: int) -> bool:
         return False
     with contextlib.suppress(ProcessLookupError):
         os.kill(before["pids"][at], signal.SIGKILL)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         now = client.status()
         if now["state"] == "done":

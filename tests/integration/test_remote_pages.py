@@ -158,6 +158,24 @@ class Place:
         with self.channel(pause_s) as channel:
             return Arrival(self.store, self.workdir).serve(channel.destination)
 
+    @contextlib.contextmanager
+    def asked(self) -> Iterator[socket.socket]:
+        """In an agent's place: each datagram says that somebody waits, and for what."""
+        path = self.workdir / "wants.socket"
+        path.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as agent:
+            agent.bind(str(path))
+            agent.settimeout(60)
+            try:
+                yield agent
+            finally:
+                path.unlink()
+
+    def is_waited_for(self) -> None:
+        """Return once somebody has come to a page that is missing, and waits."""
+        with self.asked() as agent:
+            agent.recv(1000)
+
     def all_came(self) -> None:
         # Until here nobody has looked but the pager.
         store = PageStore.open(self.workdir)
@@ -185,10 +203,11 @@ def place(tmp_path: Path) -> Iterator[Place]:
             task.kill()
         task.communicate()
     for client in place.clients:
-        with contextlib.suppress(DestinationError):
-            client.wait(10)
-        with contextlib.suppress(DestinationError):
+        try:
             client.stop()
+        except DestinationError:  # it has not seen yet that nobody is left, or has ended
+            with contextlib.suppress(DestinationError):
+                client.wait(10)
     place.source.close()
     place.store.close()
 
@@ -197,7 +216,8 @@ def test_a_page_that_has_not_come_blocks(place: Place) -> None:
     pager = place.pager()
     task = place.task(steps=50)
     assert task.stdout is not None
-    assert not select.select([task.stdout], [], [], 2)[0]
+    place.is_waited_for()
+    assert not select.select([task.stdout], [], [], 1)[0]
     assert task.poll() is None
     # All that is here is filled, and asked is for what the threads wait for.
     now = pager.status()
@@ -209,7 +229,7 @@ def test_a_page_that_has_not_come_blocks(place: Place) -> None:
     result = pager.wait(30)
     assert (result["state"], result["missing"], result["remote_missing"]) == ("done", 0, 0)
     # Who waited for the network is counted from when it began to.
-    assert result["worst_fault_ms"] > 1500
+    assert result["worst_fault_ms"] > 1000
     assert gone(result["pids"])
     assert not list(place.workdir.glob("*.socket"))
     place.all_came()
@@ -272,10 +292,12 @@ def test_the_restore_itself_waits_for_a_page(place: Place, killed: int | None) -
     early = place.pages.runs[-1][1]
     task = place.begin(early=early)
     assert task.stdout is not None
-    assert not select.select([task.stdout], [], [], 1)[0]
+    place.is_waited_for()
+    assert not select.select([task.stdout], [], [], 0.2)[0]
     if killed is not None:
         kill_one(pager, killed)
-        assert not select.select([task.stdout], [], [], 0.5)[0]
+        place.is_waited_for()
+        assert not select.select([task.stdout], [], [], 0.2)[0]
     assert pager.status()["state"] == "restoring"
     assert place.arrive()
     said, _ = task.communicate(timeout=60)
@@ -287,6 +309,7 @@ def test_the_restore_itself_waits_for_a_page(place: Place, killed: int | None) -
 def test_a_kill_while_all_wait_loses_nobody(place: Place, at: int) -> None:
     pager = place.pager()
     task = place.task(steps=20, threads=16)
+    place.is_waited_for()
     time.sleep(0.5)
     for _ in range(3):
         assert kill_one(pager, at)
@@ -307,11 +330,7 @@ def test_each_agent_is_told_what_is_waited_for(place: Place) -> None:
     count = place.pages.runs[-1][2]
     wanted = place.pages.total - count, min(32, count)
     for _ in range(2):
-        path = place.workdir / "wants.socket"
-        path.unlink(missing_ok=True)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as agent:
-            agent.bind(str(path))
-            agent.settimeout(10)
+        with place.asked() as agent:
             assert list(WANTED.iter_unpack(agent.recv(1000))) == [wanted]
     assert place.arrive()
 
@@ -322,23 +341,29 @@ def switches(pid: int) -> int:
 
 
 def test_while_nothing_comes_the_pager_rests(place: Place) -> None:
+    """It asks now and then, and looks hardly more often: time is counted in what it asks."""
     pager = place.pager()
     place.task()
-    time.sleep(2.5)
     worker = pager.status()["pids"][0]
-    before = switches(worker)
-    time.sleep(2)
-    # It asks 10 times a second, and looks once.
-    assert 10 < switches(worker) - before < 60
+    with place.asked() as agent:
+        for _ in range(20):
+            before = switches(worker)
+            for _ in range(10):
+                agent.recv(1000)
+            # Until it has filled what is here, and has looked in vain a few times, it is busy.
+            if switches(worker) - before < 30:
+                break
+        else:
+            raise AssertionError(f"{switches(worker) - before} looks within ten questions")
     assert place.arrive()
 
 
 def test_a_process_that_is_killed_while_it_waits_ends_its_part(place: Place) -> None:
     pager = place.pager()
     task = place.task()
-    time.sleep(0.5)
+    place.is_waited_for()
     task.kill()
-    result = pager.wait(10)
+    result = pager.wait(60)
     assert result["state"] == "done"
     assert result["remote_missing"] == 0
     assert result["filled"] < PAGES
@@ -351,7 +376,7 @@ def test_what_is_given_up_before_it_has_come_needs_not_come(place: Place) -> Non
     argv = [*TASK, "--give-up", str(place.workdir), str(BASE), str(PAGES)]
     pager = place.pager()
     subprocess.run([*argv, *far[:3]], cwd=ROOT, check=True, timeout=30)
-    result = pager.wait(10)
+    result = pager.wait(60)
     assert (result["state"], result["missing"]) == ("done", 0)
 
 

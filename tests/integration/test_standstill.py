@@ -8,11 +8,14 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
+from phaul_engines import standstill
+from phaul_engines.proctree import is_stopped_by_tracer
 from phaul_engines.standstill import Standstill
+
+from tests.integration.serving import wait
 
 _WALL = 0x40000000
 PTRACE_DETACH, PTRACE_SEIZE, PTRACE_INTERRUPT = 17, 0x4206, 0x4207
@@ -83,13 +86,24 @@ def test_it_is_told_when_the_last_thread_stands(tree: tuple[int, list[int]]) -> 
         tracer.let_go(task)
 
 
-def test_what_stood_once_may_execute_its_tracers_code(tree: tuple[int, list[int]]) -> None:
+def test_what_stood_once_may_execute_its_tracers_code(
+    tree: tuple[int, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     root, tasks = tree
     tracer, told = Tracer(), threading.Event()
+    seen: set[int] = set()
+
+    def look(process: int, task: int) -> bool:
+        stands = is_stopped_by_tracer(process, task)
+        if stands:
+            seen.add(task)
+        return stands
+
+    monkeypatch.setattr(standstill, "is_stopped_by_tracer", look)
     watch = Standstill(root, told.set)
     for task in tasks[:-1]:
         tracer.stop(task)
-    time.sleep(0.3)
+    wait(lambda: seen == set(tasks[:-1]))
     tracer.let_go(tasks[0])  # as a parasite that runs in it
     tracer.stop(tasks[-1])
     assert told.wait(20)

@@ -36,6 +36,7 @@ from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.transport import Channel
 from phaul_runtime.trees import Tree
 from phaul_runtime.wire import CONTROL, ID_BYTES, MEMORY
+from tests.processes import processes_with
 
 ID = "2e" * 8
 FLAGS = "-lHogDtpAXrxSe.iLsfxCIvu"
@@ -162,30 +163,30 @@ class Move:
 
 @pytest.fixture
 def move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Move]:
+    mark(tmp_path, monkeypatch)
     found = Move(tmp_path, monkeypatch)
-    before = rsyncs()
     yield found
     found.remote.close()
     found.agent.stop()
-    wait(lambda: rsyncs() <= before)
+    wait(lambda: not rsyncs())
+
+
+_STARTED_BY = "PHAUL_STARTED_BY"
+
+
+def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is started from now on is this test's."""
+    monkeypatch.setenv(_STARTED_BY, str(tmp_path))
 
 
 def rsyncs() -> set[str]:
-    """Every rsync and every part of its remote shell that this machine runs."""
-    found = set()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ")
-            except OSError:
-                continue
-            if line.startswith(b"rsync ") or b"channel-rsh" in line or line == b"cat ":
-                found.add(f"{entry.name} {line!r}")
-    return found
+    """Every rsync and every part of its remote shell that this test has started, and that lives."""
+    variable = f"{_STARTED_BY}={os.environ[_STARTED_BY]}"
+    return {f"{pid} {line!r}" for pid, line in processes_with(variable)}
 
 
 def wait(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)

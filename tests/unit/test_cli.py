@@ -16,13 +16,7 @@ from phaul_runtime.cli.main import cli
 from phaul_runtime.cli.observe import _level
 from phaul_runtime.cli.views import JsonView, PlainView, TerminalView, describe
 from phaul_runtime.report import Iteration, MigrationReport
-
-
-def run(*argv: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "phaul_runtime", *argv], capture_output=True, text=True, check=False,
-        timeout=120,
-    )  # fmt: skip
+from tests.commandline import run
 
 
 @pytest.mark.parametrize(
@@ -36,8 +30,8 @@ def run(*argv: str) -> subprocess.CompletedProcess[str]:
         (["migrate", "5", "--to", "somewhere"], "names no transport"),
         (["migrate", "5", "--to", "ssh://"], "names no host"),
         (["migrate", "5", "--to", "ssh://-oProxyCommand=x"], "malformed destination"),
-        (["migrate", "five", "--to", "local:"], "'five' is not a pid"),
-        (["migrate", "0", "--to", "local:"], "'0' is not a pid"),
+        (["migrate", "five", "--to", "local:", "--config", "OWN"], "'five' is not a pid"),
+        (["migrate", "0", "--to", "local:", "--config", "OWN"], "'0' is not a pid"),
         (["migrate", "5", "--to", "local:", "--max-downtime-ms", "-1"], "--max-downtime-ms"),
         (["migrate", "5", "--to", "local:", "--file", "copy"], "--file"),
         (["migrate", "5", "--to", "local:", "--mode", "postcopy"], "--mode"),
@@ -50,10 +44,23 @@ def run(*argv: str) -> subprocess.CompletedProcess[str]:
         (["config", "check", "/none.yaml"], "/none.yaml: No such file"),
     ],
 )
-def test_usage_errors_end_with_2_and_one_clear_line(argv: list[str], says: str) -> None:
-    done = run(*argv)
+def test_usage_errors_end_with_2_and_one_clear_line(
+    tmp_path: Path, argv: list[str], says: str
+) -> None:
+    own = tmp_path / "own.yaml"  # the defaults are this host's directories, no test's
+    own.write_text(f"workdir: {tmp_path}/work\nstate_dir: {tmp_path}/state\n")
+    done = run(*(str(own) if word == "OWN" else word for word in argv))
     assert done.returncode == 2, done.stderr
     assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_it_is_a_program_that_ends_with_the_code() -> None:
+    argv = [sys.executable, "-m", "phaul_runtime", "migrate", "5"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "Error: no destination" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from phaul_engines import docker_arrival
+from phaul_engines.docker_arrival import DockerDestination
+from phaul_engines.oci import Runtime
+
+from phaul_runtime.errors import DestinationError
+from tests.unit.docker import document
 
 SHIM = "/usr/bin/containerd-shim-runc-v2"
 ADDRESS = "/run/containerd/containerd.sock"
@@ -29,3 +35,23 @@ def test_of_a_container_s_shims_only_those_that_hold_it_are_found(
     (tmp_path / "self").mkdir()
     monkeypatch.setattr(docker_arrival, "PROC", tmp_path)
     assert docker_arrival._shims("mine") == [10]
+
+
+class _ImageStore:
+    """A daemon whose containers lie in containerd's image store."""
+
+    def info(self) -> dict[str, Any]:
+        status = [["driver-type", "io.containerd.snapshotter.v1"]]
+        return {"Driver": "overlayfs", "DriverStatus": status}
+
+
+@pytest.mark.parametrize("graph_driver", [None, {"Name": "overlayfs", "Data": None}])
+def test_a_layer_that_docker_does_not_name_is_an_error_that_does(
+    monkeypatch: pytest.MonkeyPatch, graph_driver: object
+) -> None:
+    """Where the finding was overridden (`--ignore docker-storage`)."""
+    half = DockerDestination(Runtime("runc", ""), hold_s=1.0)
+    monkeypatch.setattr(half, "_daemon", _ImageStore(), raising=False)
+    facts = {**document("bridge"), "GraphDriver": graph_driver}
+    with pytest.raises(DestinationError, match="containerd's image store"):
+        half._layer(facts)

@@ -19,6 +19,7 @@ from phaul_engines.docker_config import (
     differences,
     network_mode,
     private_netns,
+    with_configured_macs,
 )
 
 from tests.unit.docker import NAMES, document
@@ -262,6 +263,8 @@ def test_a_generated_mac_is_not_pinned_and_one_that_was_set_is() -> None:
     assert configured_mac(rich, "back") == ""
     networks["back"]["MacAddress"] = "00:16:3e:01:02:03"
     assert configured_mac(rich, "back") == "00:16:3e:01:02:03"
+    networks["back"]["MacAddress"] = "02:11:22:33:44:55"
+    assert configured_mac(rich, "back") is None
     del rich["Config"]["MacAddress"]  # as API 1.52
     assert configured_mac(rich, "front") == ""
     bridge = document("bridge")
@@ -272,6 +275,37 @@ def test_a_generated_mac_is_not_pinned_and_one_that_was_set_is() -> None:
     host["Config"]["MacAddress"] = "02:00:00:00:00:01"
     assert "MacAddress" not in plan_of(host, api_version=(1, 43)).body
     assert plan_of(host).body["NetworkingConfig"]["EndpointsConfig"] == {"host": {}}
+
+
+def kept(**macs: str) -> dict[str, Any]:
+    """Docker's own file of a container, as docker 25 and later write it."""
+    networks = {name: {"DesiredMacAddress": mac} for name, mac in macs.items()}
+    return {"NetworkSettings": {"Networks": networks}}
+
+
+def test_docker_s_own_file_says_what_was_set_where_inspect_shows_what_is_in_use() -> None:
+    rich = document("rich")
+    networks = rich["NetworkSettings"]["Networks"]
+    del rich["Config"]["MacAddress"]  # as API 1.52
+    for endpoint in networks.values():
+        endpoint["MacAddress"] = "9e:11:22:33:44:55"  # as docker 28 generates them, or as was set
+    assert [configured_mac(rich, name) for name in ("front", "back")] == [None, None]
+    untouched = copy.deepcopy(rich)
+    told = with_configured_macs(rich, kept(front="", back="9e:11:22:33:44:55"))
+    assert rich == untouched
+    assert [configured_mac(told, name) for name in ("front", "back")] == ["", "9e:11:22:33:44:55"]
+    endpoints = plan_of(told).body["NetworkingConfig"]["EndpointsConfig"]
+    assert "MacAddress" not in endpoints["front"]
+    assert endpoints["back"]["MacAddress"] == "9e:11:22:33:44:55"
+    told = with_configured_macs(rich, kept(front="9e:11:22:33:44:55", back=""))
+    assert plan_of(told, api_version=(1, 43)).body["MacAddress"] == "9e:11:22:33:44:55"
+
+
+@pytest.mark.parametrize("file", [{}, {"NetworkSettings": None}, kept(other=""), kept()])
+def test_a_file_that_does_not_say_it_changes_nothing(file: dict[str, Any]) -> None:
+    assert with_configured_macs(document("rich"), file) == document("rich")
+    older = {"NetworkSettings": {"Networks": {"front": {"MacAddress": "02:42:ac:1e:01:aa"}}}}
+    assert with_configured_macs(document("rich"), older) == document("rich")
 
 
 def test_the_short_id_that_an_older_api_lists_is_no_alias() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from phaul_engines.docker_config import with_configured_macs
 from phaul_engines.docker_findings import (
     daemon_findings,
     findings,
+    no_layer,
     parse_api_version,
     parse_version,
 )
@@ -22,6 +25,11 @@ INFO = {
     "CgroupVersion": "2",
     "SecurityOptions": ["name=seccomp,profile=builtin", "name=cgroupns"],
     "Runtimes": {"io.containerd.runc.v2": {}, "runc": {"path": "runc"}},
+}
+
+IMAGE_STORE: dict[str, Any] = {
+    "Driver": "overlayfs",
+    "DriverStatus": [["driver-type", "io.containerd.snapshotter.v1"]],
 }
 
 
@@ -44,7 +52,7 @@ def plain() -> dict[str, Any]:
 def test_nothing_speaks_against_a_plain_container() -> None:
     assert against(findings(plain())) == []
     said = [(finding.check, finding.level) for finding in findings(plain())]
-    assert said == [("docker-network", OK), ("docker-storage", OK), ("docker-log", OK)]
+    assert said == [("docker-network", OK), ("docker-log", OK)]
 
 
 def host_config(**values: Any) -> Callable[[dict[str, Any]], object]:
@@ -85,8 +93,6 @@ SPEAKS_AGAINST: list[tuple[Callable[[dict[str, Any]], object], str, str]] = [
     (host_config(BlkioDeviceReadBps=[{"Path": "/dev/sda"}]), "docker-devices", WARNING),
     (host_config(Runtime="kata"), "docker-runtime", REFUSED),
     (host_config(Isolation="hyperv"), "docker-runtime", REFUSED),
-    (lambda inspect: inspect["GraphDriver"].update(Name="btrfs"), "docker-storage", REFUSED),
-    (lambda inspect: inspect["GraphDriver"].update(Name="overlayfs"), "docker-storage", REFUSED),
     (host_config(VolumesFrom=["c" * 64 + ":ro"]), "docker-volume", REFUSED),
     (
         lambda inspect: inspect.update(Mounts=[{"Type": "npipe", "Destination": "/x"}]),
@@ -143,6 +149,21 @@ def test_a_mac_that_may_have_been_set_is_told() -> None:
     rich["NetworkSettings"]["Networks"]["back"]["MacAddress"] = "02:11:22:33:44:55"
     found = findings(rich, mounts={"/srv/bind": "shared"})
     assert against(found) == [("docker-network", WARNING)]
+    assert (
+        "02:11:22:33:44:55, may have been set, which docker does not tell"
+        in only(found, "MAC address").text
+    )
+
+
+@pytest.mark.parametrize("was_set", ["", "9e:11:22:33:44:55"])
+def test_nothing_is_told_of_a_mac_of_which_docker_says_whether_it_was_set(was_set: str) -> None:
+    """Docker 28 generates any locally administered address."""
+    bridge = document("bridge")
+    bridge["NetworkSettings"]["Networks"]["bridge"]["MacAddress"] = "9e:11:22:33:44:55"
+    file = {"NetworkSettings": {"Networks": {"bridge": {"DesiredMacAddress": was_set}}}}
+    told = with_configured_macs(bridge, file)
+    assert not [finding for finding in findings(told) if "MAC address" in finding.text]
+    assert [finding for finding in findings(bridge) if "MAC address" in finding.text]
 
 
 def test_a_published_port_that_docker_chose_is_told() -> None:
@@ -195,12 +216,19 @@ def test_volumes_of_the_driver_local_are_carried() -> None:
     assert only(findings(volume("named")), "volume").text == "the volume named at /in: rsync"
     shared = findings(volume("named"), volumes={"named": "shared"})
     assert only(shared, "volume").text == "the volume named at /in: shared"
+    # The engine goes by its name, and so does what is said of it.
+    carried = findings(volume("named"), volumes={"/in": "shared"})
+    assert only(carried, "volume").text == "the volume named at /in: rsync"
 
 
 def test_a_volume_of_another_driver_has_to_be_shared() -> None:
     found = only(findings(volume("named", "rexray")), "rexray")
     assert (found.check, found.level) == ("docker-volume", REFUSED)
     assert "engines.docker.volumes: {named: shared}" in found.hint
+    inspect = volume("0" * 64, "rexray")
+    inspect["HostConfig"]["Binds"] = None
+    hint = only(findings(inspect), "rexray").hint  # an unnamed one cannot be shared
+    assert hint == "start the container with a named volume at /in, which can be shared"
     inspect = volume("named", "rexray")
     assert against(findings(inspect, volumes={"named": "rsync"})) == [("docker-volume", REFUSED)]
     assert against(findings(inspect, volumes={"named": "shared"})) == []
@@ -289,18 +317,75 @@ def test_versions(
     assert daemon(version, api_version, private_netns=False) == host
 
 
+@pytest.mark.parametrize("version", ["25.0.3", "26.0.2", "28.5.2", "29.1.0"])
+def test_only_the_destination_s_docker_restores(version: str) -> None:
+    """So a container can leave such a docker: that is the remedy."""
+    assert daemon(version, destination=False) == VERSION_WARNING
+    told = daemon_findings(version, "1.45", INFO, private_netns=True, destination=False)
+    assert "it cannot move back to this host" in only(told, version + " restores no").text
+
+
+def named(text: str) -> list[str]:
+    """Versions as a hint names them; what stands for later ones is the last of its series."""
+    found = re.findall(r"\d+(?:\.\d+)*", text.replace("a later 25.0", "25.0.8"))
+    return [number if "." in number else f"{number}.5.1" for number in found]
+
+
+@pytest.mark.parametrize("destination", [True, False])
+@pytest.mark.parametrize("private", [True, False])
+@pytest.mark.parametrize(
+    ("version", "api_version"),
+    [
+        ("19.03.15", "1.40"),
+        ("20.10.24", "1.41"),
+        ("25.0.0", "1.44"),
+        ("26.0.2", "1.45"),
+        ("28.5.2", "1.51"),
+        ("29.1.0", "1.52"),
+    ],
+)
+def test_no_hint_of_a_version_leads_to_one_that_is_refused(
+    version: str, api_version: str, private: bool, destination: bool
+) -> None:
+    told = daemon_findings(
+        version, api_version, INFO, private_netns=private, destination=destination
+    )
+    hints = [finding.hint for finding in told if finding.level == REFUSED]
+    for hint in hints:
+        assert named(hint)
+        for other in named(hint):
+            assert ("docker-version", REFUSED) not in daemon(other, private_netns=private)
+        if "upgrade" in hint:
+            newest = max(parse_version(other) or (0, 0, 0) for other in named(hint))
+            assert newest > (parse_version(version) or (0, 0, 0))
+        # `none` has a network namespace of its own too, and another container's is refused.
+        assert re.findall(r"--network (\w+)", hint) in ([], ["host"])
+
+
 def test_the_destination_needs_the_experimental_features() -> None:
     assert daemon(ExperimentalBuild=False) == [("docker-experimental", REFUSED)]
     assert daemon(ExperimentalBuild=False, destination=False) == []
 
 
 def test_what_the_daemon_s_host_has_to_have() -> None:
-    assert daemon(Driver="overlayfs") == [("docker-storage", REFUSED)]
+    assert daemon(Driver="btrfs") == [("docker-storage", REFUSED)]
+    assert daemon(**IMAGE_STORE) == [("docker-storage", REFUSED)]
     assert daemon(CgroupVersion="1") == [("docker-cgroup", WARNING)]
     assert daemon(SecurityOptions=["name=rootless"]) == [("docker-namespaces", REFUSED)]
     assert daemon(SecurityOptions=["name=userns"]) == [("docker-namespaces", REFUSED)]
     assert daemon(Runtimes={"kata": {}}) == [("docker-runtime", REFUSED)]
     assert daemon(Runtimes={"runc": {}}) == []
+
+
+def test_a_storage_driver_s_hint_is_the_setting_that_it_follows() -> None:
+    """dockerd does not start with overlay2 as the image store's snapshotter."""
+    own = no_layer(document("bridge"), {**INFO, "Driver": "btrfs"})
+    assert "btrfs" in own.message
+    assert '"storage-driver": "overlay2"' in own.hint
+    store = no_layer(document("bridge"), {**INFO, **IMAGE_STORE})
+    assert "containerd's image store (overlayfs)" in store.message
+    assert '"containerd-snapshotter": false' in store.hint
+    assert "storage-driver" not in store.hint
 
 
 def test_versions_are_read_as_they_are_written() -> None:

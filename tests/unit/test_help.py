@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import click
 import pytest
 
 from phaul_runtime.cli.main import cli
+from tests.commandline import run
 
 
 def commands() -> Iterator[tuple[str, click.Command]]:
@@ -60,22 +59,21 @@ def test_it_has_a_log_level(path: str) -> None:
     assert {"log_level", "log_format"} <= {option.name for option in ALL[path].params}
 
 
-def complete(*words: str) -> set[str]:
-    """What click offers after `words`, as its script for bash asks."""
-    environment = {
-        **os.environ,
-        "_PHAUL_RUNTIME_COMPLETE": "bash_complete",
-        "COMP_WORDS": " ".join(["phaul-runtime", *words]),
-        "COMP_CWORD": str(len(words)),
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "phaul_runtime"],
-        env=environment, capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    return {line.partition(",")[2] for line in done.stdout.splitlines()}
+@pytest.fixture
+def complete(monkeypatch: pytest.MonkeyPatch) -> Callable[..., set[str]]:
+    def offered(*words: str) -> set[str]:
+        """What click offers after `words`, as its script for bash asks."""
+        monkeypatch.setenv("_PHAUL_RUNTIME_COMPLETE", "bash_complete")
+        monkeypatch.setenv("COMP_WORDS", " ".join(["phaul-runtime", *words]))
+        monkeypatch.setenv("COMP_CWORD", str(len(words)))
+        done = run()
+        assert done.returncode == 0
+        return {line.partition(",")[2] for line in done.stdout.splitlines()}
+
+    return offered
 
 
-def test_commands_options_and_engines_are_completed() -> None:
+def test_commands_options_and_engines_are_completed(complete: Callable[..., set[str]]) -> None:
     assert complete("mi") == {"migrate"}
     assert complete("config", "") == {"check", "schema"}
     assert "--max-downtime-ms" in complete("migrate", "--max-d")
@@ -87,10 +85,8 @@ def test_commands_options_and_engines_are_completed() -> None:
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_what_is_printed_is_the_shells(shell: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "phaul_runtime", "completion", shell],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
+    done = run("completion", shell)
+    assert done.returncode == 0
     assert f"_PHAUL_RUNTIME_COMPLETE={shell}_complete" in done.stdout
     assert "phaul-runtime" in done.stdout
     if shutil.which(shell) is None:
@@ -100,9 +96,6 @@ def test_what_is_printed_is_the_shells(shell: str) -> None:
 
 
 def test_no_other_shell() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "phaul_runtime", "completion", "tcsh"],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    done = run("completion", "tcsh")
     assert done.returncode == 2
     assert "tcsh" in done.stderr

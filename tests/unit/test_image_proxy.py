@@ -131,7 +131,7 @@ def test_it_takes_from_criu_what_the_link_does_not_take_yet(lines: Callable[...,
     line = lines(compress=False, buffer=8 * MIB)
     line.criu.setblocking(False)
     taken = 0
-    while select.select([], [line.criu], [], 1)[1]:
+    while select.select([], [line.criu], [], 20 if taken < 7 * MIB else 1)[1]:
         taken += line.criu.send(bytes(64 << 10))
     # Nobody has read a byte at the other end. Socket buffers come on top, and no more than that.
     assert 7 * MIB < taken < 11 * MIB

@@ -7,6 +7,7 @@ import os
 import stat
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,25 +53,41 @@ def test_a_hook_has_its_time() -> None:
         Hooks({PRE_FREEZE: [["sleep", "30"]]}, timeout_s=0.2).run(PRE_FREEZE, MOVE)
 
 
-def test_one_over_time_is_ended_with_what_it_started(tmp_path: Path) -> None:
-    pid = tmp_path / "pid"
-    script = f"sleep 30 & echo $! > {pid}; echo slow >&2; wait"
-    with pytest.raises(MigrationFailed, match=r"sh did not end within 0\.5 s") as caught:
-        Hooks({PRE_FREEZE: [["sh", "-c", script]]}, timeout_s=0.5).run(PRE_FREEZE, MOVE)
+@pytest.fixture
+def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file; what is started has its time from when it has put a line there."""
+    file = tmp_path / "told"
+    spawn = proc.spawn
+
+    def spawn_and_wait(*args: Any, **options: Any) -> proc.Process:
+        process = spawn(*args, **options)
+        deadline = time.monotonic() + 60
+        while not (file.exists() and file.read_text().endswith("\n")):
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        return process
+
+    monkeypatch.setattr(proc, "spawn", spawn_and_wait)
+    return file
+
+
+def test_one_over_time_is_ended_with_what_it_started(told: Path) -> None:
+    script = f"sleep 600 & echo slow >&2; echo $! > {told}; wait"
+    with pytest.raises(MigrationFailed, match=r"sh did not end within 0\.1 s") as caught:
+        Hooks({PRE_FREEZE: [["sh", "-c", script]]}, timeout_s=0.1).run(PRE_FREEZE, MOVE)
     assert caught.value.log == ("slow",)
-    assert ended(int(pid.read_text()))
+    assert ended(int(told.read_text()))
 
 
-def test_so_is_what_outlives_it_and_keeps_its_output(tmp_path: Path) -> None:
-    pid = tmp_path / "pid"
+def test_so_is_what_outlives_it_and_keeps_its_output(told: Path) -> None:
     with pytest.raises(PhaulError, match="did not end within"):
-        proc.run(["sh", "-c", f"sleep 30 & echo $! > {pid}"], timeout_s=0.5)
-    assert ended(int(pid.read_text()))
+        proc.run(["sh", "-c", f"sleep 600 & echo $! > {told}"], timeout_s=0.1)
+    assert ended(int(told.read_text()))
 
 
 def ended(pid: int) -> bool:
     """Whether it is gone, or soon is: nobody may have waited for it yet."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

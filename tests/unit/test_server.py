@@ -17,6 +17,7 @@ from phaul_runtime.criu import Criu, CriuVersion
 from phaul_runtime.errors import DestinationError, Refused
 from phaul_runtime.pagemap import IN_PARENT, PRESENT
 from phaul_runtime.server import PhaulServer
+from tests.processes import open_descriptors
 from tests.unit.test_pagesink import PAGE, Map, Wire, same, session
 
 
@@ -51,10 +52,10 @@ class Served:
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[Served]:
     found = Served(tmp_path)
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     yield found
     found.server.abort()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() - before == set()
     found.close()
 
 

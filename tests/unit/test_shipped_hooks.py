@@ -21,6 +21,8 @@ from phaul_runtime import proc
 from phaul_runtime.errors import MigrationFailed, PhaulError, UsageError
 from phaul_runtime.lifecycle import EVENTS, Hooks, Move
 from phaul_runtime.states import Role
+from phaul_runtime.transport.link import Deadline
+from tests.namespaces import own_network
 
 
 def at(event: str, role: Role, *command: str) -> None:
@@ -325,9 +327,9 @@ def test_an_address_of_ipv6_is_advertised() -> None:
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may send raw frames")
 def test_it_announces_where_the_copy_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     sent = []
-    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.ntohs(3)) as heard:
+    # Nobody else is on this loopback.
+    with own_network(), socket.socket(socket.AF_PACKET, socket.SOCK_RAW, _EVERYTHING) as heard:
         heard.bind(("lo", 0))
-        heard.settimeout(30)
         for event in EVENTS:
             for role in Role:
                 monkeypatch.setenv("PHAUL_EVENT", event)
@@ -337,6 +339,9 @@ def test_it_announces_where_the_copy_runs(monkeypatch: pytest.MonkeyPatch) -> No
     assert set(sent) == {("committed", "destination"), ("on_rollback", "source")}
 
 
+_EVERYTHING = socket.ntohs(3)
+
+
 def _arps(heard: socket.socket, address: str) -> int:
     """How many announcements of `address` have come since the last call."""
     count = 0
@@ -344,7 +349,9 @@ def _arps(heard: socket.socket, address: str) -> int:
         raw.bind(("lo", 0))
         end = bytes(12) + b"\x88\xb5" + os.urandom(16)  # an EtherType for experiments
         raw.send(end)
+    deadline = Deadline.within(30)
     while True:
+        deadline.limit(heard)  # whatever else comes
         frame = heard.recv(2000)
         if frame == end:
             return count

@@ -179,7 +179,7 @@ def test_while_it_is_traced_it_runs_at_full_speed(group: Group) -> None:
 
 
 def until(group: Group, cpu_max: str) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while group.cpu_max != cpu_max:
         assert time.monotonic() < deadline, group.cpu_max
         time.sleep(0.005)

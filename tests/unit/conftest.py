@@ -1,0 +1,5 @@
+"""Each run of these tests has its own loopback."""
+
+from __future__ import annotations
+
+from tests.namespaces import network  # noqa: F401
