@@ -165,6 +165,7 @@ class RemoteAgent(PhaulRemote):
         post_copy: bool = False,
         memory: int = 0,
         page_server: str = "",
+        page_format: int = 0,
     ) -> dict[str, str]:
         """Begin a migration; from now on the agent expects a heartbeat (`beat_every`).
 
@@ -185,6 +186,7 @@ class RemoteAgent(PhaulRemote):
             post_copy=post_copy,
             memory=memory,
             page_server=page_server,
+            page_format=page_format,
         )
         reply: pb.OpenReply = self._call(self._stub.Open.future, request, self._call_s)
         self._id = migration_id
