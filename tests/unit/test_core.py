@@ -266,6 +266,7 @@ def test_the_first_error_lines_of_a_log() -> None:
         ("Error (criu/files-reg.c:1): File var/log/x has bad size 7 (expect 3)", "--files copy"),
         ("Error (criu/sk-inet.c:1): inet: Connected TCP socket, consider using"
          " --tcp-established option.", "--tcp-established"),
+        ("Error (criu/mem.c:1035): VMA-s are not sorted in the image file", "guard regions"),
         ("Error (criu/image.c:1): No space left on device", "free some space"),
         ("Error (criu/other.c:1): something new", ""),
     ],
