@@ -162,10 +162,10 @@ class RemoteAgent(PhaulRemote):
         lost_s: float,
         log_level: int,
         restore: str,
+        page_format: int,
         post_copy: bool = False,
         memory: int = 0,
         page_server: str = "",
-        page_format: int = 0,
     ) -> dict[str, str]:
         """Begin a migration; from now on the agent expects a heartbeat (`beat_every`).
 

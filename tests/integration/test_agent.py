@@ -223,6 +223,7 @@ def test_an_agent_that_dies_at_the_opening_may_have_left_something(
             lost_s=30,
             log_level=0,
             restore="full",
+            page_format=1,
         )
     # Told by the agent itself, a failure has left nothing.
     assert remote.abort() is not dead
