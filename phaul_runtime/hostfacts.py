@@ -17,7 +17,7 @@ from phaul_runtime.errors import PhaulError
 from phaul_runtime.rpc import phaul_pb2 as pb
 
 # The version of the control channel's protocol; client and agent must agree.
-PROTOCOL = 8
+PROTOCOL = 9
 CPUINFO = "cpuinfo.img"
 
 
@@ -33,6 +33,7 @@ def gather_facts(workdir: str, state_dir: str, criu: Criu) -> pb.HostFacts:
         memory_available=memory_available(),
         workdir=workdir,
         boot_id=boot_id(),
+        pid_namespace=Path("/proc/self/ns/pid").readlink().name,
         state_dir=state_dir,
         leftovers=leftovers.find(Path(workdir), Path(state_dir)),
         rsync=shutil.which("rsync") is not None,
@@ -45,8 +46,16 @@ def gather_facts(workdir: str, state_dir: str, criu: Criu) -> pb.HostFacts:
 
 
 def boot_id() -> str:
-    """What tells one boot of this host from another, and one host from another."""
+    """What tells one boot of this kernel from another, and one kernel from another."""
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+def one_host(here: pb.HostFacts, there: pb.HostFacts) -> bool:
+    """Whether both are of one host: a pid names the same process for both.
+
+    Hosts of namespaces share a kernel, and so its boot_id, but not their pids.
+    """
+    return (here.boot_id, here.pid_namespace) == (there.boot_id, there.pid_namespace)
 
 
 def memory_available() -> int:

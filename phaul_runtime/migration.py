@@ -61,7 +61,7 @@ from phaul_runtime.events import (
 from phaul_runtime.filling import await_filled
 from phaul_runtime.hold import FACT as HOLD
 from phaul_runtime.hold import Hold, check_hold
-from phaul_runtime.hostfacts import gather_facts
+from phaul_runtime.hostfacts import gather_facts, one_host
 from phaul_runtime.journal import Journal, forget_old
 from phaul_runtime.keptlogs import keep_logs
 from phaul_runtime.lifecycle import COMMITTED, ON_ROLLBACK, PRE_FREEZE, Move, move_of
@@ -224,7 +224,7 @@ class Migration:
     def _host_findings(self, session: Session) -> list[HostFinding]:
         self._here = gather_facts(self.config.workdir, self.config.state_dir, self.criu)
         there = self._there = session.agent.hello()
-        self._same_host = self._here.boot_id == there.boot_id
+        self._same_host = one_host(self._here, there)
         names = (HERE, session.agent.name)
         findings = compare_hosts(self._here, there, names, self.config.criu.page_server)
         if self.config.restore == "lazy" or self.config.mode != PRE_COPY:

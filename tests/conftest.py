@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
+
+# The laboratory's package.
+sys.path.insert(0, str(Path(__file__).resolve().parent / "lab"))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

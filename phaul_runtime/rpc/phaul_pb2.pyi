@@ -65,7 +65,7 @@ class HelloReply(_message.Message):
     def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., protocol: _Optional[int] = ..., facts: _Optional[_Union[HostFacts, _Mapping]] = ...) -> None: ...
 
 class HostFacts(_message.Message):
-    __slots__ = ("hostname", "phaul_version", "kernel", "arch", "page_size", "root", "criu_version", "page_format", "criu_problem", "dirty_tracking", "lazy_pages", "cpu_model", "cpu_flags", "cpuinfo", "memory_available", "workdir", "workdir_fs", "workdir_free", "workdir_problem", "boot_id", "state_dir", "state_fs", "state_problem", "leftovers", "rsync")
+    __slots__ = ("hostname", "phaul_version", "kernel", "arch", "page_size", "root", "criu_version", "page_format", "criu_problem", "dirty_tracking", "lazy_pages", "cpu_model", "cpu_flags", "cpuinfo", "memory_available", "workdir", "workdir_fs", "workdir_free", "workdir_problem", "boot_id", "state_dir", "state_fs", "state_problem", "leftovers", "rsync", "pid_namespace")
     HOSTNAME_FIELD_NUMBER: _ClassVar[int]
     PHAUL_VERSION_FIELD_NUMBER: _ClassVar[int]
     KERNEL_FIELD_NUMBER: _ClassVar[int]
@@ -91,6 +91,7 @@ class HostFacts(_message.Message):
     STATE_PROBLEM_FIELD_NUMBER: _ClassVar[int]
     LEFTOVERS_FIELD_NUMBER: _ClassVar[int]
     RSYNC_FIELD_NUMBER: _ClassVar[int]
+    PID_NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     hostname: str
     phaul_version: str
     kernel: str
@@ -116,7 +117,8 @@ class HostFacts(_message.Message):
     state_problem: str
     leftovers: _containers.RepeatedScalarFieldContainer[str]
     rsync: bool
-    def __init__(self, hostname: _Optional[str] = ..., phaul_version: _Optional[str] = ..., kernel: _Optional[str] = ..., arch: _Optional[str] = ..., page_size: _Optional[int] = ..., root: bool = ..., criu_version: _Optional[str] = ..., page_format: _Optional[int] = ..., criu_problem: _Optional[str] = ..., dirty_tracking: bool = ..., lazy_pages: bool = ..., cpu_model: _Optional[str] = ..., cpu_flags: _Optional[_Iterable[str]] = ..., cpuinfo: _Optional[bytes] = ..., memory_available: _Optional[int] = ..., workdir: _Optional[str] = ..., workdir_fs: _Optional[str] = ..., workdir_free: _Optional[int] = ..., workdir_problem: _Optional[str] = ..., boot_id: _Optional[str] = ..., state_dir: _Optional[str] = ..., state_fs: _Optional[str] = ..., state_problem: _Optional[str] = ..., leftovers: _Optional[_Iterable[str]] = ..., rsync: bool = ...) -> None: ...
+    pid_namespace: str
+    def __init__(self, hostname: _Optional[str] = ..., phaul_version: _Optional[str] = ..., kernel: _Optional[str] = ..., arch: _Optional[str] = ..., page_size: _Optional[int] = ..., root: bool = ..., criu_version: _Optional[str] = ..., page_format: _Optional[int] = ..., criu_problem: _Optional[str] = ..., dirty_tracking: bool = ..., lazy_pages: bool = ..., cpu_model: _Optional[str] = ..., cpu_flags: _Optional[_Iterable[str]] = ..., cpuinfo: _Optional[bytes] = ..., memory_available: _Optional[int] = ..., workdir: _Optional[str] = ..., workdir_fs: _Optional[str] = ..., workdir_free: _Optional[int] = ..., workdir_problem: _Optional[str] = ..., boot_id: _Optional[str] = ..., state_dir: _Optional[str] = ..., state_fs: _Optional[str] = ..., state_problem: _Optional[str] = ..., leftovers: _Optional[_Iterable[str]] = ..., rsync: bool = ..., pid_namespace: _Optional[str] = ...) -> None: ...
 
 class FileFact(_message.Message):
     __slots__ = ("path", "size", "mode", "uid", "gid", "build_id", "digest", "directory", "written", "executable", "mtime_ns", "shared_map")

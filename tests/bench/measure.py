@@ -71,7 +71,7 @@ def measure(method: Method) -> Run:
 
 
 def _dirtier(method: Method) -> Run:
-    observer = Observer()
+    observer = Observer(method.hosts.lab)
     try:
         method.start(observer.address)
         wait_until("the observer hears it", lambda: len(observer.heard) > 50, FILL_S)

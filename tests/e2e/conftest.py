@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "lab"))
-
 from phaul_lab import Lab
+
+from tests.e2e import labs
+from tests.e2e.observer import Observer
 
 WITHIN_S = 120.0
 
@@ -103,11 +102,64 @@ class Dirtier:
         return self.status(host)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--labs native,emulated`: only the tests that run there."""
+    parser.addoption("--labs", default="", help=f"only tests of these: {', '.join(labs.LABS)}")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Each test of hosts runs in the laboratory that has what it needs, or is skipped by name."""
+    if "lab" not in metafunc.fixturenames:
+        return
+    marks = list(metafunc.definition.iter_markers("needs"))
+    chosen, lacking = labs.choose({need for mark in marks for need in mark.args})
+    names = [chosen or "none"]
+    for mark in metafunc.definition.iter_markers("also_on"):
+        names += [name for name in mark.args if name not in names]
+    for mark in metafunc.definition.iter_markers("only_on"):
+        names = list(mark.args)
+    if os.environ.get("THOROUGH") and names == ["native"]:
+        names.append("emulated")
+    skip = pytest.mark.skip(reason=lacking)
+    parameters = [pytest.param(name, marks=[skip] if name == "none" else []) for name in names]
+    metafunc.parametrize("lab", parameters, indirect=True, scope="session")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What `--labs` leaves out."""
+    wanted = [name for name in config.getoption("--labs").split(",") if name]
+    if not wanted:
+        return
+    if unknown := set(wanted) - labs.LABS.keys():
+        raise pytest.UsageError(f"no such laboratory: {sorted(unknown)}")
+    kept = [item for item in items if _lab_of(item) in {*wanted, "none", ""}]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+def _lab_of(item: pytest.Item) -> str:
+    """The laboratory that a test runs in; empty for those without hosts."""
+    spec = getattr(item, "callspec", None)
+    return str(spec.params.get("lab", "")) if spec else ""
+
+
 @pytest.fixture(scope="session")
-def lab() -> Lab:
-    laboratory = Lab()
-    laboratory.up()
-    return laboratory
+def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
+    kind = labs.LABS[request.param]
+    laboratory = Lab(kind.name)
+    # Native hosts end with this run, however it ends; the others take long to come up.
+    laboratory.up(kind=kind, tied=kind.native)
+    yield laboratory
+    if kind.native:
+        laboratory.down()
+
+
+@pytest.fixture
+def observer(lab: Lab) -> Iterator[Observer]:
+    """Hears what a victim tells, from outside of both hosts."""
+    found = Observer(lab)
+    yield found
+    found.close()
 
 
 @pytest.fixture
@@ -128,6 +180,9 @@ def hosts(lab: Lab) -> Iterator[Hosts]:
 @pytest.fixture
 def random_addresses(hosts: Hosts) -> Iterator[None]:
     """Processes started meanwhile have random addresses, as on hosts that are not emulated."""
+    if hosts.lab.native:
+        yield
+        return
     setting = "echo $1 > /proc/sys/kernel/randomize_va_space"
     for host in ("a", "b"):
         hosts.sh(host, setting, "2")

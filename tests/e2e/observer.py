@@ -7,19 +7,17 @@ import socket
 import threading
 import time
 
-# What the hosts call the loopback of the machine that runs the laboratory.
-OUTSIDE = "10.0.2.2"
+from phaul_lab import Lab
 
 
 class Observer:
     """Hears every tick of a victim that was started with `--udp` and this address."""
 
-    def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    def __init__(self, lab: Lab) -> None:
+        self._socket = lab.outside_socket(socket.SOCK_DGRAM)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
-        self._socket.bind(("127.0.0.1", 0))
         self._socket.settimeout(0.2)
-        self.address = f"{OUTSIDE}:{self._socket.getsockname()[1]}"
+        self.address = f"{lab.outside}:{self._socket.getsockname()[1]}"
         self.heard: list[tuple[float, int, str]] = []
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._listen, daemon=True)

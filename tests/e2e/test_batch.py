@@ -79,12 +79,8 @@ class Runner:
         """The hosts by their names, as an operator's ssh configuration has them."""
         lines = []
         for name in ("a", "b"):
-            host = self.hosts.lab.host(name)
-            lines += [
-                f"Host {name}", " HostName 127.0.0.1", f" Port {host.port}",
-                f" IdentityFile {host.image.ssh_key}", " StrictHostKeyChecking no",
-                " UserKnownHostsFile /dev/null", " LogLevel ERROR",
-            ]  # fmt: skip
+            options = self.hosts.lab.host(name).ssh_config()
+            lines += [f"Host {name}", *(f" {key} {value}" for key, value in options.items())]
         (self.directory / "ssh").write_text("\n".join(lines) + "\n")
         transport = {"ssh_command": ["ssh", "-F", str(self.directory / "ssh")]}
         (self.directory / "config.yaml").write_text(yaml.safe_dump({"transport": transport}))

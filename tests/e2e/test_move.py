@@ -112,13 +112,18 @@ def test_what_was_restored_has_a_cgroup_of_its_own(hosts: Hosts) -> None:
 
 
 def test_downtime_is_what_an_outside_observer_saw(hosts: Hosts) -> None:
-    # The hosts reach this machine's loopback as 10.0.2.2.
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as listener:
-        listener.bind(("127.0.0.1", 0))
+    with hosts.lab.outside_socket(socket.SOCK_DGRAM) as listener:
         listener.settimeout(0.5)
         port = listener.getsockname()[1]
         victim = hosts.dirtier(
-            "a", "observed", "--mib", "32", "--writes", "200", "--udp", f"10.0.2.2:{port}"
+            "a",
+            "observed",
+            "--mib",
+            "32",
+            "--writes",
+            "200",
+            "--udp",
+            f"{hosts.lab.outside}:{port}",
         )
         arrivals: list[float] = []
         done = threading.Event()

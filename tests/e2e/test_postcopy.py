@@ -9,7 +9,6 @@ import random
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,13 +89,6 @@ class Running:
     @property
     def report(self) -> dict[str, Any]:
         return self.events[-1]
-
-
-@pytest.fixture
-def observer() -> Iterator[Observer]:
-    found = Observer()
-    yield found
-    found.close()
 
 
 def settings(hosts: Hosts, *lines: str) -> str:

@@ -1,15 +1,12 @@
-"""The laboratory's image is needed here, its hosts are not."""
+"""Places with short names."""
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "lab"))
 
 
 @pytest.fixture

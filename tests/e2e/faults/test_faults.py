@@ -38,13 +38,6 @@ SEEN: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.fixture
-def observer() -> Iterator[Observer]:
-    found = Observer()
-    yield found
-    found.close()
-
-
-@pytest.fixture
 def victim(stage: Stage, observer: Observer, request: pytest.FixtureRequest) -> Iterator[Victim]:
     cell = getattr(request.node, "callspec", None)
     cell = cell.params.get("cell") if cell else None

@@ -14,13 +14,6 @@ from tests.e2e.test_move import SELF_TALKER
 
 
 @pytest.fixture
-def observer() -> Iterator[Observer]:
-    found = Observer()
-    yield found
-    found.close()
-
-
-@pytest.fixture
 def victim(stage: Stage, observer: Observer) -> Iterator[Victim]:
     found = stage.victim(observer)
     yield found

@@ -1,4 +1,4 @@
-"""The image: built once from its recipe, cached outside the repository."""
+"""The images, one for each suite: built once from the recipe, cached outside the repository."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from phaul_lab.shell import LabError, locked, run
 HERE = Path(__file__).resolve().parent.parent
 SOURCE = HERE.parent.parent
 VENV = "/opt/phaul-runtime"
+DEFAULT_SUITE = "trixie"
+# What the project's own tests need, where the recipe wants them to run on a suite's Python.
+TEST_VENV = "/opt/phaul-tests"
 # Debian package > what it brings that is needed here.
 NEEDED = {
     "qemu-system-x86": "qemu-system-x86_64",
@@ -22,7 +25,7 @@ NEEDED = {
     "e2fsprogs": "mke2fs",
     "openssh-client": "ssh",
 }
-_RECIPE_FILES = ("recipe.ini", "labinit", "lab-reap.c")
+_IMAGE_FILES = ("labinit", "lab-reap.c")
 
 
 def cache_dir() -> Path:
@@ -41,21 +44,36 @@ def recipe() -> configparser.ConfigParser:
     return parser
 
 
-def requirements() -> list[str]:
+def suites() -> list[str]:
+    """The suites of software that the recipe has."""
+    return [name for name in recipe().sections() if name != "emulated"]
+
+
+def requirements(*extras: str) -> list[str]:
     """What the project needs from PyPI, as setup.cfg says."""
     parser = configparser.ConfigParser()
     parser.read(SOURCE / "setup.cfg")
-    lines = parser["options"]["install_requires"].splitlines()
-    return [line.strip() for line in lines if line.strip()]
+    listed = [parser["options"]["install_requires"]]
+    listed += [parser["options.extras_require"][extra] for extra in extras]
+    return [line.strip() for lines in listed for line in lines.splitlines() if line.strip()]
 
 
-def image_key() -> str:
-    """A hash of everything that the image is made of."""
-    state = hashlib.sha256()
-    for name in _RECIPE_FILES:
-        state.update((HERE / name).read_bytes())
-    state.update("\n".join(requirements()).encode())
-    return state.hexdigest()[:16]
+def _needed(suite: str) -> dict[str, list[str]]:
+    """Each virtual environment of the image, and what is installed in it."""
+    found = {VENV: requirements()}
+    if recipe()[suite].getboolean("test_requirements"):
+        found[TEST_VENV] = requirements("test", "batch")
+    return found
+
+
+def image_key(suite: str) -> str:
+    """A hash of everything that the image of a suite is made of."""
+    settings = recipe()
+    parts = [suite, *sorted(f"{key}={value}" for key, value in settings[suite].items())]
+    parts += [settings["emulated"]["disk_gib"]]
+    parts += [f"{venv} {' '.join(names)}" for venv, names in _needed(suite).items()]
+    parts += [(HERE / name).read_text(encoding="utf-8") for name in _IMAGE_FILES]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 def check_tools() -> None:
@@ -67,7 +85,7 @@ def check_tools() -> None:
 
 
 class Image:
-    """One cached image: `root` (unpacked), `base.img`, `vmlinuz`, `initrd`, `key` (ssh)."""
+    """One cached image: `root` (unpacked), `base.img`, `vmlinuz`, `initrd`."""
 
     def __init__(self, directory: Path) -> None:
         self.dir = directory
@@ -75,20 +93,26 @@ class Image:
         self.base = directory / "base.img"
         self.kernel = directory / "vmlinuz"
         self.initrd = directory / "initrd"
-        self.ssh_key = directory / "id_ed25519"
+
+    @property
+    def suite(self) -> str:
+        """The name of its suite of software."""
+        return self.dir.name.partition("-")[0]
 
 
-def ensure_image() -> Image:
-    """The image for the current recipe; built if it is not cached (minutes)."""
+def ensure_image(suite: str = DEFAULT_SUITE) -> Image:
+    """The image of a suite by the current recipe; built if it is not cached (minutes)."""
     check_tools()
-    directory = cache_dir() / "images" / image_key()
-    with locked(cache_dir() / "images.lock"):
+    if suite not in suites():
+        raise LabError(f"no suite {suite!r}: there are {', '.join(suites())}")
+    directory = cache_dir() / "images" / f"{suite}-{image_key(suite)}"
+    with locked(cache_dir() / f"images-{suite}.lock"):
         if not directory.exists():
             directory.parent.mkdir(parents=True, exist_ok=True)
             work = Path(tempfile.mkdtemp(prefix=".building-", dir=directory.parent))
             try:
                 work.chmod(0o755)
-                _build(Image(work))
+                _build(Image(work), suite)
                 work.rename(directory)
             except BaseException:
                 shutil.rmtree(work, ignore_errors=True)
@@ -96,28 +120,39 @@ def ensure_image() -> Image:
     return Image(directory)
 
 
-def _build(image: Image) -> None:
+def ssh_key() -> Path:
+    """The key by which the laboratories' hosts are entered and enter each other."""
+    key = cache_dir() / "id_ed25519"
+    with locked(cache_dir() / "key.lock"):
+        if not key.exists():
+            run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "laboratory", "-f", key])
+    return key
+
+
+def _build(image: Image, suite: str) -> None:
     settings = recipe()
-    packages = ",".join(settings["debian"]["packages"].split())
+    packages = ",".join(settings[suite]["packages"].split())
+    options = settings[suite]["apt_options"].splitlines()
     run(
         [
             "mmdebstrap",
             "--variant=minbase",
+            *(f"--aptopt={option}" for option in options if option),
             f"--include={packages}",
-            settings["debian"]["suite"],
+            suite,
             image.root,
         ],
         timeout=1500,
         log=image.dir / "debian.log",
     )
     root = image.root
-    run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "laboratory", "-f", image.ssh_key])
-    _configure(root, image)
+    _configure(root)
     shutil.copy(HERE / "labinit", root / "sbin/labinit")
     (root / "sbin/labinit").chmod(0o755)
     shutil.copy(HERE / "lab-reap.c", root / "tmp/lab-reap.c")
     run(["chroot", root, "gcc", "-O2", "-o", "/sbin/lab-reap", "/tmp/lab-reap.c"])
-    _dependencies(root)
+    for venv, needed in _needed(suite).items():
+        _dependencies(root, venv, needed)
     kernel = next((root / "boot").glob("vmlinuz-*"))
     initrd = next((root / "boot").glob("initrd.img-*"))
     shutil.copy(kernel, image.kernel)
@@ -133,18 +168,18 @@ def _build(image: Image) -> None:
             "-E",
             "lazy_itable_init=1",
             image.base,
-            f"{settings['host']['disk_gib']}G",
+            f"{settings['emulated']['disk_gib']}G",
         ],
         env={"PATH": os.environ["PATH"] + ":/usr/sbin:/sbin"},
     )
 
 
-def _configure(root: Path, image: Image) -> None:
+def _configure(root: Path) -> None:
     ssh = root / "root/.ssh"
     ssh.mkdir(mode=0o700, exist_ok=True)
-    public = image.ssh_key.with_suffix(".pub").read_text()
-    (ssh / "authorized_keys").write_text(public)
-    shutil.copy(image.ssh_key, ssh / "id_ed25519")
+    key = ssh_key()
+    (ssh / "authorized_keys").write_text(key.with_suffix(".pub").read_text())
+    shutil.copy(key, ssh / "id_ed25519")
     (ssh / "id_ed25519").chmod(0o600)
     (root / "etc/ssh/ssh_config.d/lab.conf").write_text(
         "Host a b c 10.77.0.*\n  StrictHostKeyChecking no\n  UserKnownHostsFile /dev/null\n"
@@ -160,7 +195,7 @@ def _configure(root: Path, image: Image) -> None:
     (root / "etc/fstab").write_text("")
 
 
-def _dependencies(root: Path) -> None:
+def _dependencies(root: Path, venv: str, needed: list[str]) -> None:
     """A virtual environment that sees the system's pycriu, compiled ahead: hosts are slow."""
     wheels = root / "tmp/wheels"
     version = (
@@ -197,27 +232,27 @@ def _dependencies(root: Path) -> None:
                 "manylinux_2_28_x86_64",
                 "-d",
                 wheels,
-                *requirements(),
+                *needed,
             ],
             timeout=900,
         )
-    run(["chroot", root, "python3", "-m", "venv", "--system-site-packages", VENV])
+    run(["chroot", root, "python3", "-m", "venv", "--system-site-packages", venv])
     run(
         [
             "chroot",
             root,
-            f"{VENV}/bin/pip",
+            f"{venv}/bin/pip",
             "-q",
             "install",
             "--no-index",
             "--find-links",
             "/tmp/wheels",
             "--ignore-installed",
-            *requirements(),
+            *needed,
         ],
         env={"PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": "/dev/null"},
     )
     run(
-        ["chroot", root, "python3", "-m", "compileall", "-q", VENV, "/usr/lib/python3"], check=False
+        ["chroot", root, "python3", "-m", "compileall", "-q", venv, "/usr/lib/python3"], check=False
     )
     shutil.rmtree(wheels)
