@@ -17,6 +17,7 @@ from phaul_runtime.errors import CheckFailed, MigrationFailed, UsageError
 from phaul_runtime.events import Checked, Listener
 from phaul_runtime.hostfacts import cpu_problem
 from phaul_runtime.lifecycle import PRE_CHECK, Hooks, Move
+from phaul_runtime.pageformat import OTHER_RECEIVER, unknown_format
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.trees import INSTALL_RSYNC
 
@@ -29,7 +30,7 @@ CHECKS = {
     "pre-check": "no pre_check hook of either host says no",
     "root": "phaul-runtime runs as root on both hosts",
     "criu": "CRIU and pycriu are there, and CRIU's own check of the kernel is content",
-    "criu-version": "both CRIUs speak the same page-server format (4.2 changed it)",
+    "criu-version": "pages of the source's CRIU are of use to the destination's (4.2 changed how)",
     "phaul-version": "both hosts have the same phaul-runtime",
     "arch": "same machine architecture and page size",
     "kernel": "the destination's kernel is not older than the source's",
@@ -58,9 +59,18 @@ class HostFinding:
 
 
 def compare_hosts(
-    source: pb.HostFacts, destination: pb.HostFacts, names: tuple[str, str]
+    source: pb.HostFacts,
+    destination: pb.HostFacts,
+    names: tuple[str, str],
+    page_server: str = "phaul",
 ) -> list[HostFinding]:
-    """Hold two hosts against each other; `names` are how the user calls them."""
+    """Hold two hosts against each other.
+
+    Args:
+        source, destination: their facts.
+        names: how the user calls them.
+        page_server: who receives pages, as `criu.page_server`.
+    """
     here, there = names
     found: list[HostFinding] = []
 
@@ -88,14 +98,12 @@ def compare_hosts(
     else:
         add(there, "arch", OK, destination.arch)
     if source.criu_version and destination.criu_version:
-        same = source.page_server_format == destination.page_server_format
-        add(
-            there,
-            "criu-version",
-            OK if same else REFUSED,
-            f"CRIU {destination.criu_version}, here {source.criu_version}",
-            "" if same else "CRIU 4.2 changed the page-server format: install the same series",
-        )
+        problem, hint = _page_format_problem(source, destination, page_server)
+        text = f"CRIU {destination.criu_version}, here {source.criu_version}"
+        if problem:
+            add(there, "criu-version", REFUSED, f"{text}: {problem}", hint)
+        else:
+            add(there, "criu-version", OK, text)
     older = _kernel_number(destination.kernel) < _kernel_number(source.kernel)
     add(
         there,
@@ -127,8 +135,30 @@ def check_hooks(hooks: Hooks, move: Move) -> list[Finding]:
     return [Finding("pre-check", OK, f"{programs} hooks have nothing against it")]
 
 
+def _page_format_problem(
+    source: pb.HostFacts, destination: pb.HostFacts, page_server: str
+) -> tuple[str, str]:
+    """Why pages of one CRIU are of no use to the other, and what to do; empty if they are."""
+    by_criu = page_server == "criu"
+    if by_criu and source.criu_version == destination.criu_version:
+        return "", ""
+    for facts in (source, destination):
+        if not facts.page_format:
+            return unknown_format(facts.criu_version), OTHER_RECEIVER
+    if by_criu and source.page_format != destination.page_format:
+        return (
+            "the page server of the one does not understand the other (criu.page_server: criu)",
+            "criu.page_server: phaul, or the same series on both hosts",
+        )
+    return "", ""
+
+
 def check_lazy(facts: pb.HostFacts) -> Finding:
     """Whether that host can do what `restore: lazy` asks for."""
+    if facts.criu_version and not facts.page_format:
+        return Finding(
+            "lazy-pages", REFUSED, unknown_format(facts.criu_version), "--restore full, pre-copy"
+        )
     if facts.lazy_pages:
         return Finding("lazy-pages", OK, "userfaultfd is there")
     text = "its kernel has no userfaultfd that CRIU can use, and restore is lazy"
@@ -146,7 +176,7 @@ def _one_host(host: str, facts: pb.HostFacts, add: _Add) -> None:
         )
     if facts.criu_problem:
         first, _, rest = facts.criu_problem.partition("\n")
-        add(host, "criu", REFUSED, first, rest.strip() or "install CRIU 4.1 or later")
+        add(host, "criu", REFUSED, first, rest.strip() or "install CRIU 4.1 or 4.2")
     else:
         add(host, "criu", OK, f"CRIU {facts.criu_version} on Linux {facts.kernel}")
     if facts.workdir_problem:

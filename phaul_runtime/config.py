@@ -153,7 +153,7 @@ class CriuConfig(Section):
     page_server: Literal["phaul", "criu"] = Field(
         "phaul",
         description="who receives pages at the destination: the agent, or CRIU's own page server, "
-        "which also does where the agent does not know CRIU's version",
+        "which needs CRIU of the same series on both hosts",
     )
 
 

@@ -27,6 +27,7 @@ from typing import Any
 from phaul_runtime import proc
 from phaul_runtime.criu_hints import advice
 from phaul_runtime.errors import CriuError, PhaulError, Refused
+from phaul_runtime.pageformat import PageFormat
 
 try:
     from pycriu import rpc_pb2 as rpc
@@ -134,7 +135,7 @@ class CriuFeatures:
 
 @dataclass(frozen=True, order=True)
 class CriuVersion:
-    """CRIU's version; 4.2 changed the page-server format, see `page_server_format`."""
+    """CRIU's version."""
 
     major: int
     minor: int
@@ -145,14 +146,9 @@ class CriuVersion:
         return f"{text}.{self.sublevel}" if self.sublevel else text
 
     @property
-    def page_server_format(self) -> int:
-        """1 up to 4.1 (nr_pages is u32), 2 from 4.2 (u64): the two do not interoperate."""
-        return 2 if (self.major, self.minor) >= (4, 2) else 1
-
-    @property
-    def page_server_known(self) -> bool:
-        """Whether its page-server protocol was read: `pagesink` speaks that."""
-        return (4, 1) <= (self.major, self.minor) <= (4, 2)
+    def page_format(self) -> PageFormat | None:
+        """How it sends pages and writes page maps; None if that is not known."""
+        return PageFormat.of_version(self.major, self.minor)
 
 
 class Criu:

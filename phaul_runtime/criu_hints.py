@@ -38,6 +38,12 @@ _ADVICE = (
         r"unreachable sharing|[Cc]an't lookup mount",
         "the target has mounts of its own: use the engine of its container",
     ),
+    (
+        # CRIU 4.2 lists guard regions behind all areas.
+        r"VMA-s are not sorted",
+        "the target has guard regions (threads of glibc 2.42 and later have them), which CRIU "
+        "knows from 4.2 on: install CRIU 4.2 there",
+    ),
     (r"No space left on device", "free some space in the working directory there"),
     (r"Cannot allocate memory", "free some memory there"),
     (

@@ -17,7 +17,7 @@ from phaul_runtime.errors import PhaulError
 from phaul_runtime.rpc import phaul_pb2 as pb
 
 # The version of the control channel's protocol; client and agent must agree.
-PROTOCOL = 8
+PROTOCOL = 9
 CPUINFO = "cpuinfo.img"
 
 
@@ -129,7 +129,7 @@ def _add_criu(facts: pb.HostFacts, criu: Criu) -> None:
         require_pycriu()
         version = criu.version()
         facts.criu_version = str(version)
-        facts.page_server_format = version.page_server_format
+        facts.page_format = version.page_format or 0
         features = criu.feature_check()
         facts.dirty_tracking, facts.lazy_pages = features.mem_track, features.lazy_pages
         if not facts.workdir_problem:

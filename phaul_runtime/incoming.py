@@ -41,6 +41,7 @@ from phaul_runtime.lifecycle import (
     Hooks,
     move_of,
 )
+from phaul_runtime.pageformat import OTHER_RECEIVER, PageFormat, unknown_format
 from phaul_runtime.postcopy.late import LatePages
 from phaul_runtime.progress import forget_progress, write_progress
 from phaul_runtime.rpc import phaul_pb2 as pb
@@ -129,6 +130,7 @@ class Incoming:
         manifest = checked_json(request.manifest, "manifest")
         options = checked_json(request.options, "options")
         engine.options_model.model_validate(options)
+        page_server = _page_server(request)
         journal = Journal.create(state_dir, request.id, Role.DESTINATION)
         try:
             journal.enter(
@@ -144,7 +146,8 @@ class Incoming:
                 hold_s=request.commit_s,
                 restore="lazy" if request.post_copy else request.restore or "auto",
                 post_copy=request.post_copy,
-                page_server=_page_server(request.page_server),
+                page_server=page_server,
+                page_format=request.page_format,
             )
             incoming = cls(journal, criu, hooks)
             incoming._begin(manifest, request.memory)
@@ -181,6 +184,9 @@ class Incoming:
             return CANNOT_BE_LAZY
         if not self._criu.feature_check().lazy_pages:
             return "this kernel has no userfaultfd for CRIU"
+        version = self._criu.known_version or self._criu.version()
+        if version.page_format is None:
+            return unknown_format(version)
         return ""
 
     @classmethod
@@ -265,6 +271,7 @@ class Incoming:
                 log_level=self._log_level,
                 page_server=self.journal.facts["page_server"],
                 ahead=self._ahead,
+                client=PageFormat.of_number(int(self.journal.facts["page_format"])),
             )
             self._ahead = None
         return self._server
@@ -675,11 +682,14 @@ class Incoming:
         self.journal.close()
 
 
-def _page_server(asked: str) -> str:
+def _page_server(request: pb.OpenRequest) -> str:
     """Who receives pages: `criu`, or `phaul` unless it is said."""
-    if asked not in ("", "phaul", "criu"):
+    asked = request.page_server or "phaul"
+    if asked not in ("phaul", "criu"):
         raise DestinationError(f"malformed request: page_server {asked[:40]!r}")
-    return asked or "phaul"
+    if asked == "phaul" and PageFormat.of_number(request.page_format) is None:
+        raise DestinationError(unknown_format("at the source"), hint=OTHER_RECEIVER)
+    return asked
 
 
 def _failure(client_lost: bool, keep: bool) -> Failure:

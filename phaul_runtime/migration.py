@@ -225,7 +225,8 @@ class Migration:
         self._here = gather_facts(self.config.workdir, self.config.state_dir, self.criu)
         there = self._there = session.agent.hello()
         self._same_host = one_host(self._here, there)
-        findings = compare_hosts(self._here, there, (HERE, session.agent.name))
+        names = (HERE, session.agent.name)
+        findings = compare_hosts(self._here, there, names, self.config.criu.page_server)
         if self.config.restore == "lazy" or self.config.mode != PRE_COPY:
             findings.append(HostFinding(session.agent.name, check_lazy(there)))
         if self.config.mode != PRE_COPY:
@@ -362,6 +363,7 @@ class Migration:
             post_copy=config.mode != PRE_COPY,
             memory=0 if config.mode == POST_COPY else inspection.memory,
             page_server=config.criu.page_server,
+            page_format=self._here.page_format,
         )
         memory = session.open_memory()
         agent.beat_every(

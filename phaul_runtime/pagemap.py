@@ -18,11 +18,14 @@ from google.protobuf.message import DecodeError
 
 from phaul_runtime.errors import DestinationError
 from phaul_runtime.lazyplan import PAGE
+from phaul_runtime.pageformat import PageFormat
 
 # criu/include/pagemap.h
 IN_PARENT = 1
 LAZY = 2
 PRESENT = 4
+# In one entry, as a narrow page map has it in 32 bits.
+MOST_PAGES = (1 << 32) - 1
 
 # criu/include/magic.h: IMG_COMMON_MAGIC, PAGEMAP_MAGIC, MM_MAGIC; then messages, sizes before them.
 _MAGIC = struct.Struct("<II")
@@ -99,12 +102,12 @@ class Pagemap:
     Attributes:
         pages_id: of the file with its pages: `pages-ID.img` beside it.
         entries: sorted by address, not overlapping.
-        wide: written by CRIU 4.2 or later.
+        format: in which it is written.
     """
 
     pages_id: int
     entries: list[Entry]
-    wide: bool = False
+    format: PageFormat = PageFormat.NARROW
 
 
 def is_remote(flags: int) -> bool:
@@ -162,14 +165,14 @@ def read_pagemap(path: Path) -> Pagemap:
     head, *messages = _messages(path, _PAGEMAP)
     parse = _CLASSES["Entry"].FromString
     entries: list[Entry] = []
-    wide, behind = False, 0
+    found, behind = PageFormat.NARROW, 0
     try:
         pages_id = _CLASSES["Head"].FromString(head).pages_id
         for message in messages:
             entry = parse(message)
             vaddr, pages = entry.vaddr, entry.nr_pages
             if pages:
-                wide = True
+                found = PageFormat.WIDE
             else:
                 pages = entry.compat_nr_pages
             # Before there were flags: init_compat_pagemap_entry in criu/pagemap.c.
@@ -177,7 +180,8 @@ def read_pagemap(path: Path) -> Pagemap:
             where = flags & (PRESENT | IN_PARENT)
             # Here, in the parent, or, of a lazy dump, left with the process; never two of them.
             bad = where == PRESENT | IN_PARENT or (not where and not flags & LAZY)
-            if vaddr < behind or vaddr % PAGE or not pages or bad:
+            bad = bad or flags & ~(PRESENT | IN_PARENT | LAZY) or not 0 < pages <= MOST_PAGES
+            if vaddr < behind or vaddr % PAGE or bad:
                 raise DestinationError(
                     f"{path} is malformed: {pages} pages at {vaddr:#x}, flags {flags}"
                 )
@@ -185,7 +189,7 @@ def read_pagemap(path: Path) -> Pagemap:
             entries.append((vaddr, pages, flags))
     except DecodeError as error:
         raise DestinationError(f"{path} is malformed: {error}") from error
-    return Pagemap(pages_id, entries, wide)
+    return Pagemap(pages_id, entries, found)
 
 
 def write_pagemap(path: Path, pagemap: Pagemap) -> None:
@@ -194,20 +198,43 @@ def write_pagemap(path: Path, pagemap: Pagemap) -> None:
     Raises:
         DestinationError: it cannot be written.
     """
+    new = path.with_name(f"{path.name}.new")
+    try:
+        new.write_bytes(pagemap_image(pagemap))
+        new.replace(path)
+    except OSError as error:
+        raise DestinationError(f"cannot write {path}: {error.strerror}") from error
+
+
+def pagemap_image(pagemap: Pagemap) -> bytes:
+    """What CRIU writes into the file of a page map."""
     entry_class = _CLASSES["Entry"]
     parts = [_MAGIC.pack(_COMMON, _PAGEMAP), _framed(_CLASSES["Head"](pages_id=pagemap.pages_id))]
     for vaddr, pages, flags in pagemap.entries:
-        if pagemap.wide:
+        if pagemap.format is PageFormat.WIDE:
             entry = entry_class(vaddr=vaddr, compat_nr_pages=0, flags=flags, nr_pages=pages)
         else:
             entry = entry_class(vaddr=vaddr, compat_nr_pages=pages, flags=flags)
         parts.append(_framed(entry))
-    new = path.with_name(f"{path.name}.new")
-    try:
-        new.write_bytes(b"".join(parts))
-        new.replace(path)
-    except OSError as error:
-        raise DestinationError(f"cannot write {path}: {error.strerror}") from error
+    return b"".join(parts)
+
+
+def page_maps(images_dir: Path) -> list[Path]:
+    """All page maps there: of processes and of shared memory."""
+    return sorted(images_dir.glob("pagemap-*.img"))
+
+
+def convert_page_maps(images_dir: Path, wanted: PageFormat) -> None:
+    """Have all page maps there in one format; idempotent.
+
+    Raises:
+        DestinationError: one is malformed, or cannot be written.
+    """
+    for path in page_maps(images_dir):
+        pagemap = read_pagemap(path)
+        if pagemap.format is not wanted:
+            pagemap.format = wanted
+            write_pagemap(path, pagemap)
 
 
 def read_vmas(path: Path) -> list[Vma]:

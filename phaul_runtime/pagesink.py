@@ -1,8 +1,9 @@
 """The receiving end of CRIU's page-server protocol: an iteration's pages, straight into its images.
 
 What it writes is what CRIU's own page server writes (`pagemap-*.img`, `pages-*.img`), so that a
-restore reads the chain as ever. Beside it there is no process to start for a round, the bytes are
-counted as they come, and room for them can have been made before (`ahead`).
+restore reads the chain as ever. It speaks as the source's CRIU does and writes what the CRIU here
+reads, which may be of another version. Beside it there is no process to start for a round, the
+bytes are counted as they come, and room for them can have been made before (`ahead`).
 
 A session (criu/page-xfer.c): headers, each with a command; OPEN2 begins a page map, ADD_F adds a
 run of pages to it, which follow unless they are in the parent; FORCE_CLOSE ends it. What comes is
@@ -26,18 +27,23 @@ from pathlib import Path
 from phaul_runtime.ahead import Ahead
 from phaul_runtime.errors import DestinationError
 from phaul_runtime.lazyplan import PAGE
-from phaul_runtime.pagemap import IN_PARENT, LAZY, PRESENT, Entry, Pagemap, write_pagemap
+from phaul_runtime.pageformat import PageFormat
+from phaul_runtime.pagemap import (
+    IN_PARENT,
+    LAZY,
+    MOST_PAGES,
+    PRESENT,
+    Entry,
+    Pagemap,
+    write_pagemap,
+)
 
-# By `CriuVersion.page_server_format`: command, pages, address, where to.
-_HEADERS = {1: struct.Struct("<IIQQ"), 2: struct.Struct("<I4xQQQ")}
 _OPEN, _PARENT, _ADD, _CLOSE, _FORCE_CLOSE = 4, 5, 6, 0x1023, 0x1024
 _COMMAND_BITS = 16
 _KINDS = {1: "pagemap", 2: "pagemap-shmem"}
 _KIND_BITS = 8
 _ANSWER = struct.Struct("<i")
 _END = 1 << 64
-# A page map has it in 32 bits.
-_MOST_PAGES = (1 << 32) - 1
 _BUFFER = 256 << 10
 _PIPE = 1 << 20
 # IOV_MAX
@@ -95,7 +101,8 @@ class PageSink:
     Args:
         channel: descriptor of a stream socket; it is duplicated, and open when the session is over.
         directory: empty, private.
-        wire: CRIU's page-server format.
+        wire: in which the source's CRIU sends.
+        images: in which the CRIU here reads page maps.
         parent: what the page maps of the parent list, by name; of no parent nothing.
         ahead: room for the pages; what is not used of it is given back.
     """
@@ -105,12 +112,13 @@ class PageSink:
         channel: int,
         directory: Path,
         *,
-        wire: int,
+        wire: PageFormat,
+        images: PageFormat,
         parent: Mapping[str, Listed],
         ahead: Ahead | None = None,
     ) -> None:
-        self._header = _HEADERS[wire]
-        self._wide = wire > 1
+        self._header = wire.header
+        self._images = images
         self._directory = directory
         self._parent = parent
         self._ahead = ahead
@@ -223,7 +231,7 @@ class PageSink:
         done = self._map
         done.listed.add(done.begin, done.end)
         os.ftruncate(done.pages, done.offset)
-        pagemap = Pagemap(done.number, done.entries, self._wide)
+        pagemap = Pagemap(done.number, done.entries, self._images)
         write_pagemap(self._directory / f"{done.name}.img", pagemap)
         self._map = None
         os.close(done.pages)
@@ -236,7 +244,7 @@ class PageSink:
         end = vaddr + size
         there = flags & ~LAZY
         if (
-            not 0 < pages <= _MOST_PAGES
+            not 0 < pages <= MOST_PAGES
             or vaddr % PAGE
             or vaddr < to.end
             or end >= _END

@@ -162,6 +162,7 @@ class RemoteAgent(PhaulRemote):
         lost_s: float,
         log_level: int,
         restore: str,
+        page_format: int,
         post_copy: bool = False,
         memory: int = 0,
         page_server: str = "",
@@ -185,6 +186,7 @@ class RemoteAgent(PhaulRemote):
             post_copy=post_copy,
             memory=memory,
             page_server=page_server,
+            page_format=page_format,
         )
         reply: pb.OpenReply = self._call(self._stub.Open.future, request, self._call_s)
         self._id = migration_id

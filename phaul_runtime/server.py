@@ -1,7 +1,8 @@
 """PhaulServer: a directory and a receiver of pages an iteration, on the destination.
 
-The receiver is this process (`pagesink`), or CRIU's own page server: by `page_server`, and where
-CRIU is one whose protocol is not known here.
+The receiver is this process (`pagesink`), or, by `page_server`, CRIU's own page server. The
+client's CRIU and the one here may be of different versions (`pageformat`): what comes is written as
+the one here reads it, and what goes back as the client's does.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from typing import Any, Literal
 from phaul_runtime.ahead import Ahead
 from phaul_runtime.api import PhaulConfig
 from phaul_runtime.criu import Criu, CriuNotify, criu_opts, error_lines, read_log
-from phaul_runtime.errors import DestinationError, PhaulError
+from phaul_runtime.errors import DestinationError, PhaulError, Refused
 from phaul_runtime.hangup import hang_up
 from phaul_runtime.images import ImageDirs, directory_bytes
+from phaul_runtime.pageformat import OTHER_RECEIVER, PageFormat, unknown_format
+from phaul_runtime.pagemap import convert_page_maps, page_maps, pagemap_image, read_pagemap
 from phaul_runtime.pagesink import Aborted, Listed, PageSink
 
 log = logging.getLogger(__name__)
@@ -59,6 +62,7 @@ class PhaulServer:
         log_level: of the logs of CRIU's page servers.
         page_server: `phaul` to receive in this process, `criu` to let CRIU do it.
         ahead: room for the first iteration's pages, if any was made; from now on this object's.
+        client: how the client's CRIU sends pages and writes page maps; by default as the one here.
     """
 
     def __init__(
@@ -69,11 +73,13 @@ class PhaulServer:
         log_level: int = 4,
         page_server: Literal["phaul", "criu"] = "phaul",
         ahead: Ahead | None = None,
+        client: PageFormat | None = None,
     ) -> None:
         self.config = config
         factory = criu or Criu()
         self.criu: Criu = _ServerCriu(self, factory)
         self._version = factory.known_version
+        self._client = client
         self._log_level = log_level
         self._by_criu = page_server == "criu"
         self._ahead = ahead
@@ -81,6 +87,7 @@ class PhaulServer:
         self._page_server: _PageServer | _Receiver | None = None
         self._listed: dict[str, Listed] = {}
         self._failure: PhaulError | None = None
+        self._local = False
 
     @property
     def last_images_dir(self) -> str | None:
@@ -112,19 +119,22 @@ class PhaulServer:
         Raises:
             DestinationError: the iteration before was not stopped, or it failed.
             CriuError: CRIU's page server did not start, or CRIU does not say its version.
+            Refused: it is of a version whose page format is not known, and pages are received here.
         """
         if self._page_server is not None:
             raise DestinationError("start_iter: the iteration before was not stopped")
         if self._failure is not None:
             raise self._failure
-        wire = self._wire()
+        images = None if self._by_criu else self._format()
         directory = self._dirs.open_next()
-        if wire is not None:
+        self._local = False
+        if images is not None:
             try:
-                self._page_server = self._receiver(directory, wire)
+                self._page_server = self._receiver(directory, images)
             finally:
                 os.close(directory)
             return
+        self._drop_ahead()
         # A swrk of its own for each: WAIT_PID ends it, and that is the only way to learn that
         # the page server has flushed everything.
         session = Criu(
@@ -148,8 +158,10 @@ class PhaulServer:
     def start_local(self) -> dict[str, bytes]:
         """Begin a directory that gets its images from elsewhere, and no page server.
 
+        `stop_iter` then has its page maps as the CRIU here reads them.
+
         Returns:
-            the page maps of the iteration before it, by file name.
+            the page maps of the iteration before it, by file name, as the client's CRIU reads them.
 
         Raises:
             DestinationError: as `start_iter`; or the directory cannot be made.
@@ -160,35 +172,43 @@ class PhaulServer:
             raise self._failure
         try:
             os.close(self._dirs.open_next())
+            self._local = True
             directory, parent = self._dirs.path(self._dirs.count), self._dirs.parent
             if parent is None:
                 return {}
             # As CRIU's page server does.
             (directory / "parent").symlink_to(parent)
             before = self._dirs.path(self._dirs.count - 1)
-            return {path.name: path.read_bytes() for path in before.glob("pagemap-*.img")}
+            return {path.name: self._as_the_client(path) for path in page_maps(before)}
         except OSError as error:
             raise DestinationError(
                 f"cannot begin the final images in {self.config.wdir}: {error.strerror}"
             ) from error
 
-    def _wire(self) -> int | None:
-        """The format of what is received here; None where CRIU does it."""
-        if not self._by_criu:
-            if self._version is None:
-                asked = Criu(self.criu.binary, deadline_s=self.criu.deadline_s)
-                self._version = asked.version()
-            version = self._version
-            if version.page_server_known:
-                return version.page_server_format
-            log.warning("CRIU %s may speak another protocol: its own page server is used", version)
-            self._by_criu = True
+    def _as_the_client(self, path: Path) -> bytes:
+        """A page map of this host."""
+        if self._client is None:
+            return path.read_bytes()
+        pagemap = read_pagemap(path)
+        pagemap.format = self._client
+        return pagemap_image(pagemap)
+
+    def _format(self) -> PageFormat:
+        """How the CRIU here reads page maps."""
+        if self._version is None:
+            asked = Criu(self.criu.binary, deadline_s=self.criu.deadline_s)
+            self._version = asked.version()
+        known = self._version.page_format
+        if known is None:
+            raise Refused(unknown_format(self._version), hint=OTHER_RECEIVER)
+        return known
+
+    def _drop_ahead(self) -> None:
         if self._ahead is not None:
             self._ahead.drop()
             self._ahead = None
-        return None
 
-    def _receiver(self, directory: int, wire: int) -> _Receiver:
+    def _receiver(self, directory: int, images: PageFormat) -> _Receiver:
         parent = self._dirs.parent
         if parent is not None:
             # As CRIU's page server does: a restore follows it.
@@ -198,7 +218,8 @@ class PhaulServer:
         sink = PageSink(
             self.config.memfd,
             Path(str(self._dirs.last)),
-            wire=wire,
+            wire=self._client or images,
+            images=images,
             parent=self._listed,
             ahead=self._ahead,
         )
@@ -236,7 +257,8 @@ class PhaulServer:
         """Wait until the page server has written everything and ended well; may be repeated.
 
         Raises:
-            DestinationError: none was ever started, or it failed: the chain is worthless then.
+            DestinationError: none was ever started, or it failed: the chain is worthless then; or
+                a page map that came from elsewhere is malformed.
         """
         page_server = self._page_server
         if page_server is not None:
@@ -250,6 +272,8 @@ class PhaulServer:
             raise self._failure
         if self._dirs.last is None:
             raise DestinationError("stop_iter: no iteration was started")
+        if self._local and self._client not in (None, self._format()):
+            convert_page_maps(self._dirs.last, self._format())
 
     def end_chain(self) -> None:
         """After a failed migration: the next iteration holds all of memory and has no parent."""
@@ -259,9 +283,7 @@ class PhaulServer:
 
     def abort(self) -> None:
         """End whatever runs; idempotent. The directories stay."""
-        if self._ahead is not None:
-            self._ahead.drop()
-            self._ahead = None
+        self._drop_ahead()
         page_server, self._page_server = self._page_server, None
         if page_server is not None:
             page_server.kill()

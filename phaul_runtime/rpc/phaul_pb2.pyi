@@ -65,7 +65,7 @@ class HelloReply(_message.Message):
     def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., protocol: _Optional[int] = ..., facts: _Optional[_Union[HostFacts, _Mapping]] = ...) -> None: ...
 
 class HostFacts(_message.Message):
-    __slots__ = ("hostname", "phaul_version", "kernel", "arch", "page_size", "root", "criu_version", "page_server_format", "criu_problem", "dirty_tracking", "lazy_pages", "cpu_model", "cpu_flags", "cpuinfo", "memory_available", "workdir", "workdir_fs", "workdir_free", "workdir_problem", "boot_id", "state_dir", "state_fs", "state_problem", "leftovers", "rsync", "pid_namespace")
+    __slots__ = ("hostname", "phaul_version", "kernel", "arch", "page_size", "root", "criu_version", "page_format", "criu_problem", "dirty_tracking", "lazy_pages", "cpu_model", "cpu_flags", "cpuinfo", "memory_available", "workdir", "workdir_fs", "workdir_free", "workdir_problem", "boot_id", "state_dir", "state_fs", "state_problem", "leftovers", "rsync", "pid_namespace")
     HOSTNAME_FIELD_NUMBER: _ClassVar[int]
     PHAUL_VERSION_FIELD_NUMBER: _ClassVar[int]
     KERNEL_FIELD_NUMBER: _ClassVar[int]
@@ -73,7 +73,7 @@ class HostFacts(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     ROOT_FIELD_NUMBER: _ClassVar[int]
     CRIU_VERSION_FIELD_NUMBER: _ClassVar[int]
-    PAGE_SERVER_FORMAT_FIELD_NUMBER: _ClassVar[int]
+    PAGE_FORMAT_FIELD_NUMBER: _ClassVar[int]
     CRIU_PROBLEM_FIELD_NUMBER: _ClassVar[int]
     DIRTY_TRACKING_FIELD_NUMBER: _ClassVar[int]
     LAZY_PAGES_FIELD_NUMBER: _ClassVar[int]
@@ -99,7 +99,7 @@ class HostFacts(_message.Message):
     page_size: int
     root: bool
     criu_version: str
-    page_server_format: int
+    page_format: int
     criu_problem: str
     dirty_tracking: bool
     lazy_pages: bool
@@ -118,7 +118,7 @@ class HostFacts(_message.Message):
     leftovers: _containers.RepeatedScalarFieldContainer[str]
     rsync: bool
     pid_namespace: str
-    def __init__(self, hostname: _Optional[str] = ..., phaul_version: _Optional[str] = ..., kernel: _Optional[str] = ..., arch: _Optional[str] = ..., page_size: _Optional[int] = ..., root: bool = ..., criu_version: _Optional[str] = ..., page_server_format: _Optional[int] = ..., criu_problem: _Optional[str] = ..., dirty_tracking: bool = ..., lazy_pages: bool = ..., cpu_model: _Optional[str] = ..., cpu_flags: _Optional[_Iterable[str]] = ..., cpuinfo: _Optional[bytes] = ..., memory_available: _Optional[int] = ..., workdir: _Optional[str] = ..., workdir_fs: _Optional[str] = ..., workdir_free: _Optional[int] = ..., workdir_problem: _Optional[str] = ..., boot_id: _Optional[str] = ..., state_dir: _Optional[str] = ..., state_fs: _Optional[str] = ..., state_problem: _Optional[str] = ..., leftovers: _Optional[_Iterable[str]] = ..., rsync: bool = ..., pid_namespace: _Optional[str] = ...) -> None: ...
+    def __init__(self, hostname: _Optional[str] = ..., phaul_version: _Optional[str] = ..., kernel: _Optional[str] = ..., arch: _Optional[str] = ..., page_size: _Optional[int] = ..., root: bool = ..., criu_version: _Optional[str] = ..., page_format: _Optional[int] = ..., criu_problem: _Optional[str] = ..., dirty_tracking: bool = ..., lazy_pages: bool = ..., cpu_model: _Optional[str] = ..., cpu_flags: _Optional[_Iterable[str]] = ..., cpuinfo: _Optional[bytes] = ..., memory_available: _Optional[int] = ..., workdir: _Optional[str] = ..., workdir_fs: _Optional[str] = ..., workdir_free: _Optional[int] = ..., workdir_problem: _Optional[str] = ..., boot_id: _Optional[str] = ..., state_dir: _Optional[str] = ..., state_fs: _Optional[str] = ..., state_problem: _Optional[str] = ..., leftovers: _Optional[_Iterable[str]] = ..., rsync: bool = ..., pid_namespace: _Optional[str] = ...) -> None: ...
 
 class FileFact(_message.Message):
     __slots__ = ("path", "size", "mode", "uid", "gid", "build_id", "digest", "directory", "written", "executable", "mtime_ns", "shared_map")
@@ -203,7 +203,7 @@ class FileVerdict(_message.Message):
     def __init__(self, path: _Optional[str] = ..., reason: _Optional[str] = ..., copyable: bool = ...) -> None: ...
 
 class OpenRequest(_message.Message):
-    __slots__ = ("id", "engine", "manifest", "options", "lost_s", "commit_s", "criu_log_level", "target", "source", "restore", "memory", "page_server", "post_copy")
+    __slots__ = ("id", "engine", "manifest", "options", "lost_s", "commit_s", "criu_log_level", "target", "source", "restore", "memory", "page_server", "page_format", "post_copy")
     ID_FIELD_NUMBER: _ClassVar[int]
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
@@ -216,6 +216,7 @@ class OpenRequest(_message.Message):
     RESTORE_FIELD_NUMBER: _ClassVar[int]
     MEMORY_FIELD_NUMBER: _ClassVar[int]
     PAGE_SERVER_FIELD_NUMBER: _ClassVar[int]
+    PAGE_FORMAT_FIELD_NUMBER: _ClassVar[int]
     POST_COPY_FIELD_NUMBER: _ClassVar[int]
     id: str
     engine: str
@@ -229,8 +230,9 @@ class OpenRequest(_message.Message):
     restore: str
     memory: int
     page_server: str
+    page_format: int
     post_copy: bool
-    def __init__(self, id: _Optional[str] = ..., engine: _Optional[str] = ..., manifest: _Optional[bytes] = ..., options: _Optional[bytes] = ..., lost_s: _Optional[float] = ..., commit_s: _Optional[float] = ..., criu_log_level: _Optional[int] = ..., target: _Optional[str] = ..., source: _Optional[str] = ..., restore: _Optional[str] = ..., memory: _Optional[int] = ..., page_server: _Optional[str] = ..., post_copy: bool = ...) -> None: ...
+    def __init__(self, id: _Optional[str] = ..., engine: _Optional[str] = ..., manifest: _Optional[bytes] = ..., options: _Optional[bytes] = ..., lost_s: _Optional[float] = ..., commit_s: _Optional[float] = ..., criu_log_level: _Optional[int] = ..., target: _Optional[str] = ..., source: _Optional[str] = ..., restore: _Optional[str] = ..., memory: _Optional[int] = ..., page_server: _Optional[str] = ..., page_format: _Optional[int] = ..., post_copy: bool = ...) -> None: ...
 
 class OpenReply(_message.Message):
     __slots__ = ("error", "trees")

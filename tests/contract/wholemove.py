@@ -31,7 +31,7 @@ from phaul_runtime.testing.bench import NoCriu
 from phaul_runtime.testing.fake import MADE, FakeDestination, FakeSource
 from phaul_runtime.transport.agentprocess import AgentProcess
 
-_FACTS = pb.HostFacts(hostname="here", boot_id="one")
+_FACTS = pb.HostFacts(hostname="here", boot_id="one", page_format=1)
 
 
 class _There(FakeDestination):

@@ -19,11 +19,16 @@ from pycriu import rpc_pb2 as rpc
 from pycriu.images import stats_pb2
 
 PAGES = 512
-# CRIU 4.1's page-server protocol: command and flags, pages, address, where to.
-_HEADER = struct.Struct("<IIQQ")
+# The page-server protocols of CRIU 4.1 and 4.2: command and flags, pages, address, where to.
+_HEADERS = {1: struct.Struct("<IIQQ"), 2: struct.Struct("<I4xQQQ")}
 _OPEN, _ADD, _CLOSE = 4, 6 | 4 << 16, 0x1024
 _TARGET = 1 << 8 | 1
 _RUN = 16
+
+
+def minor() -> int:
+    """It is CRIU 4.1, unless $FAKECRIU_MINOR says another."""
+    return int(os.environ.get("FAKECRIU_MINOR", "1"))
 
 
 def content(number: int) -> bytes:
@@ -48,12 +53,13 @@ def exactly(channel: socket.socket, size: int) -> bytes:
 
 def send_round(channel: socket.socket, data: bytes) -> None:
     """What a dump does with `ps.fd`."""
-    channel.sendall(_HEADER.pack(_OPEN, 0, 0, _TARGET))
+    header = _HEADERS[minor()]
+    channel.sendall(header.pack(_OPEN, 0, 0, _TARGET))
     exactly(channel, 1)
     for at in range(0, len(data), _RUN << 12):
         run = data[at : at + (_RUN << 12)]
-        channel.sendall(_HEADER.pack(_ADD, len(run) >> 12, at, _TARGET) + run)
-    channel.sendall(_HEADER.pack(_CLOSE, 0, 0, 0))
+        channel.sendall(header.pack(_ADD, len(run) >> 12, at, _TARGET) + run)
+    channel.sendall(header.pack(_CLOSE, 0, 0, 0))
     if exactly(channel, 4) != bytes(4):
         raise ValueError("the page server did not acknowledge")
     note("sent", data)
@@ -87,7 +93,7 @@ def pre_dump(opts: Any) -> None:
 def answer(request: Any) -> Any:
     response = rpc.criu_resp(type=request.type, success=True)
     if request.type == rpc.VERSION:
-        response.version.major_number, response.version.minor_number = 4, 1
+        response.version.major_number, response.version.minor_number = 4, minor()
     elif request.type == rpc.FEATURE_CHECK:
         response.features.mem_track = True
         response.features.lazy_pages = False
@@ -118,9 +124,10 @@ def answer(request: Any) -> Any:
 def serve(opts: Any) -> None:
     """A page server, in its images directory."""
     channel = socket.socket(fileno=os.dup(opts.ps.fd))
+    header = _HEADERS[minor()]
     with Path("pages-1.img").open("wb") as pages:
         while True:
-            command, count, _, _ = _HEADER.unpack(exactly(channel, _HEADER.size))
+            command, count, _, _ = header.unpack(exactly(channel, header.size))
             if command == _OPEN:
                 channel.sendall(b"\0")
             elif command == _ADD:

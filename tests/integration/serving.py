@@ -110,7 +110,7 @@ def agent_behind(channel: Channel) -> Iterator[RemoteAgent]:
 def open_migration(remote: RemoteAgent, migration_id: str = ID) -> None:
     remote.open(
         migration_id, engine="process", target="1", manifest={}, options={}, lost_s=30,
-        log_level=0, restore="full",
+        log_level=0, restore="full", page_format=1,
     )  # fmt: skip
 
 

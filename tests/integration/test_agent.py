@@ -14,7 +14,7 @@ import pytest
 
 from phaul_runtime.agent import Agent
 from phaul_runtime.cancel import Cancellation
-from phaul_runtime.criu import Criu
+from phaul_runtime.criu import Criu, CriuFeatures, CriuVersion
 from phaul_runtime.errors import ChannelError, PhaulError
 from phaul_runtime.hostfacts import PROTOCOL
 from phaul_runtime.remote import RemoteAgent
@@ -48,6 +48,7 @@ class Client:
             "engine": "process",
             "lost_s": 30.0,
             "commit_s": 5.0,
+            "page_format": 1,
             **fields,
         }
         reply: pb.Done = self.call("Open", pb.OpenRequest(**values))
@@ -90,12 +91,33 @@ def test_a_missing_criu_is_a_fact_not_a_failure(client: Client) -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"id": "../x"}, {"engine": "jail"}, {"manifest": b"["}, {"options": b'{"zzz": 1}'}],
+    [
+        {"id": "../x"},
+        {"engine": "jail"},
+        {"manifest": b"["},
+        {"options": b'{"zzz": 1}'},
+        {"page_format": 0},
+        {"page_format": 3},
+        {"page_server": "other"},
+    ],
 )
 def test_malformed_openings_are_refused(client: Client, fields: dict[str, object]) -> None:
     assert client.open(**fields).HasField("error")
     assert not client.open().HasField("error")
     assert client.open().error.message == f"migration {ID} is open already"
+
+
+@pytest.mark.parametrize(("version", "known"), [((4, 2), True), ((4, 3), False)])
+def test_page_maps_that_are_not_known_are_not_planned(
+    client: Client, monkeypatch: pytest.MonkeyPatch, version: tuple[int, int], known: bool
+) -> None:
+    """CRIU 4.3 on both hosts, and its own page server: a restore in full is CRIU's alone."""
+    monkeypatch.setattr(Criu, "version", lambda _: CriuVersion(*version))
+    monkeypatch.setattr(Criu, "feature_check", lambda _: CriuFeatures(True, True, True))
+    client.open(page_server="criu", page_format=2 if known else 0)
+    incoming = client.agent.service.find(ID)
+    incoming._lazy.await_started()
+    assert ("page format of CRIU 4.3 is not known" in incoming.full_because) is not known
 
 
 def test_steps_out_of_order_are_refused(client: Client) -> None:
@@ -201,6 +223,7 @@ def test_an_agent_that_dies_at_the_opening_may_have_left_something(
             lost_s=30,
             log_level=0,
             restore="full",
+            page_format=1,
         )
     # Told by the agent itself, a failure has left nothing.
     assert remote.abort() is not dead

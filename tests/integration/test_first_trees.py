@@ -131,7 +131,7 @@ class ImageMove(Move):
         )
         found._source = self.source
         found._options = Options()
-        found._here = found._there = pb.HostFacts(rsync=True)
+        found._here = found._there = pb.HostFacts(rsync=True, page_format=1)
         found._same_host = True
         return found
 
@@ -212,6 +212,7 @@ def test_its_bytes_count(move: ImageMove) -> None:
         lost_s=600,
         log_level=4,
         restore="full",
+        page_format=1,
     )
     with Journal.create(move.root / "state here", MIGRATION, Role.SOURCE) as journal:
         sent = migration._carry_trees(move.remote, journal, [move.image], places)

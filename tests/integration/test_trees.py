@@ -139,7 +139,7 @@ class Move:
         self.mapped: dict[str, list[str]] = {}
         self.places = self.remote.open(
             ID, engine="fake", target="web", manifest={"rootfs": "rsync"}, options={},
-            lost_s=600, log_level=4, restore="full",
+            lost_s=600, log_level=4, restore="full", page_format=1,
         )  # fmt: skip
 
     def destination(self, tmp_path: Path) -> FakeDestination:
@@ -295,7 +295,7 @@ def test_a_migration_carries_trees_before_memory(
     migration: Any = Migration(config, "web", move.told.append, id="3f" * 8)
     migration._source = FakeSource()
     migration._options = Options()
-    migration._here = migration._there = pb.HostFacts(rsync=True)
+    migration._here = migration._there = pb.HostFacts(rsync=True, page_format=1)
     migration._same_host = True
     (move.here / "x").write_text("x")
     inspection = Inspection(1, 0, trees=[Tree("rootfs", str(move.here))])

@@ -23,8 +23,11 @@ from phaul_runtime.cancel import Cancellation
 from phaul_runtime.config import AgentConfig, Config, TransportConfig
 from phaul_runtime.criu import Criu
 from phaul_runtime.engine import DestinationHalf, Finding, Handover
+from phaul_runtime.errors import CheckFailed
 from phaul_runtime.events import Event
 from phaul_runtime.migration import Migration
+from phaul_runtime.pageformat import PageFormat
+from phaul_runtime.pagemap import read_pagemap
 from phaul_runtime.testing import FakeCase, FakeEngine, Place
 from phaul_runtime.testing.fake import FakeDestination, FakeLocal, FakeSource
 from tests.integration import fakecriu
@@ -69,6 +72,9 @@ class Destination(FakeDestination):
             fakecriu.note("taken", (directory / "pages-1.img").read_bytes())
             if (directory / "page-server-was-here").exists():
                 fakecriu.note("by criu", b"")
+            else:
+                written = read_pagemap(directory / "pagemap-1.img").format
+                fakecriu.note(written.name, b"")
         return super().restore(criu, images_dir, lazy=lazy)
 
 
@@ -90,13 +96,18 @@ class Moves:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.notes = root / "notes"
-        self.criu = root / "criu"
-        program = f'{sys.executable} {fakecriu.__file__} "$@" 2>>{root}/errors'
-        self.criu.write_text(f"#!/bin/sh\nexec {program}\n")
-        self.criu.chmod(0o755)
+        self.criu = self.stand_in("criu")
         self.engine = Engine()
         self.case = self.engine.case = FakeCase(root / "v", self.engine)
         self.told: list[Event] = []
+
+    def stand_in(self, name: str, settings: str = "") -> Path:
+        """A CRIU of that name."""
+        path = self.root / name
+        program = f'{sys.executable} {fakecriu.__file__} "$@" 2>>{self.root}/errors'
+        path.write_text(f"#!/bin/sh\n{settings} exec {program}\n")
+        path.chmod(0o755)
+        return path
 
     def run(
         self, url: str, transport: TransportConfig, page_server: str = "phaul"
@@ -115,7 +126,8 @@ class Moves:
         return report.to_json()
 
     def went_through(self) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {"sent": [], "taken": [], "by criu": []}
+        kinds = ("sent", "taken", "by criu", *PageFormat.__members__)
+        found: dict[str, list[str]] = {kind: [] for kind in kinds}
         for line in self.notes.read_text().splitlines():
             what, size, digest = line.rsplit(" ", 2)
             found[what].append(f"{size} {digest}")
@@ -188,6 +200,23 @@ def test_pages_may_be_left_to_criu(moves: Moves, root: Path) -> None:
     with serving(root, there, criu=str(moves.criu)) as served, tapped(served.port) as tap:
         url = served.url.replace(str(served.port), str(tap.port))
         check(moves, moves.run(url, here, "criu"), tap, "criu")
+
+
+@pytest.mark.parametrize(("here", "there"), [(1, 2), (2, 1)])
+def test_the_other_host_has_another_criu(
+    moves: Moves, root: Path, monkeypatch: pytest.MonkeyPatch, here: int, there: int
+) -> None:
+    monkeypatch.setenv("FAKECRIU_MINOR", str(here))
+    other = moves.stand_in("criu-there", f"FAKECRIU_MINOR={there}")
+    agent = AgentConfig(listen="tcp://127.0.0.1:0", insecure=True)
+    transport = TransportConfig.model_validate({"insecure": True})
+    with serving(root, agent, criu=str(other)) as served:
+        with pytest.raises(CheckFailed, match=r"criu\.page_server: criu"):
+            moves.run(served.url, transport, "criu")
+        with tapped(served.port) as tap:
+            url = served.url.replace(str(served.port), str(tap.port))
+            check(moves, moves.run(url, transport), tap)
+    assert len(moves.went_through()[PageFormat(there).name]) == 4
 
 
 AGENT = """

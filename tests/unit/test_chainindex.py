@@ -21,12 +21,15 @@ from phaul_runtime.chainindex import ChainIndex
 from phaul_runtime.errors import DestinationError
 from phaul_runtime.lazyimages import plan_lazy, restore_full
 from phaul_runtime.lazyplan import PAGE, LazyPlan
+from phaul_runtime.pageformat import PageFormat
 from phaul_runtime.pagemap import (
     IN_PARENT,
     LAZY,
     PRESENT,
     Entry,
     Pagemap,
+    convert_page_maps,
+    page_maps,
     read_pagemap,
     read_vmas,
     write_pagemap,
@@ -428,6 +431,8 @@ def test_malformed_images_are_refused(tmp_path: Path) -> None:
         # Neither here nor in the parent, nor left with the process by a lazy dump.
         pagemap_image(1, [(3, 1, 8)], wide=False),
         pagemap_image(1, [(3, 1, IN_PARENT | PRESENT)], wide=False),
+        # Of a later CRIU: what it says of the pages is not known here.
+        pagemap_image(1, [(3, 1, PRESENT | 8)], wide=True),
         image(0x56084025, numbers(f1=1), b"\xff\xff"),
     ]
     for flaw in flaws:
@@ -466,6 +471,21 @@ def test_a_pagemap_is_written_as_it_was_read(tmp_path: Path, wide: bool) -> None
     data = pagemap_image(300, [(0, 1, 6), (1, 1 << 20, 4), ((1 << 20) + 5, 9, 3)], wide=wide)
     path.write_bytes(data)
     pagemap = read_pagemap(path)
-    assert pagemap.wide == wide
+    assert pagemap.format is (PageFormat.WIDE if wide else PageFormat.NARROW)
     write_pagemap(path, pagemap)
     assert path.read_bytes() == data
+
+
+@pytest.mark.parametrize("wanted", PageFormat)
+def test_page_maps_are_converted_to_either_format(tmp_path: Path, wanted: PageFormat) -> None:
+    pieces = [(0, 1, 6), (1, 1 << 20, 4), ((1 << 20) + 5, 9, 3), ((1 << 20) + 20, 2, LAZY)]
+    for wide in (False, True):
+        for name in ("pagemap-5.img", "pagemap-shmem-7.img"):
+            (tmp_path / name).write_bytes(pagemap_image(300, pieces, wide=wide))
+        (tmp_path / "pages-300.img").write_bytes(b"none of a page map's business")
+        for _ in range(2):
+            convert_page_maps(tmp_path, wanted)
+            for path in page_maps(tmp_path):
+                found = path.read_bytes()
+                assert found == pagemap_image(300, pieces, wide=wanted is PageFormat.WIDE)
+        assert len(list(tmp_path.iterdir())) == 3

@@ -33,6 +33,7 @@ from phaul_runtime.events import Event
 from phaul_runtime.images import ImageDirs, relative_parent
 from phaul_runtime.incoming import checked_json, write_images
 from phaul_runtime.journal import Journal, checked_id
+from phaul_runtime.pageformat import PageFormat
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.states import Role, State
 from phaul_runtime.stats import read_dump_stats
@@ -264,6 +265,7 @@ def test_the_first_error_lines_of_a_log() -> None:
         ("Error (criu/files-reg.c:1): File var/log/x has bad size 7 (expect 3)", "--files copy"),
         ("Error (criu/sk-inet.c:1): inet: Connected TCP socket, consider using"
          " --tcp-established option.", "--tcp-established"),
+        ("Error (criu/mem.c:1035): VMA-s are not sorted in the image file", "guard regions"),
         ("Error (criu/image.c:1): No space left on device", "free some space"),
         ("Error (criu/other.c:1): something new", ""),
     ],
@@ -273,9 +275,12 @@ def test_crius_errors_come_with_an_advice(line: str, says: str) -> None:
     assert bool(advice([line])) == bool(says)
 
 
-def test_the_page_server_format_changed_with_4_2() -> None:
-    assert CriuVersion(4, 1, 1).page_server_format != CriuVersion(4, 2).page_server_format
-    assert CriuVersion(5, 0).page_server_format == CriuVersion(4, 2).page_server_format
+def test_a_page_format_that_was_not_read_is_not_known() -> None:
+    assert CriuVersion(4, 1, 1).page_format is PageFormat.NARROW
+    assert CriuVersion(4, 2, 1).page_format is PageFormat.WIDE
+    for other in (CriuVersion(4, 0), CriuVersion(4, 3), CriuVersion(5, 1)):
+        assert other.page_format is None
+    assert [PageFormat.of_number(n) for n in (0, 1, 2, 3)] == [None, *PageFormat, None]
     assert str(CriuVersion(4, 1, 1)) == "4.1.1"
 
 

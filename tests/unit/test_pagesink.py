@@ -23,6 +23,7 @@ from phaul_runtime import ahead as ahead_module
 from phaul_runtime.ahead import Ahead
 from phaul_runtime.chainindex import ChainIndex
 from phaul_runtime.errors import DestinationError
+from phaul_runtime.pageformat import PageFormat
 from phaul_runtime.pagemap import IN_PARENT, LAZY, PRESENT, read_pagemap
 from phaul_runtime.pagesink import Aborted, Listed, PageSink
 
@@ -103,6 +104,7 @@ class Line:
         wire: int = 1,
         ahead: Ahead | None = None,
         tcp: bool = False,
+        images: int = 0,
     ) -> None:
         directory.mkdir()
         if tcp:
@@ -113,7 +115,12 @@ class Line:
             self.ours, self.theirs = socket.socketpair()
         self.ours.settimeout(20)
         self.sink = PageSink(
-            self.theirs.fileno(), directory, wire=wire, parent=parent or {}, ahead=ahead
+            self.theirs.fileno(),
+            directory,
+            wire=PageFormat(wire),
+            images=PageFormat(images or wire),
+            parent=parent or {},
+            ahead=ahead,
         )
         self.result: dict[str, Listed] | Exception | None = None
         self.thread = threading.Thread(target=self.run)
@@ -156,14 +163,14 @@ class Line:
         self.sink.close()
 
 
-def same(directory: Path, maps: list[Map], wide: bool = False) -> None:
+def same(directory: Path, maps: list[Map], written: int = 1) -> None:
     """The images say what was sent, as a reader of CRIU's images sees it."""
     assert len(list(directory.glob("*.img"))) == 2 * len(maps)
     for number, each in enumerate(maps, 1):
         found = read_pagemap(directory / each.file)
         assert found.pages_id == number
         assert found.entries == [run[:3] for run in each.runs]
-        assert found.wide is (wide and bool(each.runs))
+        assert found.format == (written if each.runs else 1)
         pages = directory / f"pages-{number}.img"
         assert pages.read_bytes() == b"".join(run[3] for run in each.runs)
         assert pages.stat().st_mode & 0o777 == 0o600
@@ -221,6 +228,7 @@ def made(
 @given(
     rounds=st.lists(MAPS, min_size=1, max_size=3),
     wire=st.sampled_from([1, 2]),
+    written=st.sampled_from([1, 2]),
     chunk=st.sampled_from([1 << 20, 100_000, 4099, 333]),
     tcp=st.booleans(),
     expected=st.sampled_from([0, PAGE, 3 << 20, 40 << 20]),
@@ -228,6 +236,7 @@ def made(
 def test_what_is_sent_is_what_the_images_have(
     rounds: list[list[tuple[int, int, list[tuple[int, int, int, int]]]]],
     wire: int,
+    written: int,
     chunk: int,
     tcp: bool,
     expected: int,
@@ -243,7 +252,7 @@ def test_what_is_sent_is_what_the_images_have(
         for number, drawn in enumerate(rounds, 1):
             maps = made(drawn, maps)
             images = directory / str(number)
-            line = Line(images, parent, wire, room, tcp)
+            line = Line(images, parent, wire, room, tcp, written)
             room = None
             if number > 1:
                 (images / "parent").symlink_to(f"../{number - 1}")
@@ -253,7 +262,7 @@ def test_what_is_sent_is_what_the_images_have(
                 parent = line.over()
             finally:
                 line.close()
-            same(images, maps, wire == 2)
+            same(images, maps, written)
             assert line.sink.received == sum(len(data) for data, _ in sent.parts)
             index.add(images)
             assert not (directory / "ahead.img").exists()
@@ -268,7 +277,8 @@ def test_the_stream_goes_on_after_a_session(tmp_path: Path) -> None:
     line = Line(tmp_path / "1")
     line.send(session(first))
     parent = line.over()
-    again = PageSink(line.theirs.fileno(), tmp_path, wire=1, parent=parent)
+    narrow = PageFormat.NARROW
+    again = PageSink(line.theirs.fileno(), tmp_path, wire=narrow, images=narrow, parent=parent)
     line.sink, line.thread = again, threading.Thread(target=line.run)
     line.thread.start()
     line.send(session(second, {"pagemap-7.img"}))

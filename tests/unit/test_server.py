@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import time
@@ -15,23 +14,33 @@ from phaul_runtime.ahead import Ahead
 from phaul_runtime.api import PhaulConfig
 from phaul_runtime.criu import Criu, CriuVersion
 from phaul_runtime.errors import DestinationError, Refused
+from phaul_runtime.pageformat import PageFormat
 from phaul_runtime.pagemap import IN_PARENT, PRESENT
 from phaul_runtime.server import PhaulServer
 from tests.processes import open_descriptors
+from tests.unit.test_chainindex import BASE, pagemap_image
 from tests.unit.test_pagesink import PAGE, Map, Wire, same, session
 
 
 class Served:
     """A server, and the source's end of its memory channel."""
 
-    def __init__(self, root: Path, *, version: tuple[int, int] = (4, 1), **more: object) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        version: tuple[int, int] = (4, 1),
+        client: PageFormat | None = None,
+        **more: object,
+    ) -> None:
         self.root = root
         self.criu = Criu("no-such-criu", deadline_s=5)
         self.criu.known_version = CriuVersion(*version)
+        self.wire = client or self.criu.known_version.page_format or 0
         self.ours, self.theirs = socket.socketpair()
         self.ours.settimeout(10)
         config = PhaulConfig(0, self.theirs.fileno(), str(root))
-        self.server = PhaulServer(config, self.criu, **more)  # type: ignore[arg-type]
+        self.server = PhaulServer(config, self.criu, client=client, **more)  # type: ignore[arg-type]
 
     def send(self, sent: Wire) -> None:
         for data, answer in sent.parts:
@@ -40,7 +49,7 @@ class Served:
 
     def round(self, maps: list[Map], known: set[str] = frozenset()) -> None:  # type: ignore[assignment]
         self.server.start_iter()
-        self.send(session(maps, known, 2 if self.criu.known_version == CriuVersion(4, 2) else 1))
+        self.send(session(maps, known, self.wire))
         self.server.stop_iter()
 
     def close(self) -> None:
@@ -74,7 +83,7 @@ def test_rounds_make_a_chain(tmp_path: Path, version: tuple[int, int]) -> None:
     served.server.stop_iter()
     assert served.server.last_images_dir == str(tmp_path / "2")
     for number, each in ((1, MAP), (2, HOLE)):
-        same(tmp_path / str(number), [each], version == (4, 2))
+        same(tmp_path / str(number), [each], served.wire)
     assert not (tmp_path / "1" / "parent").is_symlink()
     assert (tmp_path / "2" / "parent").readlink() == Path("../1")
     served.close()
@@ -172,18 +181,72 @@ def test_a_round_that_does_not_end_is_told(served: Served) -> None:
         served.server.stop_iter()
 
 
-def test_criu_does_it_where_its_protocol_is_not_known(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+MIXED = [((4, 1), PageFormat.WIDE), ((4, 2), PageFormat.NARROW)]
+
+
+@pytest.mark.parametrize(("version", "client"), MIXED)
+def test_a_client_of_another_version(
+    tmp_path: Path, version: tuple[int, int], client: PageFormat
 ) -> None:
+    """Rounds of its CRIU, a final dump of its CRIU beside them: the one here reads them all."""
+    served = Served(tmp_path, version=version, client=client)
+    here = CriuVersion(*version).page_format
+    assert here is not None
+    served.round([MAP])
+    served.round([HOLE], KNOWN)
+    for number, each in ((1, MAP), (2, HOLE)):
+        same(tmp_path / str(number), [each], here)
+    back = served.server.start_local()
+    assert back == {"pagemap-1.img": image_of(HOLE, client)}
+    for name in ("pagemap-1.img", "pagemap-shmem-2.img"):
+        (tmp_path / "3" / name).write_bytes(image_of(MAP, client))
+    for _ in range(2):
+        served.server.stop_iter()
+        for name in ("pagemap-1.img", "pagemap-shmem-2.img"):
+            assert (tmp_path / "3" / name).read_bytes() == image_of(MAP, here)
+    served.close()
+
+
+def image_of(what: Map, written: PageFormat) -> bytes:
+    """A page map as CRIU writes it."""
+    pieces = [((vaddr - BASE) // PAGE, pages, flags) for vaddr, pages, flags, _ in what.runs]
+    return pagemap_image(1, pieces, wide=written is PageFormat.WIDE)
+
+
+def test_between_equal_versions_page_maps_are_left_alone(served: Served) -> None:
+    served.round([MAP])
+    sent = served.server.start_local()
+    assert sent == {"pagemap-1.img": (served.root / "1" / "pagemap-1.img").read_bytes()}
+    (served.root / "2" / "pagemap-1.img").write_bytes(b"CRIU's alone")
+    served.server.stop_iter()
+
+
+def test_a_page_map_of_no_known_format_is_refused_on_arrival(tmp_path: Path) -> None:
+    served = Served(tmp_path, version=(4, 1), client=PageFormat.WIDE)
+    served.server.start_local()
+    (tmp_path / "1" / "pagemap-1.img").write_bytes(
+        pagemap_image(1, [(0, 1, PRESENT | 8)], wide=True)
+    )
+    with pytest.raises(DestinationError, match=r"pagemap-1\.img is malformed"):
+        served.server.stop_iter()
+    served.close()
+
+
+def test_pages_for_a_criu_of_no_known_format_are_refused_by_name(tmp_path: Path) -> None:
+    served = Served(tmp_path, version=(4, 3))
+    with pytest.raises(Refused, match=r"page format of CRIU 4\.3 is not known") as caught:
+        served.server.start_iter()
+    assert "criu.page_server: criu" in caught.value.hint
+    assert served.server.last_images_dir is None
+    served.close()
+
+
+@pytest.mark.parametrize("version", [(4, 1), (4, 3)])
+def test_criu_does_it_where_it_is_asked_to(tmp_path: Path, version: tuple[int, int]) -> None:
     pytest.importorskip("pycriu")
-    for version, page_server in (((4, 3), "phaul"), ((4, 1), "criu")):
-        root = tmp_path / page_server
-        root.mkdir()
-        room = Ahead(root / "ahead.img", PAGE)
-        served = Served(root, version=version, page_server=page_server, ahead=room)
-        with caplog.at_level(logging.WARNING), pytest.raises(Refused, match="no-such-criu"):
-            served.server.start_iter()
-        assert ("CRIU 4.3 may speak another protocol" in caplog.text) == (page_server == "phaul")
-        caplog.clear()
-        assert not room.path.exists()
-        served.close()
+    room = Ahead(tmp_path / "ahead.img", PAGE)
+    served = Served(tmp_path, version=version, page_server="criu", ahead=room)
+    with pytest.raises(Refused, match="no-such-criu"):
+        served.server.start_iter()
+    assert not room.path.exists()
+    served.close()

@@ -1,0 +1,101 @@
+"""Moves between hosts with CRIU 4.1 and 4.2, whose pages and page maps differ: no page is wrong."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import Dirtier, Hosts, wait_until
+
+PIGGIE = Path(__file__).resolve().parents[2] / "piggie"
+PROGRAM = "/var/tmp/piggie-mixed"
+MIB = 48
+BOTH_WAYS = pytest.mark.parametrize(("source", "destination"), [("a", "b"), ("b", "a")])
+WAYS = {
+    "full": ("--restore", "full"),
+    "lazy": ("--restore", "lazy"),
+    "post-copy": ("--mode", "post-copy"),
+    "hybrid": ("--mode", "hybrid"),
+}
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """piggie-dirty without libraries, of which the two hosts have other builds."""
+    built = tmp_path_factory.mktemp("piggie") / "piggie-mixed"
+    argv = ["gcc", "-O2", "-std=gnu11", "-static", "-Wl,--build-id", "-o", str(built), "dirty.c"]
+    subprocess.run(argv, cwd=PIGGIE, check=True)
+    return built
+
+
+@pytest.fixture
+def mixed(hosts: Hosts, program: Path) -> Iterator[Hosts]:
+    versions = {hosts.sh(host, "criu --version | head -n 1") for host in ("a", "b")}
+    assert len(versions) == 2, versions
+    for host in ("a", "b"):
+        hosts.lab.push(host, program, PROGRAM)
+    yield hosts
+    for host in ("a", "b"):
+        hosts.sh(host, "rm -f $1", PROGRAM)
+
+
+def moved(
+    hosts: Hosts, source: str, destination: str, way: str
+) -> tuple[Dirtier, dict[str, object]]:
+    """A tree of two that rewrites some of its memory, moved and verified there."""
+    status = f"/var/tmp/mixed-{source}-{way}.status"
+    sizes = ["--mib", str(MIB), "--hot-mib", "4", "--writes", "300", "--children", "1"]
+    argv = [PROGRAM, "--status", status, "--verifies", "4000", "--detach", *sizes]
+    pid = int(hosts.lab.exec(source, argv).stdout)
+    hosts.started += [("a", pid), ("b", pid)]
+    victim = Dirtier(hosts, pid, status)
+    wait_until("it runs", lambda: victim.status(source)["passes"] > 0)
+    to = f"ssh://root@{destination}"
+    done = hosts.migrate(source, pid, to, "--files", "copy", *WAYS[way])
+    assert done.code == 0, done.stderr
+    assert not done.report["warnings"], done.report["warnings"]
+    wait_until("the source's copy is gone", lambda: not hosts.alive(source, pid))
+    found = victim.verified_on(destination)
+    assert found["wrong"] == 0, found
+    return victim, done.report
+
+
+@pytest.mark.only_on("native-mixed")
+@BOTH_WAYS
+@pytest.mark.parametrize("way", ["full", "lazy", "post-copy"])
+def test_no_page_is_wrong(mixed: Hosts, source: str, destination: str, way: str) -> None:
+    _, report = moved(mixed, source, destination, way)
+    assert str(report["restore"]).startswith("full" if way == "full" else "lazy")
+    assert bool(report["post_copy"]) == (way == "post-copy")
+
+
+@pytest.mark.only_on("emulated-mixed")
+@pytest.mark.thorough
+@pytest.mark.timeout(900)
+@BOTH_WAYS
+@pytest.mark.parametrize("way", WAYS)
+def test_rounds_of_pre_copy(mixed: Hosts, source: str, destination: str, way: str) -> None:
+    _, report = moved(mixed, source, destination, way)
+    assert bool(report["iterations"]) == (way != "post-copy")
+    assert bool(report["post_copy"]) == (way in ("post-copy", "hybrid"))
+
+
+@pytest.mark.only_on("native-mixed")
+@BOTH_WAYS
+def test_crius_own_page_server_is_refused_by_name(
+    mixed: Hosts, source: str, destination: str
+) -> None:
+    path = "/var/tmp/mixed.yaml"
+    mixed.sh(source, 'echo "criu: {page_server: criu}" > "$1"', path)
+    status = "/var/tmp/mixed-refused.status"
+    argv = [PROGRAM, "--status", status, "--detach"]
+    pid = int(mixed.lab.exec(source, argv).stdout)
+    mixed.started.append((source, pid))
+    to = f"ssh://root@{destination}"
+    refused = mixed.migrate(source, pid, to, "--files", "copy", "--config", path)
+    assert refused.code == 3, refused.stderr
+    assert "criu.page_server: criu" in refused.stderr
+    assert mixed.alive(source, pid)
