@@ -137,12 +137,12 @@ def first(docker: Docker, case: str) -> None:
 
 
 # Its limits need controllers; the rest of them is another way through the same.
-MARKS = {"networks": pytest.mark.needs("controllers"), "bridge": ()}
+MARKS = {"networks": [pytest.mark.needs("controllers")], "bridge": []}
 
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(case, marks=MARKS.get(case, pytest.mark.thorough)) for case in CASES],
+    [pytest.param(case, marks=MARKS.get(case, [pytest.mark.thorough])) for case in CASES],
 )
 def test_the_second_container_is_configured_as_the_first(docker: Docker, case: str) -> None:
     first(docker, case)
