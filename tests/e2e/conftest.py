@@ -15,6 +15,9 @@ from phaul_lab import Lab
 
 from tests.e2e import labs
 from tests.e2e.observer import Observer
+from tests.e2e.table import pytest_terminal_summary
+
+__all__ = ["pytest_terminal_summary"]
 
 WITHIN_S = 120.0
 
