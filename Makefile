@@ -17,6 +17,9 @@ PYTHON := $(VENV)/bin/python
 LAB := tests/lab/lab
 APT := qemu-system-x86 qemu-utils mmdebstrap openssh-client e2fsprogs iproute2 rsync acl gcc libc6-dev make python3-venv
 
+# Where it is set, each start of an interpreter compiles our sources anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 all: test
 
 # -- set-up ------------------------------------------------------------------------------

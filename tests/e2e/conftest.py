@@ -122,7 +122,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     wanted = [name for name in config.getoption("--labs").split(",") if name]
     if unknown := set(wanted) - labs.LABS.keys():
         raise pytest.UsageError(f"no such laboratory: {', '.join(sorted(unknown))}")
-    items[:] = [item for item in items if _runs_there(item, wanted)]
+    kept = [item for item in items if _runs_there(item, wanted)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept
 
 
 def _runs_there(item: pytest.Item, wanted: list[str]) -> bool:

@@ -185,7 +185,7 @@ def test_twelve_moves_killed_twice_each_done_once(
     runner.until("frozen", 2)  # in a freeze
     runner.kill()
     runner.start("resume", "lab")
-    runner.until("iteration_done", 4)  # in pre-copies
+    runner.until("prepared", 3)  # in a cut-over
     runner.kill()
     runner.start("resume", "lab", "--report", str(runner.directory / "report.html"))
     code, ended = runner.end()

@@ -136,12 +136,13 @@ def first(docker: Docker, case: str) -> None:
     docker("start", "cfg-one")
 
 
+# Its limits need controllers; the rest of them is another way through the same.
+MARKS = {"networks": [pytest.mark.needs("controllers")], "bridge": []}
+
+
 @pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(case, marks=() if case in ("bridge", "networks") else pytest.mark.thorough)
-        for case in CASES
-    ],
+    [pytest.param(case, marks=MARKS.get(case, [pytest.mark.thorough])) for case in CASES],
 )
 def test_the_second_container_is_configured_as_the_first(docker: Docker, case: str) -> None:
     first(docker, case)
@@ -238,6 +239,7 @@ def test_an_address_is_pinned_that_docker_had_chosen(docker: Docker) -> None:
     assert said == ["Networks.cfg-front.IPAMConfig"]
 
 
+@pytest.mark.needs("docker-networks")
 def test_nothing_is_found_against_the_laboratory_s_docker(docker: Docker) -> None:
     version = docker.api("GET", "/version")
     found = daemon_findings(

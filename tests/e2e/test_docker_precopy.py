@@ -9,7 +9,7 @@ from tests.e2e.docker_hosts import DockerHosts, docker_hosts, docker_lab
 
 __all__ = ["docker_hosts", "docker_lab"]
 
-pytestmark = pytest.mark.needs("dirty-tracking", "docker-networks")
+pytestmark = [pytest.mark.needs("dirty-tracking"), pytest.mark.also_on("emulated-forky")]
 
 PAGES = 64 * 256
 

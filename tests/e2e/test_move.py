@@ -10,6 +10,7 @@ import threading
 import time
 
 import pytest
+from phaul_lab.machine import soft_dirty
 
 from tests.e2e.conftest import Dirtier, Hosts, wait_until
 
@@ -42,6 +43,24 @@ def test_dirtier_moves_there_and_back_and_there(hosts: Hosts) -> None:
         assert report["bytes_transferred"] > 64 << 20
         for host in ("a", "b"):
             assert hosts.leftovers(host) == ""
+
+
+@pytest.mark.only_on("native")
+def test_what_the_kernel_can_track_decides_about_rounds(hosts: Hosts) -> None:
+    victim = hosts.dirtier("a", "rounds-or-one", "--mib", "8")
+    moved = hosts.migrate("a", victim.pid, "ssh://root@b", *COPY)
+    assert moved.code == 0, moved.stderr
+    levels = {event["check"]: event["level"] for event in moved.named("checked")}
+    if soft_dirty():
+        assert levels["dirty-tracking"] == "ok"
+        assert moved.report["iterations"]
+        return
+    # One stop-and-copy round, and the report says so.
+    assert levels["dirty-tracking"] == "warning"
+    assert moved.report["iterations"] == []
+    assert "no dirty tracking" in moved.report["pre_copy"]
+    assert len(moved.named("pre_copy_skipped")) == 1
+    assert moved.report["final_pages_written"] > 0
 
 
 def test_the_verifier_would_have_seen_a_wrong_page(hosts: Hosts) -> None:

@@ -8,12 +8,23 @@ until they are acknowledged; what was sent is noted in $FAKECRIU_NOTES.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import socket
 import struct
 import sys
+import types
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":
+    # Two modules of pycriu, and not the seventy that it imports for all kinds of images: this is
+    # started for each request.
+    found = importlib.util.find_spec("pycriu")
+    (top,) = (found and found.submodule_search_locations) or ("",)
+    for name, path in (("pycriu", top), ("pycriu.images", f"{top}/images")):
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].__path__ = [path]
 
 from pycriu import rpc_pb2 as rpc
 from pycriu.images import stats_pb2

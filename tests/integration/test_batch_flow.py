@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("dbos")
 
-from phaul_runtime.batch import flow
+from phaul_runtime.batch import flow, run
 from phaul_runtime.batch.events import MoveRetried
 from phaul_runtime.batch.model import Batch, Move, attempt_id
 from phaul_runtime.batch.outcome import Answer
@@ -133,6 +133,7 @@ def test_a_batch_of_another_version_is_not_taken_up(
         assert not runner.stop()
         return LOST
 
+    monkeypatch.setattr(run, "_ENDS_S", 0.3)
     runner = controller(tmp_path, ask)
     with pytest.raises(PhaulError, match="left batch b before its end"):
         runner.run(moves(1))

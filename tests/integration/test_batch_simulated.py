@@ -40,7 +40,7 @@ def run(root: Path, moves: int, *flags: str, kill_after: int = 0) -> list[dict[s
 
 @pytest.mark.parametrize(
     ("moves", "seconds"),
-    [(150, "0.1"), pytest.param(1000, "0.5", marks=pytest.mark.thorough)],
+    [(90, "0.1"), pytest.param(1000, "0.5", marks=pytest.mark.thorough)],
 )
 def test_done_once_within_limits_in_flat_memory(tmp_path: Path, moves: int, seconds: str) -> None:
     flags = ("--seconds", seconds, "--failing", "0.2", "--total", "12", "--per-host", "3")

@@ -17,7 +17,7 @@ import pytest
 from phaul_runtime import settle as settle_module
 from phaul_runtime import trees as trees_module
 from phaul_runtime.cancel import Cancellation
-from phaul_runtime.config import Config, CriuConfig, FilesystemConfig
+from phaul_runtime.config import Config, CriuConfig, FilesystemConfig, TimeoutsConfig
 from phaul_runtime.criu import Criu
 from phaul_runtime.engine import Inspection
 from phaul_runtime.errors import Cancelled, DestinationError, MigrationFailed, PhaulError
@@ -124,7 +124,7 @@ class ImageMove(Move):
     def migration(self, rootfs: Literal["rsync", "shared"] = "rsync") -> Any:
         config = Config(
             state_dir=str(self.root / "state here"), criu=CriuConfig(binary="no-such-criu"),
-            filesystem=FilesystemConfig(rootfs=rootfs),
+            filesystem=FilesystemConfig(rootfs=rootfs), timeouts=TimeoutsConfig(heartbeat_s=0.2),
         )  # fmt: skip
         found: Any = Migration(
             config, "web", self.told.append, id=MIGRATION, cancellation=self.cancellation

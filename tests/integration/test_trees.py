@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import select
 import shutil
 import socket
 import stat
@@ -34,6 +35,7 @@ from phaul_runtime.migration import Migration
 from phaul_runtime.remote import RemoteAgent
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.transport import Channel
+from phaul_runtime.transport.link import cut, pour
 from phaul_runtime.trees import Tree
 from phaul_runtime.wire import CONTROL, ID_BYTES, MEMORY
 from tests.processes import processes_with
@@ -104,16 +106,35 @@ class SocketChannel(Channel):
     def control_target(self) -> str:
         return f"unix:{self.sockets / CONTROL}"
 
+    # So many bytes of a stream arrive, and no more ever.
+    room: int | None = None
+
     def connect(self) -> socket.socket:
         channel = socket.socket(socket.AF_UNIX)
         channel.connect(str(self.sockets / MEMORY))
-        return channel
+        if self.room is None:
+            return channel
+        ours, theirs = socket.socketpair()
+        for target, args in ((dam, (theirs, channel, self.room)), (pour, (channel, theirs))):
+            threading.Thread(target=target, args=args, daemon=True).start()
+        return ours
 
     def trouble(self) -> str:
         return ""
 
     def close(self) -> None:
         pass
+
+
+def dam(source: socket.socket, sink: socket.socket, room: int) -> None:
+    """Carry so many bytes, then wait for the source's end."""
+    while room and (data := source.recv(min(room, 1 << 16))):
+        sink.sendall(data)
+        room -= len(data)
+    ended = select.poll()
+    ended.register(source, select.POLLRDHUP)
+    ended.poll()
+    cut(sink)
 
 
 class Move:
@@ -548,9 +569,9 @@ def test_files_that_vanish_are_no_failure_only_while_it_runs(
 
 
 def big(move: Move) -> None:
-    with (move.here / "big").open("wb") as file:
-        for _ in range(512):
-            file.write(os.urandom(1 << 20))
+    """A file of which a part arrives, and not the whole, however long it takes."""
+    (move.here / "big").write_bytes(os.urandom(8 << 20))
+    move.channel.room = 2 << 20
 
 
 @contextlib.contextmanager

@@ -4,9 +4,11 @@
 #   unit-forky.sh [PYTEST-ARGUMENT...]      without a path: unit, contract and integration tests
 set -eu
 cd "$(dirname "$0")/../.."
-name=${PHAUL_LAB:-$(basename "$(mktemp -u phaul-XXXXXX)")}-unit
+# As phaul_lab.lab names this checkout's laboratories.
+name=${PHAUL_LAB:-$(printf %s "$(pwd -P)" | sha256sum | cut -c1-8)}-unit
 lab="tests/lab/lab --name $name"
 trap '$lab down' EXIT
+trap 'exit 1' HUP INT TERM
 $lab up --native --suite forky --hosts a
 git ls-files -z --cached --others --exclude-standard | tar --null -T - -cf - |
     $lab exec a -- sh -c 'mkdir /src && tar -C /src -xf - 2>/dev/null

@@ -276,7 +276,7 @@ RANDOMS = st.integers(0, 1 << 64).map(Random)
 ITERATIONS = st.integers(1, 7)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(RANDOMS, ITERATIONS, st.booleans())
 def test_every_page_is_read_the_same_lazy_or_not(
     random: Random, iterations: int, late: bool

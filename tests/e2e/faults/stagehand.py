@@ -16,6 +16,7 @@ for it, the child stops at a moment of its migration until it is told to go on.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import os
@@ -35,6 +36,7 @@ from phaul_runtime.errors import ChannelError
 from phaul_runtime.states import State
 
 POLL_S = 0.002
+DIES_WITHIN_S = 30
 FILLER = ".filler"
 # As the kernel names them, in 15 characters.
 BY_NAME = ("criu", "runc", "crun", "containerd-shim")
@@ -215,13 +217,18 @@ def victims(what: str, child: Child | None) -> list[int]:
 
 
 def kill(what: str, child: Child | None) -> list[int]:
-    found = victims(what, child)
-    for pid in found:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    return found
+    """Kill them and wait until they are dead: a process that is killed works on for a moment."""
+    found = {}
+    for pid in victims(what, child):
+        with contextlib.suppress(ProcessLookupError):
+            found[pid] = os.pidfd_open(pid)
+    for fd in found.values():
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(fd, signal.SIGKILL)
+    for fd in found.values():
+        select.select([fd], [], [], DIES_WITHIN_S)
+        os.close(fd)
+    return list(found)
 
 
 def fill(directory: str) -> int:
