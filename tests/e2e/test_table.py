@@ -142,6 +142,7 @@ def try_cell(request: pytest.FixtureRequest, cell: Cell) -> None:
         TABLE.cells[cell] = f"refused: {check}"
         return
     assert moved.code == 0, moved.stderr
+    TABLE.cells[cell] = "FAILED: after the move"
     assert_moved(hosts, cell, victim, moved)
     assert not expected, f"the check {expected} was to refuse it"
     TABLE.cells[cell] = "moved"
