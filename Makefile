@@ -3,6 +3,7 @@
 #   make demo    move a process that dirties its memory from host a to host b
 #   make test    lint, types, and tests, unit to e2e, in about 25 minutes; make test PARTS="lint unit"
 #   make test-all  the same with those that go another way through the same
+#   make table   every engine in every mode in every laboratory: moved, or refused by name
 #   make faults  every fault at every moment; make faults-random SEED=1 COUNT=100;
 #                ENGINE=runc or docker for containers
 #   make lab KIND=native SUITE=forky     hosts to work with; both words may be left out
@@ -63,6 +64,11 @@ test-all: test
 lint unit unit-forky e2e-native e2e-emulated e2e-emulated-forky: venv
 	@$(PYTHON) -m tests.parts $@
 
+# Every engine in every mode, in one laboratory after the other (about an hour).
+table: venv
+	THOROUGH=1 TABLE=build/tests/table.txt PYTHONPATH=$$($(LAB) pycriu) \
+		$(VENV)/bin/pytest tests/e2e/test_table.py --down
+
 # The whole table of faults and moments (about 40 minutes), and kills at random moments.
 ENGINE := process
 SEED := 1
@@ -122,5 +128,5 @@ clean: down
 	rm -rf $(VENV) build dist *.egg-info
 
 .PHONY: all system venv lab demo test test-all lint unit unit-forky e2e-native e2e-emulated \
-	e2e-emulated-forky faults faults-random bench bench-docker \
+	e2e-emulated-forky table faults faults-random bench bench-docker \
 	bench-docs docs proto down clean

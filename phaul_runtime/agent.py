@@ -25,11 +25,11 @@ import grpc
 from phaul_runtime import __version__, cgroup, logs
 from phaul_runtime.checks import check_cpu, check_hooks, check_space
 from phaul_runtime.criu import Criu
-from phaul_runtime.engine import Finding, load_engine
+from phaul_runtime.engine import REFUSED, Finding, load_engine
 from phaul_runtime.errors import DestinationError, PhaulError, Refused
 from phaul_runtime.filesystem import compare
 from phaul_runtime.hostfacts import PROTOCOL, gather_facts
-from phaul_runtime.incoming import Incoming, checked_json
+from phaul_runtime.incoming import CANNOT_BE_LAZY, Incoming, checked_json
 from phaul_runtime.journal import checked_id, lock_directory
 from phaul_runtime.lifecycle import Hooks, Move
 from phaul_runtime.rpc import phaul_pb2 as pb
@@ -149,6 +149,8 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
             half = engine.destination(engine.options_model(), criu_log_level=4, hold_s=1.0)
             manifest = checked_json(request.manifest, "manifest")
             findings.extend(half.check({**manifest, "same_host": request.same_host}))
+            if request.restore == "lazy" and not half.can_be_lazy:
+                findings.append(Finding("lazy-pages", REFUSED, CANNOT_BE_LAZY, "--restore auto"))
         if request.memory:
             facts = gather_facts(str(self._workdir), str(self._state_dir), self._criu)
             findings.append(check_space(facts, request.memory))

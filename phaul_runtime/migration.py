@@ -251,6 +251,7 @@ class Migration:
             id=self.id,
             target=self.target,
             source=self._here.hostname,
+            restore=self.config.restore,
         )
         reply = session.agent.check(request)
         there = session.agent.name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -209,6 +210,18 @@ def _stdio(container: Container, tree: Tree, options: RuncOptions) -> Iterable[F
         )
 
 
+def has_shared_masks(pid: int) -> bool:
+    """Whether directories of a container are masked by crun's shared empty one.
+
+    crun 1.24 and later does so; an older one does not map those mounts when it restores.
+    """
+    try:
+        text = Path(f"/proc/{pid}/mountinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return any(line.split(" ")[3].endswith("/.empty-directory") for line in text.splitlines())
+
+
 def _mount_ids(home: Path) -> set[str]:
     try:
         text = (home / "mountinfo").read_text(encoding="utf-8", errors="replace")
@@ -256,6 +269,20 @@ def _came_in_from_outside(pid: int, init: int) -> bool:
 
 
 # -- at the destination ------------------------------------------------------------------------
+
+
+def runtime_finding(version: str, manifest: Mapping[str, Any]) -> Finding:
+    """Whether a runtime, by the first line of its --version, restores what the source's made."""
+    crun = re.match(r"crun version (\d+)\.(\d+)", version)
+    if manifest.get("shared_masks") and crun and (int(crun[1]), int(crun[2])) < (1, 24):
+        return Finding(
+            "runtime",
+            REFUSED,
+            f"{version} does not restore the masked directories of a container of crun 1.24 "
+            "or later",
+            "install crun 1.24 or later there",
+        )
+    return Finding("runtime", OK, version)
 
 
 def limits_finding(manifest: Mapping[str, Any]) -> Finding:

@@ -25,7 +25,7 @@ from phaul_engines.oci import (
     read_limits,
     single_files,
 )
-from phaul_engines.oci_checks import target_findings
+from phaul_engines.oci_checks import has_shared_masks, target_findings
 from phaul_engines.oci_source import OciSource
 from phaul_engines.runc_arrival import RuncDestination, leave_bundle
 from phaul_engines.runc_options import CrunOptions, RuncOptions
@@ -107,6 +107,7 @@ class RuncSource(OciSource):
                 "config": dict(container.config),
                 "cgroup": cgroup,
                 "limits": read_limits(cgroup),
+                "shared_masks": has_shared_masks(container.pid),
                 "mounts": {
                     mount.source: self.options.mounts.get(mount.source, "")
                     for mount in container.binds

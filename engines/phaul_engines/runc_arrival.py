@@ -28,7 +28,7 @@ from phaul_engines.oci import (
     is_bind,
     rootfs_of,
 )
-from phaul_engines.oci_checks import limits_finding
+from phaul_engines.oci_checks import limits_finding, runtime_finding
 from phaul_engines.runc_options import RuncOptions
 from phaul_runtime import cgroup
 from phaul_runtime.criu import Criu
@@ -69,7 +69,7 @@ class RuncDestination(DestinationHalf):
         """See `DestinationHalf`."""
         found = []
         try:
-            found.append(Finding("runtime", OK, self._runtime.version()))
+            found.append(runtime_finding(self._runtime.version(), manifest))
             taken = self._runtime.state(str(manifest["name"])) is not None
         except PhaulError as error:
             return [Finding("runtime", REFUSED, error.message, error.hint)]

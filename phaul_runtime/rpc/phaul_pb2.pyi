@@ -161,7 +161,7 @@ class Finding(_message.Message):
     def __init__(self, check: _Optional[str] = ..., level: _Optional[str] = ..., text: _Optional[str] = ..., hint: _Optional[str] = ...) -> None: ...
 
 class CheckRequest(_message.Message):
-    __slots__ = ("engine", "manifest", "files", "memory", "cpuinfo", "same_host", "id", "target", "source")
+    __slots__ = ("engine", "manifest", "files", "memory", "cpuinfo", "same_host", "id", "target", "source", "restore")
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     FILES_FIELD_NUMBER: _ClassVar[int]
@@ -171,6 +171,7 @@ class CheckRequest(_message.Message):
     ID_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
+    RESTORE_FIELD_NUMBER: _ClassVar[int]
     engine: str
     manifest: bytes
     files: _containers.RepeatedCompositeFieldContainer[FileFact]
@@ -180,7 +181,8 @@ class CheckRequest(_message.Message):
     id: str
     target: str
     source: str
-    def __init__(self, engine: _Optional[str] = ..., manifest: _Optional[bytes] = ..., files: _Optional[_Iterable[_Union[FileFact, _Mapping]]] = ..., memory: _Optional[int] = ..., cpuinfo: _Optional[bytes] = ..., same_host: bool = ..., id: _Optional[str] = ..., target: _Optional[str] = ..., source: _Optional[str] = ...) -> None: ...
+    restore: str
+    def __init__(self, engine: _Optional[str] = ..., manifest: _Optional[bytes] = ..., files: _Optional[_Iterable[_Union[FileFact, _Mapping]]] = ..., memory: _Optional[int] = ..., cpuinfo: _Optional[bytes] = ..., same_host: bool = ..., id: _Optional[str] = ..., target: _Optional[str] = ..., source: _Optional[str] = ..., restore: _Optional[str] = ...) -> None: ...
 
 class CheckReply(_message.Message):
     __slots__ = ("error", "findings", "files")

@@ -15,6 +15,9 @@ from phaul_lab import Lab
 
 from tests.e2e import labs
 from tests.e2e.observer import Observer
+from tests.e2e.table import pytest_terminal_summary
+
+__all__ = ["pytest_terminal_summary"]
 
 WITHIN_S = 120.0
 
@@ -105,6 +108,7 @@ class Dirtier:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--labs native,emulated`: only the tests that run there."""
     parser.addoption("--labs", default="", help=f"only tests of these: {', '.join(labs.LABS)}")
+    parser.addoption("--down", action="store_true", help="emulated hosts end with their tests, too")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -147,7 +151,7 @@ def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
     # Native hosts end with this run, however it ends; the others take long to come up.
     laboratory.up(kind=kind, tied=kind.native)
     yield laboratory
-    if kind.native:
+    if kind.native or request.config.getoption("--down"):
         laboratory.down()
 
 

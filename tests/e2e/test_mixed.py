@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.conftest import Dirtier, Hosts, wait_until
+from tests.e2e.portable import portable
 
-PIGGIE = Path(__file__).resolve().parents[2] / "piggie"
+__all__ = ["portable"]
+
 PROGRAM = "/var/tmp/piggie-mixed"
 BOTH_WAYS = pytest.mark.parametrize(("source", "destination"), [("a", "b"), ("b", "a")])
 # Two rounds, and time for emulated hosts that have other work.
@@ -26,21 +27,12 @@ WAYS = {
 }
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """piggie-dirty without libraries, of which the two hosts have other builds."""
-    built = tmp_path_factory.mktemp("piggie") / "piggie-mixed"
-    argv = ["gcc", "-O2", "-std=gnu11", "-static", "-Wl,--build-id", "-o", str(built), "dirty.c"]
-    subprocess.run(argv, cwd=PIGGIE, check=True)
-    return built
-
-
 @pytest.fixture
-def mixed(hosts: Hosts, program: Path) -> Iterator[Hosts]:
+def mixed(hosts: Hosts, portable: Path) -> Iterator[Hosts]:
     versions = {hosts.sh(host, "criu --version | head -n 1") for host in ("a", "b")}
     assert len(versions) == 2, versions
     for host in ("a", "b"):
-        hosts.lab.push(host, program, PROGRAM)
+        hosts.lab.push(host, portable, PROGRAM)
     yield hosts
     for host in ("a", "b"):
         hosts.sh(host, "rm -f $1", PROGRAM)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import stat
 import time
@@ -81,6 +82,20 @@ def test_another_protocol_is_refused(client: Client) -> None:
             assert reply.error.kind == "Refused"
             assert "speaks protocol" in reply.error.message
     assert not client.open().HasField("error")
+
+
+@pytest.mark.parametrize(("engine", "refuses"), [("crun", True), ("runc", False)])
+def test_an_engine_without_lazy_restore_is_refused_by_name(
+    client: Client, engine: str, refuses: bool
+) -> None:
+    manifest = json.dumps({"name": "web", "bundle": "/nowhere/web", "config": {}}).encode()
+    for restore in ("lazy", "auto"):
+        request = pb.CheckRequest(engine=engine, manifest=manifest, restore=restore)
+        reply = client.call("Check", request)
+        assert not reply.HasField("error"), reply.error
+        found = [(f.check, f.level, f.hint) for f in reply.findings if f.check == "lazy-pages"]
+        expected = [("lazy-pages", "refused", "--restore auto")]
+        assert found == (expected if refuses and restore == "lazy" else [])
 
 
 def test_a_missing_criu_is_a_fact_not_a_failure(client: Client) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from phaul_engines.gated import GatedCommand
 from phaul_engines.oci import Runtime, read_container
+from phaul_engines.oci_checks import runtime_finding
 from phaul_hooks.gate import Gate
 
+from phaul_runtime.engine import OK, REFUSED
 from phaul_runtime.errors import NoSuchTarget, Refused
 
 LOADER = "runc: error while loading shared libraries: libseccomp.so.2: cannot open"
@@ -64,3 +66,22 @@ def test_one_whose_output_may_be_inherited_has_its_code_at_least(tmp_path: Path)
         assert command.failure().log == (f"{broken.binary} ended with code 127 and said nothing",)
     finally:
         command.close()
+
+
+@pytest.mark.parametrize(
+    ("version", "shared_masks", "level"),
+    [
+        ("crun version 1.21", True, REFUSED),
+        ("crun version 1.24", True, OK),
+        ("crun version 2.0", True, OK),
+        ("crun version 1.21", False, OK),
+        ("runc version 1.1.15+ds1", True, OK),
+    ],
+)
+def test_masks_that_an_older_crun_does_not_restore(
+    version: str, shared_masks: bool, level: str
+) -> None:
+    found = runtime_finding(version, {"shared_masks": shared_masks})
+    assert (found.check, found.level) == ("runtime", level)
+    assert version in found.text
+    assert runtime_finding(version, {}).level == OK

@@ -130,7 +130,18 @@ class NativeHost(Host):
             if time.monotonic() > deadline:
                 raise LabError(f"host {self.name} does not end: see {self.group}")
             time.sleep(0.02)
+        for made in self._old_groups():
+            for directory, _, _ in os.walk(made, topdown=False):
+                with contextlib.suppress(OSError):
+                    Path(directory).rmdir()
         shutil.rmtree(self.dir, ignore_errors=True)
+
+    def _old_groups(self) -> list[str]:
+        """Its groups in hierarchies of cgroup v1, which its keeper puts away if it lives to."""
+        try:
+            return (self.dir / "groups").read_text(encoding="utf-8").splitlines()
+        except OSError:
+            return []
 
     def way_in(self) -> Mapping[str, str]:
         """By its own loopback, entered from here."""
