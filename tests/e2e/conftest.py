@@ -60,7 +60,17 @@ class Hosts:
     def alive(self, host: str, pid: int) -> bool:
         return self.lab.exec(host, ["kill", "-0", str(pid)], check=False).returncode == 0
 
+    def patient(self, host: str) -> tuple[str, ...]:
+        """Flags for a configuration that waits for an agent on a slow host."""
+        if self.lab.native:
+            return ()
+        path = "/var/tmp/patient.yaml"
+        self.sh(host, 'echo "transport: {connect_timeout_s: 240}" > "$1"', path)
+        return ("--config", path)
+
     def migrate(self, host: str, target: int | str, to: str, *flags: str) -> Moved:
+        if "--config" not in flags:
+            flags = (*flags, *self.patient(host))
         argv = ["phaul-runtime", "migrate", str(target), "--to", to, "--output", "json", *flags]
         done = self.lab.exec(host, argv, check=False, timeout=300)
         events = [json.loads(line) for line in done.stdout.splitlines() if line.strip()]

@@ -6,7 +6,13 @@ A test says it by `@pytest.mark.needs(...)`; without, hosts of namespaces do, at
 from __future__ import annotations
 
 from phaul_lab.lab import Kind
-from phaul_lab.machine import controllers, soft_dirty, why_not_emulated, why_not_native
+from phaul_lab.machine import (
+    controllers,
+    soft_dirty,
+    sys_resource,
+    why_not_emulated,
+    why_not_native,
+)
 
 # By the name that tests and `--labs` have for it.
 LABS = {
@@ -20,13 +26,19 @@ NEEDS = {
     "dirty-tracking": "a kernel with soft-dirty, for pre-copy",
     "controllers": "cgroup2 with the controllers cpu, memory and pids",
     "own-kernel": "hosts whose clock and settings are their own",
+    "sys-resource": "CAP_SYS_RESOURCE, without which CRIU dumps no process of another user",
     "docker-networks": "a docker that restores containers with a network of their own, before 28",
 }
 
 
 def _native_has(need: str) -> bool:
     """Whether hosts of namespaces have it on this machine."""
-    return {"dirty-tracking": soft_dirty, "controllers": controllers}.get(need, lambda: False)()
+    probes = {
+        "dirty-tracking": soft_dirty,
+        "controllers": controllers,
+        "sys-resource": sys_resource,
+    }
+    return need in probes and probes[need]()
 
 
 def choose(needs: set[str]) -> tuple[str, str]:

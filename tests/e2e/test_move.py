@@ -106,7 +106,9 @@ def test_a_killed_command_leaves_one_copy_and_nothing_else(hosts: Hosts) -> None
     argv = ["phaul-runtime", "migrate", str(victim.pid), "--to", "ssh://root@b", "--output", "json"]
     for event in ("iteration_started", "frozen"):
         with subprocess.Popen(
-            hosts.lab.exec_argv("a", [*argv, *COPY]), stdout=subprocess.PIPE, text=True
+            hosts.lab.exec_argv("a", [*argv, *COPY, *hosts.patient("a")]),
+            stdout=subprocess.PIPE,
+            text=True,
         ) as process:
             assert process.stdout is not None
             for line in process.stdout:
@@ -215,6 +217,7 @@ def test_files_written_up_to_the_freeze_are_there(hosts: Hosts) -> None:
             hosts.sh(host, "kill -9 $1; rm -rf /var/tmp/logdir", str(pid), check=False)
 
 
+@pytest.mark.needs("sys-resource")
 def test_nginx_moves_and_serves(hosts: Hosts) -> None:
     conf = (
         "worker_processes 2; pid /run/web.pid; error_log /var/tmp/web/error.log;"

@@ -94,7 +94,9 @@ class Running:
 def settings(hosts: Hosts, *lines: str) -> str:
     """A configuration at a."""
     path = "/var/tmp/post-copy.yaml"
-    text = "transport: {bandwidth_limit: 4MiB}\n" + "".join(f"{line}\n" for line in lines)
+    text = "transport: {bandwidth_limit: 4MiB, connect_timeout_s: 240}\n" + "".join(
+        f"{line}\n" for line in lines
+    )
     hosts.sh("a", 'printf %s "$2" > "$1"', path, text)
     return path
 

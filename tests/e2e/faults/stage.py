@@ -24,6 +24,7 @@ LOST_S = 12
 SETTINGS = f"""
 filesystem: {{files: copy}}
 policy: {{max_iterations: 3, max_downtime_ms: 1}}
+transport: {{connect_timeout_s: 240}}
 timeouts: {{heartbeat_s: 1, lost_s: {LOST_S}, call_s: 30, prepare_s: 90, commit_s: 20}}
 """
 

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 _SOFT_DIRTY = 1 << 55
+_CAP_SYS_RESOURCE = 24
 CONTROLLERS = {"cpu", "memory", "pids"}
 
 
@@ -31,6 +32,14 @@ def controllers() -> bool:
     return root is not None and (
         set((root / "cgroup.controllers").read_text().split()) >= CONTROLLERS
     )
+
+
+@cache
+def sys_resource() -> bool:
+    """Whether root has CAP_SYS_RESOURCE, which some sandboxes take away."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    effective = status.partition("CapEff:")[2].split()[0]
+    return bool(int(effective, 16) >> _CAP_SYS_RESOURCE & 1)
 
 
 @cache
@@ -69,4 +78,5 @@ def what_native_lacks() -> list[str]:
     if why := why_not_native():
         return [why]
     found = [] if soft_dirty() else ["its kernel has no dirty tracking (CONFIG_MEM_SOFT_DIRTY)"]
-    return found + ([] if controllers() else ["its cgroup2 lacks controllers"])
+    found += [] if controllers() else ["its cgroup2 lacks controllers"]
+    return found + ([] if sys_resource() else ["root lacks CAP_SYS_RESOURCE"])
