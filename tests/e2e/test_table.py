@@ -152,6 +152,13 @@ def try_cell(request: pytest.FixtureRequest, cell: Cell) -> None:
 
 EACH_ENGINE = pytest.mark.parametrize("engine", ENGINES)
 EACH_MODE = pytest.mark.parametrize("mode", MODES)
+# Of processes test_mixed.py has that; without rounds, as on most machines, hybrid is post-copy.
+EACH_CONTAINER = pytest.mark.parametrize(
+    "engine", [pytest.param("process", marks=pytest.mark.thorough), *ENGINES[1:]]
+)
+EACH_OTHER_MODE = pytest.mark.parametrize(
+    "mode", [pytest.param(m, marks=[pytest.mark.thorough] * (m == "hybrid")) for m in MODES]
+)
 BOTH_WAYS = pytest.mark.parametrize("direction", ["ab", "ba"])
 
 
@@ -169,8 +176,8 @@ def test_native(request: pytest.FixtureRequest, place: str, engine: str, mode: s
 
 
 @pytest.mark.only_on("native-mixed")
-@EACH_MODE
-@EACH_ENGINE
+@EACH_OTHER_MODE
+@EACH_CONTAINER
 @BOTH_WAYS
 def test_native_pair(
     request: pytest.FixtureRequest, place: str, direction: str, engine: str, mode: str
