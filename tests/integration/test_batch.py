@@ -204,8 +204,9 @@ def test_killed_twice_and_resumed_every_move_is_done_once(world: World) -> None:
 
 
 def test_a_lost_connection_is_asked_again_and_a_failure_retried(world: World) -> None:
-    world.env.update(FAKE_LOST="0.3", FAKE_FAILING="0.3")
-    file = world.moves(10, retries=20, limits={"total": 5, "per_source": 5, "per_destination": 5})
+    # That none of the ten fails is one chance in ten thousand.
+    world.env.update(FAKE_LOST="0.3", FAKE_FAILING="0.6")
+    file = world.moves(10, retries=60, limits={"total": 5, "per_source": 5, "per_destination": 5})
     events = world.batch("run", str(file))
     assert events[-1]["states"] == {"moved": 10}
     failed = [line for line in world.log() if line["what"] == "failed"]
