@@ -98,6 +98,8 @@ def main(names: Sequence[str]) -> int:
         print(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")
         return 2
     LOGS.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     run = Run()
     lanes = (names,) if names else LANES
     with ThreadPoolExecutor(len(lanes)) as pool:

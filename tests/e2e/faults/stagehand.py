@@ -248,7 +248,7 @@ def fill(directory: str) -> int:
 
 def when(order: dict[str, Any]) -> list[str]:
     """Poll until a file matches and is large enough."""
-    deadline = time.monotonic() + order.get("seconds", 60)
+    deadline = time.monotonic() + order.get("seconds", 180)
     while time.monotonic() < deadline:
         for path in glob.glob(order["glob"]):  # noqa: PTH207 - an absolute pattern
             try:

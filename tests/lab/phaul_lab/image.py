@@ -69,7 +69,8 @@ def _needed(suite: str) -> dict[str, list[str]]:
 def image_key(suite: str) -> str:
     """A hash of everything that the image of a suite is made of."""
     settings = recipe()
-    parts = [suite, *sorted(f"{key}={value}" for key, value in settings[suite].items())]
+    names = ("apt_options", "packages", "test_requirements")
+    parts = [suite, *(f"{name}={settings[suite][name]}" for name in names)]
     parts += [settings["emulated"]["disk_gib"]]
     parts += [f"{venv} {' '.join(names)}" for venv, names in _needed(suite).items()]
     parts += [(HERE / name).read_text(encoding="utf-8") for name in _IMAGE_FILES]
@@ -106,6 +107,8 @@ def ensure_image(suite: str = DEFAULT_SUITE) -> Image:
     if suite not in suites():
         raise LabError(f"no suite {suite!r}: there are {', '.join(suites())}")
     directory = cache_dir() / "images" / f"{suite}-{image_key(suite)}"
+    if directory.exists():  # it got its name when it was whole
+        return Image(directory)
     with locked(cache_dir() / f"images-{suite}.lock"):
         if not directory.exists():
             directory.parent.mkdir(parents=True, exist_ok=True)

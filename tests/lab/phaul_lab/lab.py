@@ -179,9 +179,11 @@ class Lab:
             host.exec(["sh", "-c", script], stdin=tar.read_bytes(), timeout=300)
 
     def down(self) -> None:
-        """End this laboratory's machines and forget their disks; idempotent."""
-        with locked(cache_dir() / "labs" / f"{self.name}.lock"):
+        """End this laboratory's hosts and forget their disks; idempotent."""
+        lock = cache_dir() / "labs" / f"{self.name}.lock"
+        with locked(lock):
             self._down()
+            lock.unlink(missing_ok=True)
 
     def _down(self) -> None:
         if self.dir.exists():
