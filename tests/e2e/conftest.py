@@ -146,7 +146,7 @@ def _runs_there(item: pytest.Item, wanted: list[str]) -> bool:
     chosen, lacking = labs.choose({need for m in item.iter_markers("needs") for need in m.args})
     only = [name for mark in item.iter_markers("only_on") for name in mark.args]
     names = only or [chosen, *(name for m in item.iter_markers("also_on") for name in m.args)]
-    if os.environ.get("THOROUGH") and names == ["native"]:
+    if os.environ.get("THOROUGH") and not only and names == ["native"]:
         names.append("emulated")
     if not chosen and not only:
         item.add_marker(pytest.mark.skip(reason=lacking))
