@@ -122,7 +122,13 @@ def one_copy(hosts: Hosts, dirtier: Dirtier) -> None:
     clean(hosts)
 
 
-@pytest.mark.parametrize("mode", ["post-copy", pytest.param("hybrid", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "post-copy",
+        pytest.param("hybrid", marks=[pytest.mark.thorough, pytest.mark.needs("dirty-tracking")]),
+    ],
+)
 def test_every_page_comes_after_the_move(hosts: Hosts, observer: Observer, mode: str) -> None:
     dirtier = victim(hosts, f"late-{mode}", observer)
     before = {host: hosts.sh(host, LISTENING) for host in ("a", "b")}
