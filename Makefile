@@ -1,7 +1,7 @@
 # phaul-runtime: everything from a fresh Debian machine.
 #
 #   make demo    move a process that dirties its memory from host a to host b
-#   make test    lint, types, and tests, unit to e2e, in about 25 minutes; make test PARTS="lint unit"
+#   make test    lint, types, and tests, unit to e2e, in about 40 minutes; make test PARTS="lint unit"
 #   make test-all  the same with those that go another way through the same
 #   make table   every engine in every mode in every laboratory: moved, or refused by name
 #   make faults  every fault at every moment; make faults-random SEED=1 COUNT=100;

@@ -1,4 +1,4 @@
-"""All tests, in two lanes side by side: one works in a machine's waits for the other.
+"""All tests, part by part; those of one processor side by side.
 
     python -m tests.parts [PART ...]      all parts, or those named, one after the other
 
@@ -35,10 +35,13 @@ PARTS = {
     "e2e-emulated": f"{PYTEST} tests/e2e --labs emulated",
     "e2e-emulated-forky": f"{PYTEST} tests/e2e --labs emulated-forky,emulated-mixed",
 }
-# Parts of one lane do not disturb those of the other; each waits for those before it.
-LANES = (
-    ("image-trixie", "lint", "unit", "e2e-native"),
-    ("image-forky", "unit-forky", "e2e-emulated", "e2e-emulated-forky"),
+# One stage after the other; its lanes side by side, each one part after the other. Hosts are alone:
+# two emulated ones take two processors.
+STAGES: tuple[tuple[tuple[str, ...], ...], ...] = (
+    (("image-trixie", "lint", "unit"), ("image-forky", "unit-forky")),
+    (("e2e-native",),),
+    (("e2e-emulated",),),
+    (("e2e-emulated-forky",),),
 )
 
 
@@ -49,12 +52,14 @@ class Run:
     began: float = field(default_factory=time.monotonic)
     rows: list[tuple[str, float, int]] = field(default_factory=list)
     processes: set[int] = field(default_factory=set)
+    given_up: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def lane(self, parts: Sequence[str]) -> None:
         """Run these one after the other; a part that fails stops none."""
         for part in parts:
-            self.part(part)
+            if not self.given_up:
+                self.part(part)
 
     def part(self, name: str) -> None:
         began = time.monotonic()
@@ -75,7 +80,8 @@ class Run:
             print(log.read_text(errors="replace"), flush=True)
 
     def end_all(self) -> None:
-        """End what still runs, with all that it started."""
+        """End what still runs, with all that it started, and begin nothing more."""
+        self.given_up = True
         for pid in list(self.processes):
             os.killpg(pid, signal.SIGTERM)
 
@@ -101,14 +107,19 @@ def main(names: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     run = Run()
-    lanes = (names,) if names else LANES
-    with ThreadPoolExecutor(len(lanes)) as pool:
-        try:
-            for done in [pool.submit(run.lane, lane) for lane in lanes]:
-                done.result()
-        except KeyboardInterrupt:
-            run.end_all()
-            raise
+    stages = ((tuple(names),),) if names else STAGES
+    try:
+        for lanes in stages:
+            with ThreadPoolExecutor(len(lanes)) as pool:
+                waiting = [pool.submit(run.lane, lane) for lane in lanes]
+                try:
+                    for done in waiting:
+                        done.result()
+                except KeyboardInterrupt:
+                    run.end_all()
+                    raise
+    except KeyboardInterrupt:
+        return 130
     return run.report()
 
 

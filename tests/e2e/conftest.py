@@ -72,7 +72,7 @@ class Hosts:
         if "--config" not in flags:
             flags = (*flags, *self.patient(host))
         argv = ["phaul-runtime", "migrate", str(target), "--to", to, "--output", "json", *flags]
-        done = self.lab.exec(host, argv, check=False, timeout=300)
+        done = self.lab.exec(host, argv, check=False, timeout=300 if self.lab.native else 550)
         events = [json.loads(line) for line in done.stdout.splitlines() if line.strip()]
         return Moved(done.returncode, events, done.stderr)
 
