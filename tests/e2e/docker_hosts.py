@@ -143,12 +143,12 @@ class DockerHosts:
         """The flag for the most of a network of its own that this docker can restore."""
         return docker_network(self.hosts.lab)
 
-    def dirtier(self, host: str, name: str, *args: str, flags: str = "") -> DockerContainer:
+    def dirtier(
+        self, host: str, name: str, *args: str, flags: str | None = None
+    ) -> DockerContainer:
         """A container with the verifying dirtier."""
         words = ("piggie-dirty", "--status", "/data/status", "--verifies", "4000", *args)
-        if "--network" not in flags:
-            flags = f"{self.network} {flags}"
-        return self.run(host, name, *words, flags=flags)
+        return self.run(host, name, *words, flags=self.network if flags is None else flags)
 
     def leftovers(self, host: str) -> str:
         """What a move must not leave in docker's directories."""

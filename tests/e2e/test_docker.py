@@ -51,7 +51,7 @@ def test_a_container_moves_with_its_configuration_and_comes_back(docker_hosts: D
 
 def test_restart_always_leaves_no_second_copy(docker_hosts: DockerHosts) -> None:
     """Its end at the source is no failure that docker would mend."""
-    web = docker_hosts.dirtier("a", "always", flags="--restart always")
+    web = docker_hosts.dirtier("a", "always", flags=f"{docker_hosts.network} --restart always")
     moved = web.migrate("a", "b", "--config", _config(docker_hosts, "{source: keep}"))
     assert moved.code == 0, moved.stderr
     assert web.inspect("b")["HostConfig"]["RestartPolicy"]["Name"] == "always"
@@ -97,7 +97,9 @@ def test_the_hook_is_installed_when_containers_run_already(docker_hosts: DockerH
     """They migrate like any other; an operator's programs veto that, or follow it."""
     for host in ("a", "b"):
         docker_hosts.sh(host, "phaul-runtime hook remove docker")
-    web = docker_hosts.dirtier("a", "before", "--mib", "8", flags="--restart always")
+    web = docker_hosts.dirtier(
+        "a", "before", "--mib", "8", flags=f"{docker_hosts.network} --restart always"
+    )
     hooks = "/etc/phaul-runtime/hooks"
     for host in ("a", "b"):
         docker_hosts.sh(host, "phaul-runtime hook install docker; phaul-runtime hook list")
