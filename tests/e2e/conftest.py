@@ -132,8 +132,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     wanted = [name for name in config.getoption("--labs").split(",") if name]
     if unknown := set(wanted) - labs.LABS.keys():
         raise pytest.UsageError(f"no such laboratory: {', '.join(sorted(unknown))}")
-    kept = [item for item in items if _runs_there(item, wanted)]
-    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    kept: list[pytest.Item] = []
+    left: list[pytest.Item] = []
+    for item in items:
+        (kept if _runs_there(item, wanted) else left).append(item)
+    config.hook.pytest_deselected(items=left)
     items[:] = kept
 
 
