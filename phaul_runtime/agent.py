@@ -109,6 +109,8 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
         self._settler = Settler(state_dir, workdir, criu, hooks)
         self.heard = time.monotonic()
         self._migrations: dict[str, Incoming] = {}
+        self._opening: set[str] = set()
+        self._closed = False
         self._lock = threading.Lock()
 
     def find(self, migration_id: str) -> Incoming:
@@ -122,6 +124,12 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
     def all(self) -> list[Incoming]:
         """All migrations of this agent."""
         with self._lock:
+            return list(self._migrations.values())
+
+    def close(self) -> list[Incoming]:
+        """Open no more; returns all migrations. One that opens just now is put away by itself."""
+        with self._lock:
+            self._closed = True
             return list(self._migrations.values())
 
     def forget(self, silent_s: float) -> None:
@@ -166,12 +174,18 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
     @_answers(pb.OpenReply)
     def Open(self, request: pb.OpenRequest, _context: object) -> pb.OpenReply:  # noqa: D102, N802
         with self._lock:
-            if checked_id(request.id) in self._migrations:
+            if checked_id(request.id) in {*self._migrations, *self._opening}:
                 raise DestinationError(f"migration {request.id} is open already")
+            self._opening.add(request.id)
+        try:
+            # It may take its time, in which others are served.
             incoming = Incoming.open(
                 request, self._workdir, self._state_dir, self._criu, self._hooks
             )
-            self._migrations[request.id] = incoming
+            self._take_up(incoming)
+        finally:
+            with self._lock:
+                self._opening.discard(request.id)
         return pb.OpenReply(trees=_places(incoming))
 
     @_answers(pb.ArrivedReply)
@@ -274,9 +288,17 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
         return found
 
     def _take_up(self, incoming: Incoming) -> None:
-        """A copy that runs and misses pages: its source is about to bring them."""
+        """One that was opened, or a copy that runs and misses pages, which its source will bring.
+
+        Raises:
+            DestinationError: this agent ends.
+        """
         with self._lock:
-            self._migrations[incoming.id] = incoming
+            if not self._closed:
+                self._migrations[incoming.id] = incoming
+                return
+        incoming.abort(client_lost=True)
+        raise DestinationError("the agent ends")
 
 
 def _places(incoming: Incoming) -> list[pb.TreePlace]:
@@ -358,7 +380,7 @@ class Agent:
                 the images after them; None for as long as it takes. A pager goes on by itself.
         """
         self._stopping.set()
-        for migration in self.service.all():
+        for migration in self.service.close():
             migration.abort(client_lost=True)
         self._server.stop(_STOP_S).wait(_STOP_S)
         with contextlib.suppress(OSError):

@@ -20,6 +20,8 @@ class Cancellation:
     def __init__(self) -> None:
         self._requested = threading.Event()
         self._sealed = False
+        # Of one who may be a signal handler of the thread that holds it.
+        self._lock = threading.RLock()
         self._interrupts: list[Callable[[], None]] = []
 
     @property
@@ -29,9 +31,10 @@ class Cancellation:
 
     def request(self) -> bool:
         """Ask to stop; False if it is too late. Idempotent."""
-        if self._sealed:
-            return False
-        self._requested.set()
+        with self._lock:
+            if self._sealed:
+                return False
+            self._requested.set()
         for interrupt in tuple(self._interrupts):
             interrupt()
         return True
@@ -43,8 +46,9 @@ class Cancellation:
 
     def seal(self) -> None:
         """From now on it is too late. Raises `Cancelled` if somebody asked just before."""
-        self.check()
-        self._sealed = True
+        with self._lock:
+            self.check()
+            self._sealed = True
 
     @contextmanager
     def interrupt_with(self, action: Callable[[], None]) -> Iterator[None]:

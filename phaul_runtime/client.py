@@ -17,6 +17,7 @@ from phaul_runtime.events import (
     Listener,
     PreCopySkipped,
     Warned,
+    guarded,
     nobody,
 )
 from phaul_runtime.images import ImageDirs, keep_page_maps
@@ -72,7 +73,7 @@ class PhaulClient:
         self.throttle = throttle
         self.mode = mode
         self.criu = criu or Criu()
-        self.listener = listener
+        self.listener = guarded(listener)
         self.cancellation = cancellation or Cancellation()
         self.log_level = log_level
         self._dirs = ImageDirs(config.wdir)

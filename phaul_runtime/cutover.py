@@ -16,10 +16,19 @@ from typing import Any, Protocol
 from phaul_runtime.api import Outcome
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.errors import MigrationFailed, OutcomeUnknown, PhaulError
-from phaul_runtime.events import Committed, Frozen, Listener, Prepared, SourceDead, Warned
+from phaul_runtime.events import (
+    Committed,
+    Frozen,
+    Listener,
+    Prepared,
+    SourceDead,
+    Warned,
+    guarded,
+)
 from phaul_runtime.hold import FACT as HOLD
 from phaul_runtime.hold import Hold
-from phaul_runtime.journal import Journal
+from phaul_runtime.journal import RUNS, Journal
+from phaul_runtime.pagemap import processes
 from phaul_runtime.states import State
 
 # CRIU has said that it killed the tree; the kernel may take a moment to reap it.
@@ -75,7 +84,8 @@ class CutOver:
     `before_freeze` is called just before it, `in_freeze` in it, once the memory is dumped; neither
     is repeated, and the latter must not raise. `processes` makes it a post-copy move: it says the
     pids of the frozen tree, which is held instead of killed, and `serve` begins to serve its pages,
-    before the destination restores. `when_frozen`, where there is any, is called once
+    before the destination restores; what it returns is called before the source is given up, and
+    raises if the pages cannot be served. `when_frozen`, where there is any, is called once
     the target stands still, beside the dump if that is known by then, and before the last files
     are carried; if it raises, the source runs on.
     """
@@ -88,7 +98,7 @@ class CutOver:
     in_freeze: Callable[[], None] = lambda: None
     when_frozen: Callable[[], None] | None = None
     processes: Callable[[], Sequence[int]] | None = None
-    serve: Callable[[Hold, Path], object] = lambda _hold, _images_dir: None
+    serve: Callable[[Hold, Path], Callable[[], object] | None] = lambda _hold, _images_dir: None
     freeze: dict[str, float] = field(default_factory=dict)
     bytes_sent: int = 0
     files_sent: int = 0
@@ -97,6 +107,9 @@ class CutOver:
     hold: Hold | None = None
     _frozen_at: float = 0.0
     _early: Future[tuple[int, int]] | None = None
+
+    def __post_init__(self) -> None:
+        self.listener = guarded(self.listener)
 
     @property
     def committing(self) -> bool:
@@ -164,17 +177,18 @@ class CutOver:
             self.destination.stop_files()
             early.exception()
 
-    def prepare(self, images_dir: Path) -> int:
+    def prepare(self, images_dir: Path, identity: Mapping[str, Any] | None = None) -> int:
         """Inside post-dump; see `engine.Handover`."""
         dumped = time.monotonic()
         self.freeze["dump_ms"] = (dumped - self._frozen_at) * 1000
         self.in_freeze()
         self.files_sent, sent = self._sync_files(images_dir)
         synced = time.monotonic()
-        hold = None
+        hold, is_served = None, None
         if self.processes is not None:
             hold = Hold.plan(f"{self.journal.id}-held", self.processes())
-            self.serve(hold, images_dir)
+            hold.require(processes(images_dir))
+            is_served = self.serve(hold, images_dir)
         held, images_bytes = self.destination.prepare(images_dir)
         self.bytes_sent += sent + images_bytes
         self.freeze["files_ms"] = (synced - dumped) * 1000
@@ -185,8 +199,11 @@ class CutOver:
         self.freeze["prepare_ms"] = (prepared - synced) * 1000
         self._prepared_at = prepared
         # On the disk with COMMITTING: until then this host's end is the end of its copy.
-        self.journal.pass_through(State.PREPARED, pid=held.pid)
+        facts = {} if identity is None else {"identity": dict(identity)}
+        self.journal.pass_through(State.PREPARED, pid=held.pid, **facts)
         self.listener(Prepared(held.pid))
+        if is_served is not None:
+            is_served()
         # The last moment at which a request to cancel counts; after it the source will die.
         self.cancellation.seal()
         if hold is None:
@@ -219,8 +236,6 @@ class CutOver:
             time.sleep(_POLL_S)
         killed = time.monotonic()
         self.freeze["kill_ms"] = (killed - self._prepared_at) * 1000
-        if self.hold is None:
-            self.listener(SourceDead())
         try:
             running = self.destination.commit()
         except PhaulError as error:
@@ -235,12 +250,9 @@ class CutOver:
         self.freeze["commit_ms"] = max(0.0, ran_at - killed) * 1000
         self.freeze["resume_ms"] = running.resume_ms
         self.downtime_ms = (ran_at - self._frozen_at) * 1000
-        then = State.DONE if self.hold is None else State.POST_COPY
-        try:
-            self.journal.enter(then, pid=running.pid, downtime_ms=round(self.downtime_ms, 3))
-        except MigrationFailed as error:
-            # It runs, and its own journal says so: only this host's history suffers.
-            self.listener(Warned(error.message))
+        self._note_running(running.pid)
+        if self.hold is None:
+            self.listener(SourceDead())
         self.listener(Committed(running.pid, self.downtime_ms))
         return Outcome(
             restored_pid=running.pid,
@@ -248,6 +260,28 @@ class CutOver:
             freeze=self.freeze,
             extra_bytes=self.bytes_sent,
         )
+
+    def _note_running(self, pid: int) -> None:
+        """The destination runs it. Done is the source only once it is cleaned and hooks were told:
+        `finished`.
+        """
+        facts = {"pid": pid, "downtime_ms": round(self.downtime_ms or 0.0, 3)}
+        try:
+            if self.hold is None:
+                self.journal.note(**{RUNS: True}, **facts)
+            else:
+                self.journal.enter(State.POST_COPY, **facts)
+        except MigrationFailed as error:
+            # It runs, and its own journal says so: only this host's history suffers.
+            self.listener(Warned(error.message))
+
+    def finished(self) -> None:
+        """The source is cleaned, its hooks were told: nothing is left to do."""
+        try:
+            self.journal.enter(State.DONE)
+        except MigrationFailed as error:
+            text = f"{error.message}; phaul-runtime recover {self.journal.id} completes the record"
+            self.listener(Warned(text))
 
     def _is_held(self) -> bool:
         return self.hold is not None and self.hold.frozen()

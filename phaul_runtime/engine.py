@@ -96,8 +96,11 @@ class Handover(Protocol):
         it is. From any thread; need not be called.
         """
 
-    def prepare(self, images_dir: Path) -> int:
+    def prepare(self, images_dir: Path, identity: Mapping[str, Any] | None = None) -> int:
         """With the tree frozen: carry files and images over, have it restored and held.
+
+        `identity` is the tree's as it stands still, if it may differ from that told to `freezing`:
+        it may have forked in between.
 
         Returns the held root's pid. Raising means that the source must run on.
         """
@@ -180,7 +183,14 @@ class SourceHalf(ABC):
 
     @abstractmethod
     def gone(self) -> bool:
-        """Whether the root of the target has ended, once CRIU has let go of it; may be repeated."""
+        """Whether the root of the target has ended, once CRIU has let go of it; may be repeated.
+
+        Ended is a process that can run nothing any more, though the kernel may still free its
+        memory (`member.Member`).
+
+        Raises:
+            OutcomeUnknown: it is traced, or dying, and stays so.
+        """
 
     @abstractmethod
     def end_rest(self) -> None:
@@ -240,7 +250,8 @@ class DestinationHalf(ABC):
     def discard(self) -> None:
         """End and remove all that was restored and not resumed, by this process or an earlier one.
 
-        Idempotent; after it `restore` may be called again.
+        Idempotent; after it `restore` may be called again. Once this object's `resume` has returned
+        it does nothing. Of what an earlier process resumed, the core does not call it.
         """
 
     def trees(self) -> Mapping[str, Path]:

@@ -1,14 +1,18 @@
 """What happens during a migration, told as it happens.
 
 Progress bars, log lines, JSON lines and the report are views of these events; the library itself
-prints nothing. A listener is any callable that takes an event; it must not raise.
+prints nothing. A listener is any callable that takes an event. It is called from several threads,
+and should return at once; `guarded` keeps what it raises from the move.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -218,8 +222,36 @@ class Warned(Event):
     text: str
 
 
+MERE_PROGRESS = (Progress, TreeProgress, Filling, Serving)
+"""Events that come several times a second: each makes the one before it old."""
+
 Listener = Callable[[Event], None]
 
 
 def nobody(_event: Event) -> None:
     """The listener that ignores everything."""
+
+
+class _Guarded:
+    """See `guarded`."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        self._failed = False
+
+    def __call__(self, event: Event) -> None:
+        try:
+            self._listener(event)
+        except Exception:
+            level = logging.DEBUG if self._failed else logging.ERROR
+            self._failed = True
+            log.log(level, "the listener failed at %s; the move goes on", event.name, exc_info=True)
+
+
+def guarded(listener: Listener) -> Listener:
+    """A listener whose failures are logged, the first of them as an error, and change nothing.
+
+    What drives a move wraps the listener that it is given, once: telling must never stop or undo
+    what is told.
+    """
+    return listener if listener is nobody or isinstance(listener, _Guarded) else _Guarded(listener)

@@ -13,7 +13,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from phaul_runtime import cgroup
 from phaul_runtime.engine import OK, REFUSED, Finding
 from phaul_runtime.errors import MigrationFailed
 from phaul_runtime.hostfacts import boot_id
+from phaul_runtime.member import Member
 
 FACT = "hold"
 _ROOT = Path("/sys/fs/cgroup")
@@ -40,12 +41,14 @@ class Hold:
             boot) and its pid as CRIU's images name it.
         back: where each came from, by pid; empty where the group is the tree's own.
         boot: the boot of this host that all this is about.
+        tracers: what traced the tree when it was planned, CRIU, with its start: only that is ended.
     """
 
     group: Path
     pids: list[tuple[int, int, int]]
     back: dict[int, str] = field(default_factory=dict)
     boot: str = field(default_factory=boot_id)
+    tracers: list[tuple[int, int]] = field(default_factory=list)
 
     @classmethod
     def plan(cls, name: str, pids: Sequence[int]) -> Hold:
@@ -60,12 +63,28 @@ class Hold:
         """
         depth = len(_inner_pids(pids[0]))
         facts = [(pid, _stat(pid)[1], _inner_pids(pid)[depth - 1]) for pid in pids]
-        own = _own_group(pids)
-        if own is not None:
-            return cls(own, facts)
-        return cls(
-            _ROOT / cgroup.GROUP / name, facts, {pid: _group_of(pid).as_posix() for pid in pids}
-        )
+        tracing = sorted({_tracer(pid) for pid in pids} - {0})
+        tracers = [(pid, _stat(pid)[1]) for pid in tracing]
+        group, back = _own_group(pids), {}
+        if group is None:
+            group = _ROOT / cgroup.GROUP / name
+            back = {pid: _group_of(pid).as_posix() for pid in pids}
+        return cls(group, facts, back, tracers=tracers)
+
+    def require(self, images: Iterable[int]) -> None:
+        """That all processes of the images are held.
+
+        Args:
+            images: their pids, as the images name them.
+
+        Raises:
+            MigrationFailed: one is not: it would run here and there.
+        """
+        if missing := sorted(set(images) - set(self.by_image)):
+            raise MigrationFailed(
+                f"process {missing[0]} of the images is not among those that can be held: it was "
+                "begun while the tree was being frozen"
+            )
 
     def facts(self) -> dict[str, Any]:
         """For `recall`; JSON values."""
@@ -74,6 +93,7 @@ class Hold:
             "pids": self.pids,
             "back": [[pid, path] for pid, path in self.back.items()],
             "boot_id": self.boot,
+            "tracers": self.tracers,
         }
 
     @classmethod
@@ -86,6 +106,7 @@ class Hold:
             [(int(pid), int(start), int(inner)) for pid, start, inner in facts["pids"]],
             {int(pid): str(path) for pid, path in facts["back"]},
             str(facts["boot_id"]),
+            [(int(pid), int(start)) for pid, start in facts.get("tracers", [])],
         )
 
     # -- taking ----------------------------------------------------------------------------
@@ -120,11 +141,14 @@ class Hold:
     def cut_loose(self) -> None:
         """End a CRIU that has not let go of the tree, which stays frozen; idempotent.
 
+        What else traces it, an operator's debugger say, is let be: it cannot make it run.
+
         Raises:
             MigrationFailed: it does not end.
         """
         deadline = time.monotonic() + _WITHIN_S
-        while tracers := {_tracer(pid) for pid, _, _ in self.pids} - {0}:
+        ours = {pid for pid, start in self.tracers if _stat(pid)[1] == start}
+        while tracers := {_tracer(pid) for pid, _, _ in self.pids} & ours:
             if time.monotonic() > deadline:
                 raise MigrationFailed(f"pid {min(tracers)} does not let go of the target")
             for tracer in tracers:
@@ -256,8 +280,7 @@ def _stat(pid: int) -> tuple[str, int]:
 
 
 def _is(pid: int, start: int) -> bool:
-    state, started = _stat(pid)
-    return bool(state) and started == start and state not in "ZX"
+    return Member(pid, start).alive(_PROC)
 
 
 __all__ = ["FACT", "Hold", "check_hold"]

@@ -18,6 +18,8 @@ from phaul_runtime import proc
 from phaul_runtime.errors import MigrationFailed, PhaulError
 from phaul_runtime.pagemap import read_pagemap
 
+RESUMED = "stats-restore"
+"""CRIU writes this file once all tasks of a restore run (cr-restore.c, `write_stats`)."""
 _OCTAL = re.compile(rb"\\([0-7]{3})")
 _UMOUNT_S = 30.0
 
@@ -116,13 +118,13 @@ def directory_bytes(path: Path) -> int:
 
 
 def was_resumed(images_dir: Path) -> bool:
-    """Whether a restore of these images came to its end: CRIU writes this once all tasks run."""
-    return (images_dir / "stats-restore").exists()
+    """Whether a restore of these images came to its end: the copy was let run."""
+    return (images_dir / RESUMED).exists()
 
 
 def forget_resumed(images_dir: Path) -> None:
     """Before a new restore of the same images."""
-    (images_dir / "stats-restore").unlink(missing_ok=True)
+    (images_dir / RESUMED).unlink(missing_ok=True)
 
 
 def remove_tree(path: Path) -> None:

@@ -20,7 +20,7 @@ from phaul_runtime.api import PhaulConfig
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.criu import Criu
 from phaul_runtime.engine import DestinationHalf, load_engine
-from phaul_runtime.errors import DestinationError, PhaulError
+from phaul_runtime.errors import DestinationError, MigrationFailed, OutcomeUnknown, PhaulError
 from phaul_runtime.filecarry import FileStage
 from phaul_runtime.hangup import hang_up
 from phaul_runtime.images import (
@@ -29,16 +29,17 @@ from phaul_runtime.images import (
     remove_tree,
     was_resumed,
 )
-from phaul_runtime.journal import Journal, checked_id, lock_directory
+from phaul_runtime.journal import RUNS, Journal, checked_id, lock_directory
 from phaul_runtime.lazy import PLACE, Filled, LazyRestore
 from phaul_runtime.lifecycle import (
-    COMMITTED,
+    ANNOUNCED,
     FROZEN,
     ON_FAILURE,
     ON_ROLLBACK,
     POST_RESTORE,
     Failure,
     Hooks,
+    announce,
     move_of,
 )
 from phaul_runtime.pageformat import OTHER_RECEIVER, PageFormat, unknown_format
@@ -191,16 +192,28 @@ class Incoming:
 
     @classmethod
     def revive(cls, journal: Journal, criu: Criu, hooks: Hooks) -> Incoming:
-        """Take up what an earlier agent left; then `commit` or `abort` it."""
+        """Take up what an earlier agent left; then `commit` or `abort` it.
+
+        Raises:
+            PhaulError: what the engine made cannot be found again; the journal is as it was.
+        """
         incoming = cls(journal, criu, hooks)
         incoming._stage.recall()
         if journal.facts.get("post_copy") and incoming._dir.exists():
             # Nobody tidies up while its pages come.
             incoming._dir_lock = lock_directory(incoming._dir)
-        if incoming.state is not State.POST_COPY:
+        if not incoming._may_run():
             # What runs there already is not to be prepared for.
             incoming._engine.prepare(journal.facts["manifest"], journal.id)
         return incoming
+
+    def _may_run(self) -> bool:
+        """Whether the copy was let run, as far as this host can tell: then nothing discards it."""
+        if self.state is not State.COMMITTING or self._ran:
+            return self._ran or self.state in (State.POST_COPY, State.DONE)
+        images_dir = Path(str(self.journal.facts.get("images_dir", "")))
+        # They go only after a copy that runs; without them there is no other.
+        return was_resumed(images_dir) or not images_dir.is_dir()
 
     @property
     def state(self) -> State:
@@ -209,8 +222,9 @@ class Incoming:
 
     @property
     def over(self) -> bool:
-        """There is nothing left for this agent to do about it."""
-        return self.given_up or self.state.settled
+        """There is nothing left that the end of its client could change."""
+        runs_whole = self._ran and self.state is not State.POST_COPY
+        return self.given_up or self.state.settled or runs_whole
 
     def connect_memory(self, channel: socket.socket) -> None:
         """The memory channel has arrived."""
@@ -409,7 +423,7 @@ class Incoming:
         with self._step:
             if self.state is State.POST_COPY:
                 self._take_up()
-            elif self.state is not State.DONE:
+            elif not self._ran and self.state is not State.DONE:
                 self._expect(State.PREPARED, State.COMMITTING)
                 self._run()
                 self._settle_soon()
@@ -463,22 +477,29 @@ class Incoming:
         with self._step:
             if self.state is State.POST_COPY and not self.given_up:
                 # From now on it is a lazy restore as any other: nothing depends on the source.
-                self.journal.enter(State.DONE)
-                forget_progress(self.journal.path.parents[1], self.id, Role.DESTINATION)
+                self._is_done()
 
     _resumed_at = 0.0
     _resume_ms = 0.0
+    _ran = False
 
     def _run(self) -> None:
         images_dir = Path(self.journal.facts["images_dir"])
         if self.state is State.COMMITTING and not self._held:
-            # Told to run before, by whom did not live to say what came of it.
-            self._engine.wait_let_go()
+            # Told to run before, by an agent that did not live to say what came of it.
+            if not was_resumed(images_dir):
+                self._engine.wait_let_go()
             if was_resumed(images_dir):
                 if self.journal.facts.get("post_copy"):
                     self._resume_pager()
-                self._enter_running()
+                self._runs()
                 return
+            if not images_dir.is_dir():
+                raise OutcomeUnknown(
+                    f"the copy was told to run, and its images in {images_dir} are gone: it is not "
+                    "known whether it runs",
+                    hint="look for it on this host; nothing was changed",
+                )
         if self.state is State.PREPARED:
             self.journal.enter(State.COMMITTING)
         if self._held and not self._lazy.why_not and self._lazy.lost():
@@ -500,7 +521,7 @@ class Incoming:
             self._restore(images_dir, lazy=self._plan_anew(images_dir))
             self._held = False
             self._resumed_at = self._engine.resume()
-        self._enter_running(pid=self._pid)
+        self._runs(pid=self._pid)
 
     def _plan_anew(self, images_dir: Path) -> bool:
         """A second restore is in full, where all pages are here."""
@@ -516,11 +537,40 @@ class Incoming:
         self._lazy.begin()
         return self._lazy.plan(images_dir)
 
-    def _enter_running(self, **facts: Any) -> None:
-        """The copy runs; in a post-copy move it may miss pages that are not here yet."""
+    def _runs(self, **facts: Any) -> None:
+        """The copy runs: from here on nothing discards it, whatever can be written or told.
+
+        In a post-copy move it may miss pages that are not here yet. Done it is once its hooks were
+        told and it is put in order (`_settle`). A disk that refuses changes nothing: the images are
+        kept, and show to a recovery that it runs.
+        """
+        self._ran = True
         store = self._lazy.store
         over = store is None or store.complete
-        self.journal.enter(State.DONE if over else State.POST_COPY, **facts)
+        try:
+            if over:
+                self.journal.note(**{RUNS: True}, **facts)
+            else:
+                self.journal.enter(State.POST_COPY, **facts)
+        except MigrationFailed as error:
+            log.error("the copy runs, and its journal cannot say so: %s", error)
+
+    def _is_done(self) -> bool:
+        """What a running copy needs of this agent is done, once its hooks were told too.
+
+        Returns:
+            whether the journal says so.
+        """
+        if self.state is not State.DONE:
+            if not self.journal.facts.get(ANNOUNCED):
+                return False
+            try:
+                self.journal.enter(State.DONE)
+            except MigrationFailed as error:
+                log.error("%s; phaul-runtime recover %s completes it", error.message, self.id)
+                return False
+        forget_progress(self.journal.path.parents[1], self.id, Role.DESTINATION)
+        return True
 
     def _settle_soon(self) -> None:
         self._settler = threading.Thread(target=self._settle, name="settle", daemon=True)
@@ -546,21 +596,24 @@ class Incoming:
         """After the commit, when time no longer matters."""
         logs.enter(self.id)  # a thread has a context of its own
         with self._step:
-            self._try_hooks(COMMITTED, pid=self._pid)
-            self._stage.keep()
+            if not self.given_up:
+                for warning in announce(self._hooks, self.journal, self._pid):
+                    log.warning("%s", warning)
+                self._stage.keep()
+                store = self._lazy.store
+                if store is None or store.complete:
+                    # Its pager needs nothing but what is here, and outlives whatever comes.
+                    self._is_done()
         if not self._lazy.why_not:
             self._watch_pager()
         with self._step:
             if self.given_up:
                 return
-            if self.state is State.POST_COPY:
-                if isinstance(self._filled, PhaulError):
-                    # Its pager is lost, or was told to stop: a recovery finds out.
-                    self._let_go()
-                    return
-                self.journal.enter(State.DONE)
-                forget_progress(self.journal.path.parents[1], self.id, Role.DESTINATION)
-            self._close(keep_images=False)
+            if self.state is State.POST_COPY and isinstance(self._filled, PhaulError):
+                # Its pager is lost, or was told to stop: a recovery finds out.
+                self._let_go()
+                return
+            self._close(keep_images=not self._is_done())
 
     def _watch_pager(self) -> None:
         def tell(now: Filled) -> None:
@@ -616,11 +669,13 @@ class Incoming:
         # Not before a step that takes its time has ended can anything be discarded.
         self._giving_up.request()
         with self._step:
-            if self.over:
+            if self.given_up or self.state.settled:
                 return
-            if self.state is State.POST_COPY:
-                # It runs, and its pager outlives this agent: nothing of it may go.
-                self._let_go()
+            if self._may_run():
+                # Nothing of it may go. What is left to do, `_settle` does, or a recovery: the pages
+                # that a post-copy move misses do not come through this agent any more.
+                if self._settler is None or self.state is State.POST_COPY:
+                    self._let_go()
                 return
             keep = self.state is State.COMMITTING or (client_lost and self.state is State.PREPARED)
             if not keep and self.state is not State.ABORTING:
@@ -637,8 +692,8 @@ class Incoming:
             if keep:
                 log.error("its client is lost; images kept in %s", self._dir)
 
-    def _try_hooks(self, event: str, failure: Failure | None = None, pid: int = 0) -> None:
-        for warning in self._hooks.try_to(event, move_of(self.journal), pid, failure):
+    def _try_hooks(self, event: str, failure: Failure | None = None) -> None:
+        for warning in self._hooks.try_to(event, move_of(self.journal), failure=failure):
             log.warning("%s", warning)
 
     def _undo(self) -> None:

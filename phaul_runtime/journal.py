@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 _ID = re.compile(r"[0-9a-f]{8,64}")
 _RESERVED = 64 << 10
 REPORT = "report.json"
+RUNS = "runs"
+"""A fact of both ends: the destination's copy runs, and this end knows."""
 
 
 def checked_id(text: str) -> str:

@@ -26,6 +26,7 @@ same as one JSON object.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -48,6 +49,8 @@ COMMITTED = "committed"
 ON_ROLLBACK = "on_rollback"
 ON_FAILURE = "on_failure"
 VETOING = (PRE_CHECK, PRE_FREEZE, FROZEN, POST_RESTORE)
+# In a journal: the programs of `committed` were run.
+ANNOUNCED = "announced"
 EVENTS = (*VETOING, COMMITTED, ON_ROLLBACK, ON_FAILURE)
 
 log = logging.getLogger(__name__)
@@ -73,7 +76,7 @@ class Hooks:
         timeout_s: longest time for one of them, seconds.
         directory: where an operator's executables lie; None for nowhere.
         timeouts: longest times for events that have their own, seconds.
-        observe: told of each event in this process, before its programs run; must not raise.
+        observe: told of each event in this process, before its programs run.
     """
 
     commands: Mapping[str, Sequence[Sequence[str]]] = field(default_factory=dict)
@@ -94,7 +97,7 @@ class Hooks:
             MigrationFailed: one failed; those after it were not run. Or one cannot or must not be
                 run: then none was.
         """
-        self.observe(event, move, None)
+        self._show(event, move, None)
         programs = self.programs(event)
         for program in programs:
             _guard(program, event)
@@ -105,7 +108,7 @@ class Hooks:
         self, event: str, move: Move, pid: int = 0, failure: Failure | None = None
     ) -> list[str]:
         """Run each where a failure can change nothing any more; returns warnings."""
-        self.observe(event, move, failure)
+        self._show(event, move, failure)
         facts = move.facts(event, pid)
         if failure is not None:
             facts.update(result=failure.result, error=failure.error)
@@ -117,6 +120,12 @@ class Hooks:
             except MigrationFailed as error:
                 warnings.append("; ".join((error.message, *error.log)))
         return warnings
+
+    def _show(self, event: str, move: Move, failure: Failure | None) -> None:
+        try:
+            self.observe(event, move, failure)
+        except Exception:
+            log.exception("what observes %s failed; the move goes on", event)
 
     def _run(self, program: Program, facts: Mapping[str, Any]) -> None:
         if program.effect is not Effect.RUNS:
@@ -189,6 +198,19 @@ class Move:
             "peer": self.peer,
             "pid": pid or None,
         }
+
+
+def announce(hooks: Hooks, journal: Journal, pid: int = 0) -> list[str]:
+    """Run those of `committed`, unless the journal says that they were run; returns warnings.
+
+    To be called before the journal says done: a recovery then does it, if nobody lived to.
+    """
+    if journal.facts.get(ANNOUNCED):
+        return []
+    warnings = hooks.try_to(COMMITTED, move_of(journal), pid)
+    with contextlib.suppress(MigrationFailed):  # they are run once more then
+        journal.note(**{ANNOUNCED: True})
+    return warnings
 
 
 def move_of(journal: Journal) -> Move:

@@ -9,7 +9,7 @@ import json
 import secrets
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +56,7 @@ from phaul_runtime.events import (
     Served,
     Staging,
     Warned,
+    guarded,
     nobody,
 )
 from phaul_runtime.filling import await_filled
@@ -64,7 +65,7 @@ from phaul_runtime.hold import Hold, check_hold
 from phaul_runtime.hostfacts import gather_facts, one_host
 from phaul_runtime.journal import Journal, forget_old
 from phaul_runtime.keptlogs import keep_logs
-from phaul_runtime.lifecycle import COMMITTED, ON_ROLLBACK, PRE_FREEZE, Move, move_of
+from phaul_runtime.lifecycle import ON_ROLLBACK, PRE_FREEZE, Move, announce, move_of
 from phaul_runtime.policy import AncestorPolicy, BudgetPolicy, Policy
 from phaul_runtime.postcopy.transfer import Transfer
 from phaul_runtime.recovery import Recovery
@@ -113,6 +114,7 @@ class Migration:
     channel: str = ""
 
     def __post_init__(self) -> None:
+        self.listener = guarded(self.listener)
         self.criu = Criu(self.config.criu.binary, deadline_s=self.config.criu.timeout_s)
         self._iterations: list[Iteration] = []
         self._begun = time.monotonic()
@@ -405,9 +407,10 @@ class Migration:
         report.bytes_transferred += carried
         report.link_bytes = session.link_bytes
         # An address leaves this host before CRIU's lock on its connections does.
-        report.warnings += self._hooks.try_to(COMMITTED, move_of(journal))
+        report.warnings += announce(self._hooks, journal)
         if cut_over.hold is None:
             report.warnings += self._source.finish()
+            cut_over.finished()
             await_filled(agent, report, cut_over.full_because, self.listener)
         else:
             answering = self._serve_pages(cut_over, report)
@@ -419,8 +422,11 @@ class Migration:
 
     def _begin_pages(
         self, agent: RemoteAgent, journal: Journal, hold: Hold, images_dir: Path
-    ) -> None:
-        """Before the restore, which may need some of the pages that stay here."""
+    ) -> Callable[[], None]:
+        """Before the restore, which may need some of the pages that stay here.
+
+        Returns what raises if they cannot be served.
+        """
         self._transfer = Transfer(
             self.config,
             journal,
@@ -430,6 +436,7 @@ class Migration:
             cancellation=self.cancellation,
         )
         self._transfer.begin(agent)
+        return self._transfer.check
 
     _transfer: Transfer | None = None
 
@@ -508,25 +515,43 @@ class Migration:
 
     def _meaning(self, error: Exception) -> Exception:
         """What a failure means, whatever it is: that depends on which copy is alive."""
-        state = self._journal.state if self._journal else None
         if isinstance(error, OutcomeUnknown):
             return error
-        held = self._cut_over is not None and self._cut_over.hold is not None
-        gone = self._source.gone()
-        if held or (state is State.COMMITTING and gone):
-            how = "frozen" if held and not gone else "dead"
-            return OutcomeUnknown(
-                f"the source's copy is {how}, and then: {error}", hint=RECOVER.format(self.id)
-            )
+        unknown = self._given_up(error)
+        if unknown is not None:
+            return unknown
         if not isinstance(error, MigrationFailed):
             return error
         error.host = error.host or HERE
-        if gone:
+        if self._source_gone():
             return TargetGone(
                 f"{self.config.engine} {self.target} ended by itself while it was being moved; "
                 "nothing runs at the destination"
             )
         return error
+
+    def _given_up(self, error: BaseException) -> OutcomeUnknown | None:
+        """That the source's copy is dead or held, or may be: then only a recovery may undo."""
+        held = self._cut_over is not None and self._cut_over.hold is not None
+        if not held and (self._journal is None or self._journal.state is not State.COMMITTING):
+            return None
+        try:
+            gone = self._source.gone()
+        except OutcomeUnknown as unknown:
+            return unknown
+        if not held and not gone:
+            return None
+        how = "frozen" if held and not gone else "dead"
+        return OutcomeUnknown(
+            f"the source's copy is {how}, and then: {error}", hint=RECOVER.format(self.id)
+        )
+
+    def _source_gone(self) -> bool:
+        """The same of one that was not given up: what is not known counts for nothing."""
+        try:
+            return self._source.gone()
+        except OutcomeUnknown:
+            return False
 
     def _recover(self, unknown: OutcomeUnknown) -> MigrationReport:
         """The source's copy is dead: find out about the other, from a new channel.
@@ -595,8 +620,11 @@ class Migration:
         return state is not None and not state.settled
 
     def roll_back(self, session: Session, reason: BaseException) -> None:
-        """Undo everything on both sides, if anything was begun; the source runs, or runs again."""
-        if not self.begun:
+        """Undo everything on both sides, if anything was begun; the source runs, or runs again.
+
+        Once the source was given up, only a recovery may: it looks which copy lives.
+        """
+        if not self.begun or self._given_up(reason) is not None:
             return
         self._journal_quietly(State.ABORTING)
         if self._transfer is not None:

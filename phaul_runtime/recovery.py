@@ -18,13 +18,14 @@ from phaul_runtime.errors import (
     DestinationUnreachable,
     NoSuchMigration,
     OutcomeUnknown,
+    PhaulError,
     Refused,
 )
-from phaul_runtime.events import Listener, nobody
+from phaul_runtime.events import Listener, guarded, nobody
 from phaul_runtime.hold import FACT as HOLD
 from phaul_runtime.hold import Hold
-from phaul_runtime.journal import Journal, read_records, replay, unsettled
-from phaul_runtime.lifecycle import COMMITTED, move_of
+from phaul_runtime.journal import RUNS, Journal, read_records, replay, unsettled
+from phaul_runtime.lifecycle import announce
 from phaul_runtime.postcopy.transfer import Transfer, attend
 from phaul_runtime.reach import reach
 from phaul_runtime.remote import RemoteAgent
@@ -74,6 +75,7 @@ class Recovery:
     listener: Listener = nobody
 
     def __post_init__(self) -> None:
+        self.listener = guarded(self.listener)
         self._state_dir = Path(self.config.state_dir)
         self._workdir = Path(self.config.workdir)
         criu = Criu(self.config.criu.binary, deadline_s=self.config.criu.timeout_s)
@@ -141,12 +143,17 @@ class Recovery:
                 decision = self._decided(journal.id, source, there)
                 if decision.verdict is Verdict.RUN and source and source.held:
                     settled = self._serve(journal, agent)
+                elif decision.verdict is Verdict.DISCARD:
+                    settled = _discarded(agent, journal.id)
                 else:
                     settled = agent.settle(journal.id, Role.DESTINATION, decision.verdict)
                     if settled.missing:
                         settled = _lost(settled)
                 return self._finish(journal, source, decision, settled)
         except (DestinationUnreachable, ChannelError) as error:
+            if journal.facts.get(RUNS):
+                decision = Decision(Verdict.RUN, "the destination has confirmed that its copy runs")
+                return self._finish(journal, source, decision, Settled(int(journal.facts["pid"])))
             decision = decide(source, None)
             if decision.verdict is not Verdict.DISCARD:
                 how = "frozen" if source and source.held else "dead"
@@ -185,7 +192,7 @@ class Recovery:
             warnings = list(settled.warnings)
             if journal.state is State.COMMITTING:
                 journal.enter(State.POST_COPY, pid=settled.pid)
-                warnings += self._here.hooks.try_to(COMMITTED, move_of(journal))
+            warnings += announce(self._here.hooks, journal)
             if settled.missing:
                 transfer.run()
             transfer.stop()
@@ -247,6 +254,20 @@ class Recovery:
                 hint=f"phaul-runtime show {migration_id} on both hosts tells what was done",
             )
         return decision
+
+
+def _discarded(agent: RemoteAgent, migration_id: str) -> Settled:
+    """The destination was never told to run its copy, and nobody else can tell it: the source need
+    not wait until that copy is put away.
+    """
+    try:
+        return agent.settle(migration_id, Role.DESTINATION, Verdict.DISCARD)
+    except PhaulError as error:
+        warning = (
+            f"what the destination holds of this migration was not put away ({error.message}); "
+            f"phaul-runtime recover {migration_id} there does it"
+        )
+        return Settled(warnings=(warning,))
 
 
 def _lost(settled: Settled) -> Settled:

@@ -21,7 +21,7 @@ from phaul_runtime.images import remove_tree
 from phaul_runtime.incoming import Incoming
 from phaul_runtime.journal import Journal, read_records, replay
 from phaul_runtime.leftovers import private_directories
-from phaul_runtime.lifecycle import COMMITTED, ON_FAILURE, ON_ROLLBACK, Failure, Hooks, move_of
+from phaul_runtime.lifecycle import ON_FAILURE, ON_ROLLBACK, Failure, Hooks, announce, move_of
 from phaul_runtime.states import Role, Settled, Standing, State, Verdict
 from phaul_runtime.trees import STAGED
 
@@ -172,7 +172,7 @@ class Settler:
             given_up = journal.state in (State.COMMITTING, State.POST_COPY)
             if not given_up or not source.gone():
                 raise MigrationFailed(f"the source of {journal.id} was not given up")
-            warnings = unthrottled + self.hooks.try_to(COMMITTED, move_of(journal))
+            warnings = unthrottled + announce(self.hooks, journal)
             warnings += source.finish()
             journal.enter(State.DONE)
             return Settled(warnings=tuple(warnings))
@@ -201,12 +201,9 @@ class Settler:
     def _settle_destination(self, journal: Journal, verdict: Verdict) -> Settled:
         if journal.state in (State.DONE, State.ABORTED):
             return Settled(pid=int(journal.facts.get("pid", 0)))
-        incoming = Incoming.revive(journal, self.criu, self.hooks)
         if verdict is Verdict.DISCARD:
-            if journal.state is State.COMMITTING:
-                raise MigrationFailed(f"the destination of {journal.id} was told to run")
-            incoming.abort()
-            return Settled()
+            return self._discard(journal)
+        incoming = Incoming.revive(journal, self.criu, self.hooks)
         try:
             reply = incoming.commit()
         except PhaulError as error:
@@ -214,6 +211,23 @@ class Settler:
             raise _not_rebuilt(error) from error
         incoming.wait_settled()
         return Settled(pid=reply.pid)
+
+    def _discard(self, journal: Journal) -> Settled:
+        """The copy never runs from here on; what cannot be put away now is a warning.
+
+        The source may be waiting for this, its copy frozen: it must not wait for a docker that does
+        not answer. The journal stands at aborting then, and a recovery goes on.
+        """
+        if journal.state in (State.COMMITTING, State.POST_COPY):
+            raise MigrationFailed(f"the destination of {journal.id} was told to run")
+        if journal.state is not State.ABORTING:
+            journal.enter(State.ABORTING)
+        try:
+            Incoming.revive(journal, self.criu, self.hooks).abort()
+        except PhaulError as error:
+            text = f"what was prepared is not put away yet: {error.message}"
+            return Settled(warnings=(f"{text}; phaul-runtime recover {journal.id} goes on",))
+        return Settled()
 
     def _tidy(self, migration_id: str) -> None:
         """Remove what an earlier process of this migration left in the working directory."""

@@ -31,13 +31,14 @@ from phaul_engines.docker_layer import Layer, let_go
 from phaul_engines.docker_volumes import may_be_overwritten, unmark
 from phaul_engines.gated import deadline_in, failure
 from phaul_engines.oci import Runtime, cgroup_pids
-from phaul_engines.proctree import PROC, Member, ancestors
+from phaul_engines.proctree import PROC, ancestors
 from phaul_runtime import cgroup
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.criu import Criu
 from phaul_runtime.engine import REFUSED, DestinationHalf, Finding
 from phaul_runtime.errors import DestinationError, MigrationFailed, NoSuchTarget, PhaulError
 from phaul_runtime.images import remove_tree
+from phaul_runtime.member import Member
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ class DockerDestination(DestinationHalf):
         self._holders: list[Member] = []
         self._numbers = itertools.count(1)
         self._cgroup = ""
+        self._resumed = False
 
     # -- before anything is touched --------------------------------------------------------
 
@@ -209,6 +211,7 @@ class DockerDestination(DestinationHalf):
     def restore(self, criu: Criu, images_dir: Path, *, lazy: bool = False) -> int:
         """See `DestinationHalf`."""
         facts = self._there()
+        self._resumed = False
         self._cgroup = self._daemon.cgroup(facts)
         if (self._place / _HELD).exists():
             # The source's copy may be dead by now: whatever happens, this can be repeated.
@@ -344,6 +347,7 @@ class DockerDestination(DestinationHalf):
         error = start.error or (None if ended else MigrationFailed("docker: start gives no answer"))
         if error is not None and not resumed_at:
             raise error
+        self._resumed = True
         if error is not None:
             log.warning("%s: it runs, but %s", self._id, error.message)
         self._settle()
@@ -380,6 +384,8 @@ class DockerDestination(DestinationHalf):
 
     def discard(self) -> None:
         """See `DestinationHalf`: the container stays, as created."""
+        if self._resumed:
+            return
         if self._gate is not None:
             self._gate.close()
         if self._manifest:

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from phaul_engines.proctree import Member, Process, tracer_of
+from phaul_engines.proctree import Process, tracer_of
+from phaul_runtime.errors import OutcomeUnknown
 from phaul_runtime.hostfacts import boot_id
+from phaul_runtime.member import Member
 
 LET_GO_WITHIN_S = 20.0
 POLL_S = 0.02
@@ -36,14 +38,28 @@ class Members:
         return {"boot_id": boot_id(), "members": [[m.pid, m.start_time] for m in self.members]}
 
     def gone(self) -> bool:
-        """Whether the root has ended, once CRIU has let go of it."""
+        """Whether the root has ended, once CRIU has let go of it and no signal is on its way.
+
+        Raises:
+            OutcomeUnknown: that has not come about within `LET_GO_WITHIN_S` seconds.
+        """
         if not self.members:
             return True
         root = self.members[0]
         deadline = time.monotonic() + LET_GO_WITHIN_S
-        while root.alive() and tracer_of(root.pid) and time.monotonic() < deadline:
+        while root.settled() and (tracer := tracer_of(root.pid)):
+            if time.monotonic() > deadline:
+                raise OutcomeUnknown(
+                    f"process {root.pid} is traced by process {tracer}, which does not let go of "
+                    f"it within {LET_GO_WITHIN_S:g} s: it is not known whether it will run",
+                    hint="end what traces it, then ask again",
+                )
             time.sleep(POLL_S)
-        return not root.alive()
+        return not root.settled()
+
+    def ended(self) -> bool:
+        """Whether the root has ended by now."""
+        return not (self.members and self.members[0].alive())
 
     def dead(self) -> bool:
         """Whether nothing of the tree is left."""

@@ -81,9 +81,19 @@ class OciSource(TrackedSource):
 
     def about_to_freeze(self) -> None:
         """The final dump begins, the container runs still; raising calls it off."""
-        if self.gone():
+        if self.ended():
             raise TargetGone("the container has ended by itself")
         self.look()
+
+    def has_frozen(self) -> None:
+        """The final dump's tree stands still: what it is now is what is moved.
+
+        Raises:
+            TargetGone: it has ended.
+        """
+        if self._container is None:
+            raise TargetGone("the container was not inspected")
+        self.stands_still(self._container.pid)
 
     def mapped(self) -> Mapping[str, Iterable[str]]:
         """See `SourceHalf`."""
@@ -118,7 +128,7 @@ class OciSource(TrackedSource):
             netlock.release(self._connections, all_of_them=True)
         try:
             state = self.runtime.state(self.runtime_name)
-            if state is not None and state["status"] == "paused" and not self.gone():
+            if state is not None and state["status"] == "paused" and not self.ended():
                 self.runtime.resume(self.runtime_name)
         except PhaulError:
             return  # a runtime that does not answer cannot have frozen anything just now
@@ -220,7 +230,8 @@ class OciLocal(PhaulLocal):
             self._asked_at = time.monotonic()
         elif action == "post-dump":
             self._source.dump_ends()
-            self._handover.prepare(self._images_dir)
+            self._source.has_frozen()
+            self._handover.prepare(self._images_dir, self._source.identity())
 
 
 __all__ = ["OciLocal", "OciSource"]

@@ -211,7 +211,7 @@ class ProcessLocal(PhaulLocal, CriuNotify):
 
     def pre_dump(self) -> None:
         """CRIU begins; the next thing it does is to freeze."""
-        if self._source.gone():
+        if self._source.ended():
             raise TargetGone("the process has ended by itself")
         self._source.look()
         self._source.dump_begins(self._handover)
@@ -219,7 +219,8 @@ class ProcessLocal(PhaulLocal, CriuNotify):
     def post_dump(self) -> None:
         """The tree is frozen, its memory is over: restore there, or let it run on here."""
         self._source.dump_ends()
-        self._handover.prepare(self._images_dir)
+        self._source.stands_still(self._opts.pid)
+        self._handover.prepare(self._images_dir, self._source.identity())
 
 
 class ProcessDestination(DestinationHalf):
@@ -232,6 +233,7 @@ class ProcessDestination(DestinationHalf):
         self._shell_job = False
         self._id = ""
         self._held: HeldRestore | None = None
+        self._resumed = False
 
     def check(self, manifest: Mapping[str, Any]) -> Sequence[Finding]:
         """See `DestinationHalf`."""
@@ -280,6 +282,7 @@ class ProcessDestination(DestinationHalf):
 
     def restore(self, criu: Criu, images_dir: Path, *, lazy: bool = False) -> int:
         """See `DestinationHalf`."""
+        self._resumed = False
         directory = os.open(images_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         session = Criu(criu.binary, deadline_s=criu.deadline_s)
         try:
@@ -307,7 +310,9 @@ class ProcessDestination(DestinationHalf):
         """See `DestinationHalf`."""
         if self._held is None:
             raise MigrationFailed("nothing was restored")
-        return self._held.resume(self._hold_s)
+        resumed_at = self._held.resume(self._hold_s)
+        self._resumed = True
+        return resumed_at
 
     def wait_let_go(self) -> None:
         """See `DestinationHalf`."""
@@ -319,6 +324,8 @@ class ProcessDestination(DestinationHalf):
 
     def discard(self) -> None:
         """See `DestinationHalf`."""
+        if self._resumed:
+            return
         if self._held is not None:
             self._held.discard()
             self._held = None

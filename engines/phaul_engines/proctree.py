@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
-import signal
 import stat
 import sys
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from phaul_runtime.errors import NoSuchTarget
+from phaul_runtime.member import Member
 
 PROC = Path("/proc")
 _DELETED = " (deleted)"
@@ -21,7 +21,6 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 _O_ACCMODE = 0o3
 # Majors of tty(4): consoles, /dev/tty, and the pseudo-terminals.
 _TTY_MAJORS = frozenset({4, 5, *range(136, 144)})
-_SIGKILL = 1 << (signal.SIGKILL - 1)
 _UNDUMPABLE = (
     "anon_inode:[io_uring]",
     "anon_inode:[perf_event]",
@@ -53,40 +52,6 @@ class Process:
     def alive(self) -> bool:
         """It still exists (the same, not another with its pid) and is no zombie."""
         return Member(self.pid, self.start_time).alive()
-
-
-@dataclass(frozen=True)
-class Member:
-    """Enough of a process to tell it from a later one with its pid."""
-
-    pid: int
-    start_time: int
-
-    def alive(self) -> bool:
-        """It can still run: it exists, is no zombie, and no SIGKILL waits for it."""
-        try:
-            state, start_time, *_ = _stat(self.pid)
-        except NoSuchTarget:
-            return False
-        if start_time != self.start_time or state in "ZX":
-            return False
-        # Killed in an uninterruptible wait: it dies when that ends, and executes nothing before.
-        return state != "D" or not _status_number(self.pid, "SigPnd", 16) & _SIGKILL
-
-    def kill(self) -> None:
-        """End it, if it still exists."""
-        try:
-            handle = os.pidfd_open(self.pid)
-        except ProcessLookupError:
-            return
-        try:
-            # The handle is of whoever has the pid now: look who that is only afterwards.
-            if self.alive():
-                signal.pidfd_send_signal(handle, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        finally:
-            os.close(handle)
 
 
 @dataclass
@@ -238,13 +203,7 @@ def read_tree(pid: int) -> Tree:
     Raises:
         NoSuchTarget: the root does not exist (any more).
     """
-    tree = Tree([read_process(pid)])
-    for member in tree.members:
-        for child in _children(member.pid):
-            try:
-                tree.members.append(read_process(child))
-            except NoSuchTarget:
-                continue  # it ended meanwhile
+    tree = read_members(pid)
     for member in tree.members:
         if member.state in "ZX":
             continue
@@ -256,6 +215,38 @@ def read_tree(pid: int) -> Tree:
             continue  # it ended meanwhile
         except ProcessLookupError:
             continue
+    return tree
+
+
+def read_standing(pid: int) -> Tree:
+    """The members and sockets of a tree that stands still: what may have changed since it ran.
+
+    Raises:
+        NoSuchTarget: the root does not exist (any more).
+    """
+    tree = read_members(pid)
+    for member in tree.members:
+        with contextlib.suppress(OSError):
+            for link in os.scandir(PROC / str(member.pid) / "fd"):
+                path = os.readlink(link.path)
+                if path.startswith("socket:["):
+                    tree.socket_inodes.add(path[8:-1])
+    return tree
+
+
+def read_members(pid: int) -> Tree:
+    """The processes of the tree below `pid` alone.
+
+    Raises:
+        NoSuchTarget: the root does not exist (any more).
+    """
+    tree = Tree([read_process(pid)])
+    for member in tree.members:
+        for child in _children(member.pid):
+            try:
+                tree.members.append(read_process(child))
+            except NoSuchTarget:
+                continue  # it ended meanwhile
     return tree
 
 

@@ -62,6 +62,7 @@ class RuncDestination(DestinationHalf):
         self._held: GateEvent | None = None
         self._numbers = itertools.count(1)
         self._cgroup = ""
+        self._resumed = False
 
     # -- before anything is touched --------------------------------------------------------
 
@@ -167,6 +168,7 @@ class RuncDestination(DestinationHalf):
     def restore(self, criu: Criu, images_dir: Path, *, lazy: bool = False) -> int:
         """See `DestinationHalf`."""
         name = str(self._manifest["name"])
+        self._resumed = False
         self._claim(name)
         gate = Gate(
             images_dir.parent / f"gate-{os.getpid()}-{next(self._numbers)}", deadline_s=self._hold_s
@@ -254,6 +256,7 @@ class RuncDestination(DestinationHalf):
         # Once all of it runs, what the runtime still had to write down decides nothing.
         if code != 0 and not resumed_at:
             raise failure
+        self._resumed = True
         if code != 0:
             log.warning("%s: it runs, but %s", self._id, failure.message)
         _mark_path(Path(self._manifest["bundle"])).unlink(missing_ok=True)
@@ -268,6 +271,8 @@ class RuncDestination(DestinationHalf):
 
     def discard(self) -> None:
         """See `DestinationHalf`."""
+        if self._resumed:
+            return
         if self._command is not None:
             self._command.close()
             self._command = self._held = None

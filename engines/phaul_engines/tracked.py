@@ -8,8 +8,10 @@ from typing import Any
 
 from phaul_engines.members import Members
 from phaul_engines.netlock import Connection
+from phaul_engines.proctree import established_connections, read_standing
 from phaul_engines.standstill import Standstill
 from phaul_runtime.engine import Handover, SourceHalf
+from phaul_runtime.errors import NoSuchTarget, TargetGone
 from phaul_runtime.throttle import own_cgroup
 
 
@@ -53,6 +55,23 @@ class TrackedSource(SourceHalf):
     def throttle_cgroup(self) -> Path:
         """See `SourceHalf`."""
         return own_cgroup(member.pid for member in self._members.members)
+
+    def stands_still(self, root: int) -> None:
+        """The tree is frozen: know the children and connections that it had begun just before.
+
+        Raises:
+            TargetGone: it has ended.
+        """
+        try:
+            tree = read_standing(root)
+        except NoSuchTarget as error:
+            raise TargetGone("the target has ended by itself") from error
+        self._members = Members.of(tree.members)
+        self._connections = established_connections(tree)
+
+    def ended(self) -> bool:
+        """Whether the root has ended by now; does not wait for what may trace it."""
+        return self._members.ended()
 
     def gone(self) -> bool:
         """See `SourceHalf`."""

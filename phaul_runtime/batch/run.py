@@ -28,7 +28,7 @@ from phaul_runtime.batch.record import (
 from phaul_runtime.batch.store import SCHEMA, Store
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.errors import ExitCode, OutcomeUnknown, PhaulError, Refused
-from phaul_runtime.events import Listener, nobody
+from phaul_runtime.events import Listener, guarded, nobody
 
 _POLL_S = 0.2
 # How often other controllers are looked after, seconds.
@@ -73,6 +73,7 @@ class Controller:
     pace: Pace = field(default_factory=Pace)
 
     def __post_init__(self) -> None:
+        self.listener = guarded(self.listener)
         self._cancel = Cancellation()
         self._stop, self._leaving = threading.Event(), threading.Event()
         self._stopped = False

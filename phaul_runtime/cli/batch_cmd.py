@@ -26,7 +26,7 @@ from phaul_runtime.batch.store import Store, new_batch_id
 from phaul_runtime.batch.view import BatchView, JsonLines, LiveTable
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.cli.options import on_signals
-from phaul_runtime.cli.views import echo
+from phaul_runtime.cli.outlet import echo, tell
 from phaul_runtime.config import Config, load_config
 from phaul_runtime.errors import ExitCode, NoSuchMigration, PhaulError, Refused
 
@@ -228,11 +228,11 @@ def _control(
         return runner.ask(move, migration_id, told, cancel, timeout_s)
 
     controller = Controller(store, batch_id, ask, view, given["controller"] or socket.gethostname())
-    click.echo(f"phaul-runtime: batch {batch_id}", err=True)
+    tell(f"phaul-runtime: batch {batch_id}")
     with _stop_on_signals(controller), view:
         ended = work(controller)
     states = ", ".join(f"{count} {name}" for name, count in sorted(ended.states.items()))
-    click.echo(f"phaul-runtime: batch {batch_id}: {states}", err=True)
+    tell(f"phaul-runtime: batch {batch_id}: {states}")
     if given["report_path"] is not None:
         _write_report(store, batch_id, given["report_path"])
     return ended.exit_code
@@ -266,7 +266,7 @@ def _dry_run(batch: Batch, runner: MoveRunner, output: str | None) -> int:
                 echo(f"            warning: {warning}")
         refused += not each.ok and not each.depends
     if refused:
-        click.echo(f"phaul-runtime: {refused} moves would be refused", err=True)
+        tell(f"phaul-runtime: {refused} moves would be refused")
     return int(ExitCode.REFUSED) if refused else 0
 
 

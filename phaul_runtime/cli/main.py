@@ -9,6 +9,7 @@ import click
 
 from phaul_runtime import __version__
 from phaul_runtime.cli.logoptions import log_options
+from phaul_runtime.cli.outlet import open_standard, tell
 from phaul_runtime.errors import ExitCode, PhaulError
 
 PROGRAM = "phaul-runtime"
@@ -59,16 +60,17 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line and end with the exit code of errors.py."""
+    open_standard()
     try:
         code = cli.main(prog_name=PROGRAM, standalone_mode=False)
     except click.exceptions.Abort:
-        click.echo("phaul-runtime: cancelled", err=True)
+        tell("phaul-runtime: cancelled")
         sys.exit(ExitCode.CANCELLED)
     except click.ClickException as error:
         error.show()
         sys.exit(ExitCode.USAGE)
     except PhaulError as error:
-        click.echo(f"phaul-runtime: {error}", err=True)
+        tell(f"phaul-runtime: {error}")
         sys.exit(error.exit_code)
     except BrokenPipeError:
         sys.exit(ExitCode.INTERNAL)

@@ -16,7 +16,8 @@ from phaul_runtime.cli.options import (
     configure,
     move_options,
 )
-from phaul_runtime.cli.views import make_view
+from phaul_runtime.cli.outlet import tell
+from phaul_runtime.cli.views import move_view
 from phaul_runtime.errors import PhaulError
 from phaul_runtime.journal import checked_id
 from phaul_runtime.migration import Migration
@@ -84,28 +85,27 @@ def migrate_command(
         given, policy__max_downtime_ms=max_downtime_ms, policy__max_iterations=max_iterations
     )
     cancellation = Cancellation()
-    view = make_view(given["output"])
+    view = move_view(given["output"])
     observer = Observer(config, view, metrics_file)
     migration = Migration(config, name, observer, cancellation)
     if migration_id is not None:
         migration.id = checked_id(migration_id)
     if stdin_cancels:
         cancel_on_stdin(cancellation)
-    with cancel_on_signals(cancellation):
-        try:
-            with view:
-                if migration_id is not None and not dry_run:
-                    report = migrate_once(migration)
-                else:
-                    report = migration.run(dry_run=dry_run)
-        except PhaulError as error:
-            failed = migration.failed(error)
-            view.report(failed)
-            observer.report(failed)
-            click.echo(f"phaul-runtime: {error}", err=True)
-            return int(error.exit_code)
-    view.report(report)
+    try:
+        with cancel_on_signals(cancellation), view:
+            if migration_id is not None and not dry_run:
+                report = migrate_once(migration)
+            else:
+                report = migration.run(dry_run=dry_run)
+    except PhaulError as error:
+        report = migration.failed(error)
+        said = str(error)
+    else:
+        said = report.error
+    # What was measured is kept, whatever becomes of the display.
     observer.report(report)
+    view.report(report)
     if report.exit_code:
-        click.echo(f"phaul-runtime: {report.error}", err=True)
+        tell(f"phaul-runtime: {said}")
     return report.exit_code

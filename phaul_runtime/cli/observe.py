@@ -6,11 +6,10 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
 from phaul_runtime import events as ev
 from phaul_runtime import logs, metrics
 from phaul_runtime.cli.logoptions import asked_level
+from phaul_runtime.cli.outlet import tell
 from phaul_runtime.cli.views import describe
 from phaul_runtime.errors import ExitCode, PhaulError
 from phaul_runtime.report import MigrationReport
@@ -20,12 +19,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_QUIET = (ev.Progress, ev.TreeProgress, ev.Filling, ev.Serving)
 _ALARMING = (ev.Warned, ev.Recovering, ev.Reconnecting, ev.RolledBack)
 
 
 def _level(event: ev.Event) -> int:
-    if isinstance(event, _QUIET):
+    if isinstance(event, ev.MERE_PROGRESS):
         return logging.DEBUG
     refused = isinstance(event, ev.Checked) and event.level == "refused"
     return logging.WARNING if refused or isinstance(event, _ALARMING) else logging.INFO
@@ -81,4 +79,4 @@ class Observer:
         try:
             self._metrics.ended(report)
         except PhaulError as error:
-            click.echo(f"phaul-runtime: warning: {error}", err=True)
+            tell(f"phaul-runtime: warning: {error}")

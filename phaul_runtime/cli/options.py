@@ -15,6 +15,7 @@ import click
 
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.cli.logoptions import set_up_logs
+from phaul_runtime.cli.outlet import tell
 from phaul_runtime.config import Config, load_config
 from phaul_runtime.engine import engine_names
 
@@ -153,14 +154,16 @@ def cancel_on_stdin(cancellation: Cancellation) -> None:
 
 def _ask(cancellation: Cancellation) -> None:
     if cancellation.request():
-        click.echo("phaul-runtime: cancelling; the source runs on", err=True)
+        tell("phaul-runtime: cancelling; the source runs on")
     else:
-        click.echo("phaul-runtime: too late to cancel; finishing", err=True)
+        tell("phaul-runtime: too late to cancel; finishing")
 
 
 @contextmanager
 def cancel_on_signals(cancellation: Cancellation) -> Iterator[None]:
-    """While in here, SIGINT and SIGTERM ask to cancel; past the point of no return they wait."""
+    """While in here, the signals of `on_signals` ask to cancel; past the point of no return they
+    mean nothing.
+    """
 
     def ask(_number: int, _frame: FrameType | None) -> None:
         _ask(cancellation)
@@ -171,8 +174,14 @@ def cancel_on_signals(cancellation: Cancellation) -> Iterator[None]:
 
 @contextmanager
 def on_signals(ask: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """While in here, SIGINT and SIGTERM call `ask`."""
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    """While in here, SIGINT, SIGTERM and SIGHUP (the terminal is gone) call `ask`.
+
+    A SIGHUP that is ignored from the start stays so: `nohup` asks for it.
+    """
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield
     finally:

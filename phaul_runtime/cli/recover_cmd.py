@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from phaul_runtime.cli.logoptions import set_up_logs
+from phaul_runtime.cli.outlet import echo, tell
 from phaul_runtime.cli.views import make_view
 from phaul_runtime.config import load_config
 from phaul_runtime.errors import ExitCode, OutcomeUnknown, PhaulError
@@ -73,21 +74,21 @@ def recover_command(
         try:
             _show(recovery.recover(each), output)
         except PhaulError as error:
-            click.echo(f"phaul-runtime: {each}: {error}", err=True)
+            tell(f"phaul-runtime: {each}: {error}")
             unknown = isinstance(error, OutcomeUnknown)
             worst = max(worst, int(ExitCode.UNKNOWN if unknown else error.exit_code))
     swept = recovery.sweep()
     if output == "text":
         for path in swept:
-            click.echo(f"removed {path}")
+            echo(f"removed {path}")
         if not waiting and not swept:
-            click.echo("nothing to recover")
+            echo("nothing to recover")
     return worst
 
 
 def _show(recovered: Recovered, output: str) -> None:
     if output == "json":
-        click.echo(
+        echo(
             json.dumps(
                 {
                     "id": recovered.id,
@@ -104,6 +105,6 @@ def _show(recovered: Recovered, output: str) -> None:
         what += f", pid {recovered.pid}" if recovered.pid else ""
     else:
         what = "the source's copy is the one; the destination's is discarded"
-    click.echo(f"{recovered.id}: {what} ({recovered.reason})")
+    echo(f"{recovered.id}: {what} ({recovered.reason})")
     for warning in recovered.warnings:
-        click.echo(f"  warning: {warning}")
+        echo(f"  warning: {warning}")

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
+import queue
 import sys
+import threading
 import time
 from types import TracebackType
 from typing import Any
 
-import click
-
 from phaul_runtime import events as ev
+from phaul_runtime.cli.outlet import echo
 from phaul_runtime.report import MigrationReport
 
 _MIB = 1 << 20
+# Of events that wait to be shown: progress beyond that is left out.
+_MOST_WAITING = 1000
 _MARKS = {"ok": "ok", "warning": "warn", "refused": "NO", "ignored": "skip"}
 
 
@@ -39,14 +42,6 @@ class View:
     def report(self, report: MigrationReport) -> None:
         """Show the report."""
         raise NotImplementedError
-
-
-def echo(text: str) -> None:
-    """Print; if nobody reads any more (`| head`), the move matters more than its display."""
-    try:
-        click.echo(text)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class JsonView(View):
@@ -212,7 +207,57 @@ def make_view(output: str) -> View:
     """The view for `--output` and for what stdout is."""
     if output == "json":
         return JsonView()
-    return TerminalView() if sys.stdout.isatty() else PlainView()
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    return TerminalView() if terminal else PlainView()
+
+
+def move_view(output: str) -> View:
+    """The same for a move, which must not wait for it."""
+    return Aside(make_view(output))
+
+
+class Aside(View):
+    """Shows events in a thread: a terminal that is stopped, or a full pipe, holds up no move.
+
+    `__exit__` does not wait until everything is shown, `report` does.
+
+    Args:
+        view: that shows them.
+    """
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+        self._events: queue.SimpleQueue[ev.Event | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._show_all, name="view", daemon=True)
+
+    def __enter__(self) -> View:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._events.put(None)
+
+    def __call__(self, event: ev.Event) -> None:
+        """Have an event shown soon."""
+        if not isinstance(event, ev.MERE_PROGRESS) or self._events.qsize() < _MOST_WAITING:
+            self._events.put(event)
+
+    def _show_all(self) -> None:
+        show = ev.guarded(self._view)
+        with contextlib.suppress(OSError), self._view:
+            while (event := self._events.get()) is not None:
+                show(event)
+
+    def report(self, report: MigrationReport) -> None:
+        """Show what is not shown yet, then the report."""
+        self._thread.join()
+        with contextlib.suppress(OSError):
+            self._view.report(report)
 
 
 def describe(event: ev.Event) -> str:

@@ -9,6 +9,7 @@ destination has the last page is the held tree ended.
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 import threading
 import time
@@ -29,7 +30,7 @@ from phaul_runtime.errors import (
     PhaulError,
     StillUnderWay,
 )
-from phaul_runtime.events import Listener, Reconnecting, Serving, SourceDead
+from phaul_runtime.events import Listener, Reconnecting, Serving, SourceDead, guarded
 from phaul_runtime.hold import Hold
 from phaul_runtime.journal import Journal
 from phaul_runtime.postcopy.pages import RemotePages
@@ -41,6 +42,8 @@ from phaul_runtime.states import Role, State, Verdict
 
 if TYPE_CHECKING:
     from phaul_runtime.config import Config
+
+log = logging.getLogger(__name__)
 
 _EARLY_AGAIN_S = 0.2
 _AGAIN_S = 1.0
@@ -82,7 +85,7 @@ class Transfer:
         self._config = config
         self._journal = journal
         self._images_dir = images_dir
-        self._listener = listener
+        self._listener = guarded(listener)
         self._cancellation = cancellation
         self._url = config.transport.to or str(journal.facts["to"])
         self._agents = ExitStack()
@@ -94,7 +97,7 @@ class Transfer:
         self._lock = threading.Lock()
         self._channel: socket.socket | None = None
         self._moved_at = 0.0
-        self._whole = False
+        self._whole = self._over = False
         self.total = 0
         self.bytes_sent = 0
         self.seconds = 0.0
@@ -120,6 +123,15 @@ class Transfer:
         self._thread = threading.Thread(target=self._work, name="pages", daemon=True)
         self._thread.start()
 
+    def check(self) -> None:
+        """Before the source is given up: its pages can be served.
+
+        Raises:
+            PhaulError: why they cannot.
+        """
+        if self._error is not None:
+            raise self._error
+
     def run(self) -> RemoteAgent:
         """The copy runs: serve until the destination has all; returns the agent that answers now.
 
@@ -139,8 +151,12 @@ class Transfer:
                 f"pages of the destination's copy are lost here: {self._error.message}",
                 hint="the destination's copy can never be whole: end it there",
             ) from self._error
-        if self._agent is None:
-            raise OutcomeUnknown("the transfer of pages was stopped")
+        if self._agent is None or not self._over:
+            raise OutcomeUnknown(
+                "the transfer of pages was stopped, and the destination has not said that it has "
+                "them all",
+                hint=f"phaul-runtime recover {self._journal.id} on this host goes on",
+            )
         return self._agent
 
     def stop(self) -> None:
@@ -179,6 +195,7 @@ class Transfer:
             pages = RemotePages.of(self._images_dir)
             self.total = pages.total
             if not pages.total:
+                self._over = True
                 return
             source = PageSource(pages, self._hold.by_image)
             try:
@@ -188,6 +205,9 @@ class Transfer:
                 source.close()
         except PhaulError as error:
             self._error = error
+        except Exception as error:
+            log.exception("the transfer of pages failed")
+            self._error = MigrationFailed(f"{type(error).__name__}: {error}")
 
     def _serve_all(self, source: PageSource) -> None:
         while not self._stopped.is_set():
@@ -196,6 +216,8 @@ class Transfer:
                     self._agent = self._reopened()
                 if not self._whole:
                     self._serve(source, self._agent)
+                # The destination has said so: on the channel of pages, or its agent.
+                self._over = True
                 return
             except (ChannelError, DestinationError, DestinationUnreachable, StillUnderWay) as error:
                 self._after(error)

@@ -131,7 +131,7 @@ class RecordingHandover:
             self.broken = self.broken or NotConforming(f"stopped was called after {self.steps}")
         self._stopped_at = self._move.bench.counter(Place.SOURCE)
 
-    def prepare(self, images_dir: Path) -> int:
+    def prepare(self, images_dir: Path, identity: Mapping[str, Any] | None = None) -> int:
         """See `Handover`."""
         with self._step("prepare", ["freezing"]):
             bench = self._move.bench
@@ -142,6 +142,8 @@ class RecordingHandover:
                 self._stopped_at in (None, now),
                 f"stopped was called, and the source ran on: {self._stopped_at} > {now}",
             )
+            if identity is not None:
+                self.identity = as_json(identity, "the identity in the freeze")
             there = self._move.take(images_dir)
             self._move.before_restore()
             pid = self._move.restore(there)

@@ -222,7 +222,8 @@ def prepare_is_repeated_and_undone(bench: Bench) -> None:
 def it_moves(bench: Bench) -> None:
     """The order of steps; nothing runs there before resume(), and all of it is right after.
 
-    The source is not found any more, and cleaning it may be repeated.
+    The source is not found any more, and cleaning it may be repeated. What was let run cannot be
+    discarded.
     """
     target = bench.target()
     with Move(bench) as move:
@@ -233,6 +234,9 @@ def it_moves(bench: Bench) -> None:
             if tree.first:
                 expect(not Path(tree.path).exists(), f"unstage() has left {tree.path}")
         bench.goes_on(Place.DESTINATION)
+        for _ in range(2):
+            move.destination.discard()
+        expect(bench.case.alive(Place.DESTINATION), "discard() after resume() ended what runs")
         successor = bench.source(target)
         successor.recall(move.handover.identity)
         for half in (move.source, successor):

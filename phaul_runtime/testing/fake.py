@@ -47,7 +47,7 @@ from phaul_runtime.errors import (
     Refused,
     TargetGone,
 )
-from phaul_runtime.images import new_directory, remove_tree
+from phaul_runtime.images import RESUMED, new_directory, remove_tree
 from phaul_runtime.testing import fakevictim
 from phaul_runtime.testing.case import Case, Place, Told
 from phaul_runtime.trees import Tree
@@ -276,6 +276,8 @@ class FakeDestination(DestinationHalf):
         self.hold_s = hold_s
         self.directory: Path | None = None
         self._id = ""
+        self._resumed = False
+        self._images_dir = Path()
         self.process: proc.Process | None = None
 
     def check(self, manifest: Mapping[str, Any]) -> Sequence[Finding]:
@@ -320,6 +322,7 @@ class FakeDestination(DestinationHalf):
             raise MigrationFailed("nothing was prepared")
         if not _read(self.directory / MADE).get("image"):
             raise DestinationError("the image did not arrive")
+        self._resumed, self._images_dir = False, images_dir
         self.process = _spawn(
             self.directory,
             *(str(images_dir / IMAGE), str(self.hold_s)),
@@ -348,18 +351,20 @@ class FakeDestination(DestinationHalf):
         if _line(process) != "running":
             raise DestinationError("the held copy does not run")
         resumed_at = time.monotonic()
-        for name in (HELD, MADE):
-            (self.directory / name).unlink(missing_ok=True)
+        self._resumed = True
+        # As CRIU does. A successor's `discard` finds what was held, as in a real one's cgroup.
+        (self._images_dir / RESUMED).touch()
+        (self.directory / MADE).unlink(missing_ok=True)
         return resumed_at
 
     def wait_let_go(self) -> None:
         """See `DestinationHalf`: a held copy ends with the process that holds it."""
-        if self.process is None:
+        if self.process is None and not self._runs():
             self._held().wait_dead()
 
     def discard(self) -> None:
-        """See `DestinationHalf`."""
-        if self.directory is None:
+        """See `DestinationHalf`: what runs is ended too, if another object let it run."""
+        if self.directory is None or self._resumed:
             return
         self._held().kill()
         if self.process is not None:
@@ -372,6 +377,10 @@ class FakeDestination(DestinationHalf):
         """See `DestinationHalf`."""
         if self.directory is not None and _read(self.directory / MADE).get("id") == self._id:
             shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _runs(self) -> bool:
+        """It is the victim: it was let run."""
+        return self.directory is not None and _victim(self.directory) == self._held()
 
     def _held(self) -> _Process:
         held = _read((self.directory or Path("/")) / HELD)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 from phaul_engines.docker_layer import Layer
-from phaul_engines.proctree import Member, ancestors
+from phaul_engines.proctree import ancestors
 
 from phaul_runtime.errors import DestinationError, NoSuchTarget
+from phaul_runtime.member import Member
 
 
 @pytest.fixture

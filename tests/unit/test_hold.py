@@ -220,19 +220,21 @@ def journal(tmp_path: Path, kernel: Kernel) -> Journal:
 
 def run(journal: Journal, there: There) -> tuple[CutOver, Outcome]:
     def serve(planned: Hold, images_dir: Path) -> None:
-        assert images_dir == Path("/x")
+        assert images_dir == images
         assert not planned.frozen()
         there.seen.append(("serve", journal.state))
 
+    images = journal.path.parent / "final"
+    images.mkdir(exist_ok=True)
     told: list[Event] = []
     cut = CutOver(
         there, told.append, Cancellation(), journal, processes=lambda: [10], serve=serve
     )  # fmt: skip
     assert cut.post_copy
     cut.freezing({})
-    cut.prepare(Path("/x"))
+    cut.prepare(images)
     assert cut.held
-    assert os.fspath(journal.facts["final_dir"]) == "/x"
+    assert os.fspath(journal.facts["final_dir"]) == str(images)
     outcome = cut.commit(lambda: pytest.fail("nothing is killed"))
     # The copy here is not dead, and nobody says so.
     assert [event.name for event in told] == ["frozen", "prepared", "committed"]

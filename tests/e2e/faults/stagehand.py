@@ -44,7 +44,6 @@ EVENTS: dict[str, Callable[[events.Event], bool]] = {
     "opened": lambda e: isinstance(e, events.IterationStarted) and e.number == 1,
     "between": lambda e: isinstance(e, events.IterationDone) and e.number == 1,
     "prepared": lambda e: isinstance(e, events.Prepared),
-    "committing": lambda e: isinstance(e, events.SourceDead),
     "committed": lambda e: isinstance(e, events.Committed),
 }
 
@@ -52,7 +51,7 @@ EVENTS: dict[str, Callable[[events.Event], bool]] = {
 def acknowledge_early() -> None:
     """Break the order: the source is given up before the destination has prepared anything."""
 
-    def prepare(self: cutover.CutOver, _images_dir: Path) -> int:
+    def prepare(self: cutover.CutOver, _images_dir: Path, _identity: object = None) -> int:
         self.journal.enter(State.PREPARED)
         self.journal.enter(State.COMMITTING)
         return 0
@@ -109,7 +108,15 @@ class Child:
 
         if stop_at in EVENTS:
             stopping = Stopping(EVENTS[stop_at], stop)
-            setattr(migrate_cmd, "make_view", lambda _output: stopping)  # noqa: B010
+            setattr(migrate_cmd, "move_view", lambda _output: stopping)  # noqa: B010
+        elif stop_at == "committing":
+            commit = remote.RemoteAgent.commit
+
+            def stopped(self: remote.RemoteAgent) -> cutover.Running:
+                stop()
+                return commit(self)
+
+            setattr(remote.RemoteAgent, "commit", stopped)  # noqa: B010
         elif stop_at == "copy":
 
             def half(directory: Path) -> list[Path]:

@@ -1,0 +1,54 @@
+"""What a command prints: no full disk, closed pipe or dead terminal ends what it is about."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+
+import click
+
+_STANDARD = (0, 1, 2)
+
+
+def echo(text: str) -> None:
+    """Print a line on stdout; if that fails, say so once on stderr, and print nothing more.
+
+    A pipe that nobody reads any more (`| head`) is no failure.
+    """
+    try:
+        click.echo(text)
+    except OSError as error:
+        _give_up(sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            tell(f"phaul-runtime: warning: stdout cannot be written: {error.strerror}")
+
+
+def tell(text: str) -> None:
+    """Print a line on stderr, if it can be written."""
+    try:
+        click.echo(text, err=True)
+    except OSError:
+        _give_up(sys.stderr.fileno())
+
+
+def _give_up(fd: int) -> None:
+    """What is in Python's buffer still, and what comes, goes nowhere.
+
+    Otherwise the interpreter would end with an error of its own, exit code 120.
+    """
+    with contextlib.suppress(OSError):
+        nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        os.dup2(nowhere, fd)
+        os.close(nowhere)
+
+
+def open_standard() -> None:
+    """Have something at descriptors 0 to 2: what is opened next would get those numbers."""
+    for fd in _STANDARD:
+        try:
+            os.fstat(fd)
+        except OSError:
+            with contextlib.suppress(OSError):
+                # The lowest that is free is this one.
+                os.open(os.devnull, os.O_RDWR)

@@ -1,0 +1,313 @@
+"""The holes around the state table: disks that refuse, deaths between two steps, hooks, locks."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from phaul_runtime import reach as reach_module
+from phaul_runtime import recovery as recovery_module
+from phaul_runtime.agent import AgentService
+from phaul_runtime.errors import MigrationFailed, PhaulError
+from phaul_runtime.hostfacts import PROTOCOL
+from phaul_runtime.incoming import Incoming
+from phaul_runtime.journal import RUNS, Journal, read_records, replay
+from phaul_runtime.lifecycle import Hooks
+from phaul_runtime.recovery import Recovery
+from phaul_runtime.rpc import phaul_pb2 as pb
+from phaul_runtime.settle import Settler
+from phaul_runtime.states import Role, State, Verdict
+from phaul_runtime.testing import Place
+from phaul_runtime.testing.bench import NoCriu
+from phaul_runtime.testing.fake import FakeDestination, FakeSource
+from tests.contract import wholemove
+from tests.contract.wholemove import WholeMove
+
+SOON = {"lost_s": 3, "heartbeat_s": 1, "commit_s": 10, "call_s": 5, "prepare_s": 20}
+# How often one agent tries to write done.
+TRIES = 2
+COMMITTED = {"committed": [["sh", "-c", 'echo "$PHAUL_ROLE" >> "$OUT"']]}
+
+
+class Killed(BaseException):
+    """The end of the process, here."""
+
+
+@pytest.fixture
+def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def reachable(whole: WholeMove, monkeypatch: pytest.MonkeyPatch) -> WholeMove:
+    """A recovery reaches the other host."""
+    monkeypatch.setattr(reach_module, "load_transport", lambda _: whole)
+    monkeypatch.setattr(recovery_module, "Criu", lambda *_, **__: NoCriu())
+    return whole
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, role: Role, state: State, times: int = 1) -> None:
+    """The disk of a host refuses a state."""
+    enter, left = Journal.enter, [times]
+
+    def refused(self: Journal, entered: State, **facts: Any) -> None:
+        if self.role is role and entered is state and left[0]:
+            left[0] -= 1
+            raise MigrationFailed("cannot write: Input/output error")
+        enter(self, entered, **facts)
+
+    monkeypatch.setattr(Journal, "enter", refused)
+
+
+def state_of(whole: WholeMove, role: Role) -> State | None:
+    assert whole.migration is not None
+    where = "here" if role is Role.SOURCE else "there"
+    records = read_records(whole.tmp_path / f"state-{where}", whole.migration.id, role)
+    return replay(records)[0]
+
+
+def one_lives_there(whole: WholeMove) -> None:
+    assert whole.lives(Place.DESTINATION)
+    assert not whole.lives(Place.SOURCE)
+
+
+def successor(whole: WholeMove) -> Settler:
+    """An agent that knows of the migration by its journal alone."""
+    hooks = whole.config(hooks={"directory": "/none", **whole.there}).hooks.hooks()
+    return Settler(whole.tmp_path / "state-there", whole.tmp_path / "there", NoCriu(), hooks)
+
+
+@pytest.mark.parametrize("agents", [1, 3])
+def test_a_destination_that_cannot_write_done_keeps_what_runs(
+    reachable: WholeMove, monkeypatch: pytest.MonkeyPatch, agents: int
+) -> None:
+    refuse(monkeypatch, Role.DESTINATION, State.DONE, TRIES * agents)
+    report = reachable.run(timeouts=SOON)
+    assert report.result == "moved"
+    one_lives_there(reachable)
+    assert state_of(reachable, Role.DESTINATION) is State.COMMITTING
+    # Each recovery finds out that it runs, as the images say, and the last one can say so.
+    for _ in range(agents):
+        settled = successor(reachable).settle(report.id, Role.DESTINATION, Verdict.RUN)
+        assert settled.pid == report.restored_pid
+        one_lives_there(reachable)
+    assert state_of(reachable, Role.DESTINATION) is State.DONE
+    assert not (reachable.tmp_path / "there" / report.id).exists()
+
+
+def test_what_runs_is_not_discarded_by_any_command(
+    reachable: WholeMove, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse(monkeypatch, Role.DESTINATION, State.DONE, TRIES)
+    report = reachable.run(timeouts=SOON)
+    state = reachable.tmp_path / "state-there"
+    with Journal.open(state, report.id, Role.DESTINATION) as journal:
+        incoming = Incoming.revive(journal, NoCriu(), Hooks())
+        incoming.abort(client_lost=True)
+        one_lives_there(reachable)
+    with pytest.raises(MigrationFailed, match="was told to run"):
+        successor(reachable).settle(report.id, Role.DESTINATION, Verdict.DISCARD)
+    one_lives_there(reachable)
+    # Without its images nobody can tell: then nothing is discarded either.
+    for path in (reachable.tmp_path / "there" / report.id).rglob("*"):
+        if path.is_file():
+            path.unlink()
+    for path in sorted((reachable.tmp_path / "there" / report.id).rglob("*"), reverse=True):
+        path.rmdir()
+    with pytest.raises(PhaulError, match="not known whether it runs"):
+        successor(reachable).settle(report.id, Role.DESTINATION, Verdict.RUN)
+    one_lives_there(reachable)
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_a_source_killed_before_it_is_cleaned_is_cleaned_by_a_recovery(
+    reachable: WholeMove, out: Path, monkeypatch: pytest.MonkeyPatch, reached: bool
+) -> None:
+    reachable.here = COMMITTED
+    finish, calls = FakeSource.finish, []
+
+    def killed(self: FakeSource) -> Any:
+        calls.append(self)
+        if len(calls) == 1:
+            out.unlink()
+            raise Killed
+        return finish(self)
+
+    monkeypatch.setattr(FakeSource, "finish", killed)
+    with pytest.raises(Killed):
+        reachable.run()
+    one_lives_there(reachable)
+    assert state_of(reachable, Role.SOURCE) is State.COMMITTING
+    if not reached:
+        monkeypatch.setattr(reach_module, "load_transport", _unreachable)
+    assert reachable.migration is not None
+    recovery = Recovery(reachable.config())
+    assert recovery.waiting() == [reachable.migration.id]
+    assert recovery.recover(reachable.migration.id).verdict is Verdict.RUN
+    assert len(calls) == 2
+    assert state_of(reachable, Role.SOURCE) is State.DONE
+    # Those of `committed` were run before; what the journal says is not done twice.
+    assert not out.exists()
+    one_lives_there(reachable)
+
+
+def _unreachable(_: object) -> Any:
+    from phaul_runtime.errors import DestinationUnreachable
+
+    raise DestinationUnreachable("no route to host")
+
+
+def test_a_source_killed_before_its_hooks_has_them_run_by_a_recovery(
+    reachable: WholeMove, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reachable.here = COMMITTED
+    try_to, calls = Hooks.try_to, []
+
+    def killed(self: Hooks, event: str, *args: Any, **named: Any) -> list[str]:
+        if event == "committed" and args[0].role is Role.SOURCE:
+            calls.append(event)
+            if len(calls) == 1:
+                raise Killed
+        return try_to(self, event, *args, **named)
+
+    monkeypatch.setattr(Hooks, "try_to", killed)
+    with pytest.raises(Killed):
+        reachable.run()
+    assert reachable.migration is not None
+    assert Recovery(reachable.config()).recover(reachable.migration.id).verdict is Verdict.RUN
+    assert out.read_text().split() == ["source"]
+    assert state_of(reachable, Role.SOURCE) is State.DONE
+    one_lives_there(reachable)
+
+
+def test_a_destination_killed_before_its_hooks_has_them_run_by_a_recovery(
+    reachable: WholeMove, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reachable.there = COMMITTED
+    monkeypatch.setattr(Incoming, "_settle_soon", lambda self: None)
+    report = reachable.run()
+    assert not out.exists()
+    assert state_of(reachable, Role.DESTINATION) is State.COMMITTING
+    monkeypatch.undo()
+    monkeypatch.setenv("OUT", str(out))
+    monkeypatch.setattr(
+        "phaul_runtime.incoming.load_engine", lambda _: wholemove._Engine(reachable)
+    )
+    settled = successor(reachable).settle(report.id, Role.DESTINATION, Verdict.RUN)
+    assert settled.pid == report.restored_pid
+    assert out.read_text().split() == ["destination"]
+    assert state_of(reachable, Role.DESTINATION) is State.DONE
+    one_lives_there(reachable)
+
+
+@pytest.mark.parametrize("step", ["prepare", "commit", "finish"])
+def test_an_interrupt_of_a_program_that_moves_leaves_one_copy(
+    reachable: WholeMove, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """A library's caller may have no handler of signals: KeyboardInterrupt comes anywhere."""
+    from phaul_runtime.cutover import CutOver
+
+    whole = {"prepare": CutOver.prepare, "commit": CutOver.commit, "finish": FakeSource.finish}[
+        step
+    ]
+
+    def interrupted(*args: Any, **named: Any) -> Any:
+        whole(*args, **named)
+        monkeypatch.undo_interrupt()  # type: ignore[attr-defined]
+        raise KeyboardInterrupt
+
+    owner: Any = FakeSource if step == "finish" else CutOver
+    monkeypatch.undo_interrupt = lambda: setattr(owner, step, whole)  # type: ignore[attr-defined]
+    monkeypatch.setattr(owner, step, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        reachable.run(timeouts=SOON)
+    assert reachable.migration is not None
+    if state_of(reachable, Role.SOURCE) not in (State.DONE, State.ABORTED):
+        Recovery(reachable.config(timeouts=SOON)).recover(reachable.migration.id)
+    assert reachable.lives(Place.SOURCE) + reachable.lives(Place.DESTINATION) == 1
+
+
+def test_a_destination_that_cannot_put_away_keeps_no_source_waiting(
+    reachable: WholeMove, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its docker does not answer, say: what was made stays for later, and is never run."""
+    reachable.refuse_to_hold(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(Incoming, "_abort", lambda *_, **__: None)
+        reachable.fail()
+    assert reachable.migration is not None
+    found = reachable.migration.id
+    _let_go_of(reachable, found)
+
+    def fails(*_: object) -> None:
+        raise MigrationFailed("docker does not answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeDestination, "prepare", fails)
+        patch.setattr(wholemove._There, "prepare", fails)
+        settled = successor(reachable).settle(found, Role.DESTINATION, Verdict.DISCARD)
+    assert "docker does not answer" in settled.warnings[0]
+    assert state_of(reachable, Role.DESTINATION) is State.ABORTING
+    with pytest.raises(PhaulError):
+        successor(reachable).settle(found, Role.DESTINATION, Verdict.RUN)
+    assert not successor(reachable).settle(found, Role.DESTINATION, Verdict.DISCARD).warnings
+    assert state_of(reachable, Role.DESTINATION) is State.ABORTED
+
+
+def _let_go_of(whole: WholeMove, migration_id: str) -> None:
+    """Close what an agent of this process still has open of a journal."""
+    path = str(whole.tmp_path / "state-there" / migration_id)
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            if os.readlink(f"/proc/self/fd/{fd}").startswith(path):
+                os.close(int(fd))
+        except OSError:
+            continue
+
+
+def test_one_that_opens_slowly_keeps_no_other_waiting(
+    whole: WholeMove, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = wholemove._There.prepare
+    opens, may_go_on = threading.Event(), threading.Event()
+
+    def slow(self: Any, manifest: Mapping[str, Any], migration_id: str) -> None:
+        opens.set()
+        assert may_go_on.wait(20)
+        prepare(self, manifest, migration_id)
+
+    monkeypatch.setattr(wholemove._There, "prepare", slow)
+    (whole.tmp_path / "there").mkdir()
+    service = AgentService(whole.tmp_path / "there", whole.tmp_path / "s", NoCriu(), Hooks())
+
+    class Context:
+        def invocation_metadata(self) -> Any:
+            return (("phaul-protocol", str(PROTOCOL)),)
+
+    request = pb.OpenRequest(
+        id="a" * 16, engine="fake", target="x", lost_s=30, commit_s=5, restore="full", page_format=1,
+        manifest=json.dumps({"path": str(whole.tmp_path / "victim-there")}).encode(), options=b"{}",
+    )  # fmt: skip
+    opened: list[Any] = []
+    thread = threading.Thread(target=lambda: opened.append(service.Open(request, Context())))
+    thread.start()
+    assert opens.wait(20)
+    # It answers at once: that it knows of none with this id.
+    assert "no migration" in service.Beat(pb.MigrationRef(id="b" * 16), Context()).error.message
+    again = service.Open(request, Context())
+    assert "open already" in again.error.message
+    # An agent that ends in between puts it away.
+    assert service.close() == []
+    may_go_on.set()
+    thread.join(20)
+    assert "ends" in opened[0].error.message
+    records = read_records(whole.tmp_path / "s", "a" * 16, Role.DESTINATION)
+    assert replay(records)[0] is State.ABORTED
+    assert RUNS not in replay(records)[1]
