@@ -20,7 +20,7 @@ class Cancellation:
     def __init__(self) -> None:
         self._requested = threading.Event()
         self._sealed = False
-        # Of one who may be a signal handler of the thread that holds it.
+        # A signal handler may ask for it in the thread that holds it.
         self._lock = threading.RLock()
         self._interrupts: list[Callable[[], None]] = []
 
@@ -47,8 +47,11 @@ class Cancellation:
     def seal(self) -> None:
         """From now on it is too late. Raises `Cancelled` if somebody asked just before."""
         with self._lock:
-            self.check()
+            # In this order: a signal handler may come between, in this thread, lock or no lock.
             self._sealed = True
+            if self._requested.is_set():
+                self._sealed = False
+                self.check()
 
     @contextmanager
     def interrupt_with(self, action: Callable[[], None]) -> Iterator[None]:

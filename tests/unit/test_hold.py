@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from phaul_runtime.errors import ChannelError, MigrationFailed, OutcomeUnknown
 from phaul_runtime.events import Event
 from phaul_runtime.hold import FACT, Hold
 from phaul_runtime.journal import Journal, read_records
+from phaul_runtime.pagemap import LAZY, Pagemap, write_pagemap
 from phaul_runtime.states import Role, State
 
 CRIU = 900
@@ -278,3 +279,64 @@ def test_one_that_cannot_be_held_is_not_committed(journal: Journal, kernel: Kern
     with pytest.raises(MigrationFailed, match="does not freeze"):
         run(journal, there)
     assert ("commit", State.COMMITTING) not in there.seen
+
+
+def test_a_child_that_is_not_held_calls_the_move_off(journal: Journal, kernel: Kernel) -> None:
+    """It was forked between CRIU's word that it begins and its freeze: it would run twice."""
+    images = journal.path.parent / "final"
+    images.mkdir()
+    for pid in (10, 11):
+        write_pagemap(images / f"pagemap-{pid}.img", Pagemap(1, [(0x1000, 4, LAZY)], False))
+    kernel.process(11, "system")
+    there = There(journal)
+    held = [10]
+    cut = CutOver(there, lambda _: None, Cancellation(), journal, processes=lambda: held)
+    cut.freezing({})
+    with pytest.raises(MigrationFailed, match="process 11 of the images"):
+        cut.prepare(images)
+    assert there.seen == []
+    assert journal.state is State.FROZEN
+    assert kernel.killed == []
+    held.append(11)
+    cut.prepare(images, {"members": [[10, 5], [11, 5]]})
+    # What finds the tree again is what stood still.
+    assert journal.facts["identity"] == {"members": [[10, 5], [11, 5]]}
+    assert {pid for pid, _, _ in Hold.recall(journal.facts[FACT]).pids} == {10, 11}  # type: ignore[union-attr]
+
+
+def test_pages_that_cannot_be_served_call_the_move_off(journal: Journal, kernel: Kernel) -> None:
+    images = journal.path.parent / "final"
+    images.mkdir()
+
+    def serve(_hold: Hold, _images_dir: Path) -> Callable[[], None]:
+        def check() -> None:
+            raise ChannelError("no channel for pages")
+
+        return check
+
+    cut = CutOver(
+        There(journal), lambda _: None, Cancellation(), journal, processes=lambda: [10], serve=serve
+    )
+    cut.freezing({})
+    with pytest.raises(ChannelError, match="no channel for pages"):
+        cut.prepare(images)
+    assert journal.state is State.PREPARED
+    assert cut.hold is None
+    assert kernel.killed == []
+
+
+def test_a_debugger_of_the_operator_is_let_be(kernel: Kernel) -> None:
+    kernel.process(60, "box/four")
+    (kernel.root / "box/four/cgroup.procs").write_text("60\n")
+    taken = Hold.plan("6a-held", [60])
+    assert taken.tracers == [(CRIU, 0)]
+    taken.take()
+    assert kernel.killed == [CRIU]
+    # Another traces it now, and a recovery looks.
+    status = kernel.proc / "60/status"
+    status.write_text(status.read_text().replace("TracerPid:\t0", "TracerPid:\t4711"))
+    again = Hold.recall(taken.facts())
+    assert again is not None
+    again.cut_loose()
+    assert kernel.killed == [CRIU]
+    assert again.frozen()
