@@ -1,4 +1,4 @@
-"""Telling never stops or undoes a move: listeners that raise, dead terminals, full disks, SIGHUP."""
+"""Telling never stops or undoes a move: listeners that raise, full disks, SIGHUP."""
 
 from __future__ import annotations
 

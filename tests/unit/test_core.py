@@ -436,38 +436,35 @@ def test_the_generated_messages_are_those_of_the_proto_file(tmp_path: Path) -> N
     assert now == committed
 
 
-def test_a_request_counts_or_is_told_that_it_is_too_late() -> None:
+@pytest.mark.parametrize("handler", [False, True])
+def test_a_request_counts_or_is_told_that_it_is_too_late(handler: bool) -> None:
     """Asking and sealing are one step each, from other threads and from a signal handler."""
-    for handler in (False, True):
-        asked: list[bool] = []
+    asked: list[bool] = []
 
-        class Racing(Cancellation):
-            racing = False
+    class Racing(Cancellation):
+        races = False
 
-            def check(self) -> None:
-                super().check()
+        def __setattr__(self, name: str, value: object) -> None:
+            if name == "_sealed" and value and self.races and not asked:
+                # Between the look whether somebody asked and the step after it.
+                self.ask()
+            super().__setattr__(name, value)
 
-            def __setattr__(self, name: str, value: object) -> None:
-                if name == "_sealed" and value and not asked and self.racing:
-                    # The moment in which it was looked whether one was asked.
-                    self.ask()
-                super().__setattr__(name, value)
+        def ask(self) -> None:
+            if handler:
+                asked.append(self.request())
+                return
+            thread = threading.Thread(target=lambda: asked.append(self.request()))
+            thread.start()
+            thread.join(0.2)
 
-            def ask(self) -> None:
-                if handler:  # noqa: B023
-                    asked.append(self.request())  # noqa: B023
-                    return
-                thread = threading.Thread(target=lambda: asked.append(self.request()))  # noqa: B023
-                thread.start()
-                thread.join(0.2)
-
-        racing = Racing()
-        racing.racing = True
-        try:
-            racing.seal()
-            sealed = True
-        except Cancelled:
-            sealed = False
-        while not asked:
-            time.sleep(0.01)
-        assert asked == [not sealed]
+    racing = Racing()
+    racing.races = True
+    try:
+        racing.seal()
+        sealed = True
+    except Cancelled:
+        sealed = False
+    while not asked:
+        time.sleep(0.01)
+    assert asked == [not sealed]

@@ -18,6 +18,7 @@ from phaul_runtime.errors import ChannelError, MigrationFailed, OutcomeUnknown
 from phaul_runtime.events import Event
 from phaul_runtime.hold import FACT, Hold
 from phaul_runtime.journal import Journal, read_records
+from phaul_runtime.pageformat import PageFormat
 from phaul_runtime.pagemap import LAZY, Pagemap, write_pagemap
 from phaul_runtime.states import Role, State
 
@@ -286,7 +287,8 @@ def test_a_child_that_is_not_held_calls_the_move_off(journal: Journal, kernel: K
     images = journal.path.parent / "final"
     images.mkdir()
     for pid in (10, 11):
-        write_pagemap(images / f"pagemap-{pid}.img", Pagemap(1, [(0x1000, 4, LAZY)], False))
+        pages = Pagemap(1, [(0x1000, 4, LAZY)], PageFormat.NARROW)
+        write_pagemap(images / f"pagemap-{pid}.img", pages)
     kernel.process(11, "system")
     there = There(journal)
     held = [10]

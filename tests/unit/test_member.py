@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-
 from phaul_engines.members import Members
+
 from phaul_runtime import member
 from phaul_runtime.errors import OutcomeUnknown
 from phaul_runtime.member import Life, Member

@@ -19,9 +19,10 @@ from phaul_runtime.config import Config
 from phaul_runtime.errors import MigrationFailed, OutcomeUnknown
 from phaul_runtime.events import Event, Listener, nobody
 from phaul_runtime.journal import Journal
+from phaul_runtime.pageformat import PageFormat
 from phaul_runtime.pagemap import LAZY, Pagemap, write_pagemap
-from phaul_runtime.postcopy import transfer as transfer_module
 from phaul_runtime.postcopy import wire
+from phaul_runtime.postcopy.serving import PageSource
 from phaul_runtime.postcopy.transfer import Transfer
 from phaul_runtime.states import Role, State
 
@@ -38,7 +39,8 @@ class Stand:
         address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self.images = tmp_path / "final"
         self.images.mkdir()
-        write_pagemap(self.images / "pagemap-10.img", Pagemap(1, [(address, PAGES, LAZY)], False))
+        pages = Pagemap(1, [(address, PAGES, LAZY)], PageFormat.NARROW)
+        write_pagemap(self.images / "pagemap-10.img", pages)
         self.journal = Journal.create(tmp_path / "state", "1f" * 8, Role.SOURCE)
         for state in (State.ITERATING, State.FROZEN, State.PREPARED, State.COMMITTING):
             self.journal.enter(state, to="ssh://x")
@@ -110,7 +112,7 @@ def test_what_ends_its_thread_is_no_success(
     def fails(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(transfer_module.PageSource, "serve", fails)
+    monkeypatch.setattr(PageSource, "serve", fails)
     with stand.transfer() as transfer:
         transfer.begin(stand.agent)
         with pytest.raises(OutcomeUnknown, match=str(error.args[-1])):
