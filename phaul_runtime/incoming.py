@@ -175,7 +175,7 @@ class Incoming:
         except OSError as error:
             self.abort()
             raise DestinationError(f"cannot create {self._dir}: {error.strerror}") from error
-        except PhaulError:
+        except BaseException:
             self.abort()
             raise
 
@@ -209,11 +209,7 @@ class Incoming:
 
     def _may_run(self) -> bool:
         """Whether the copy was let run, as far as this host can tell: then nothing discards it."""
-        if self.state is not State.COMMITTING or self._ran:
-            return self._ran or self.state in (State.POST_COPY, State.DONE)
-        images_dir = Path(str(self.journal.facts.get("images_dir", "")))
-        # They go only after a copy that runs; without them there is no other.
-        return was_resumed(images_dir) or not images_dir.is_dir()
+        return self._ran or may_run(self.journal)
 
     @property
     def state(self) -> State:
@@ -735,6 +731,15 @@ class Incoming:
                 self._journal_quietly(State.ABORTED)
         self.given_up = True
         self.journal.close()
+
+
+def may_run(journal: Journal) -> bool:
+    """Whether a destination's copy was let run, as far as its journal and its images can tell."""
+    if journal.state is not State.COMMITTING:
+        return journal.state in (State.POST_COPY, State.DONE)
+    images_dir = Path(str(journal.facts.get("images_dir", "")))
+    # They go only after a copy that runs; without them there is no other.
+    return was_resumed(images_dir) or not images_dir.is_dir()
 
 
 def _page_server(request: pb.OpenRequest) -> str:

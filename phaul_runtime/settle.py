@@ -18,7 +18,7 @@ from phaul_runtime.errors import MigrationFailed, NoSuchMigration, OutcomeUnknow
 from phaul_runtime.hold import FACT as HOLD
 from phaul_runtime.hold import Hold
 from phaul_runtime.images import remove_tree
-from phaul_runtime.incoming import Incoming
+from phaul_runtime.incoming import Incoming, may_run
 from phaul_runtime.journal import Journal, read_records, replay
 from phaul_runtime.leftovers import private_directories
 from phaul_runtime.lifecycle import ON_FAILURE, ON_ROLLBACK, Failure, Hooks, announce, move_of
@@ -113,7 +113,7 @@ class Settler:
     def _run_on(self, journal: Journal, take_up: Callable[[Incoming], object] | None) -> Settled:
         """Let the copy run that a post-copy move has made, and have its pages taken in."""
         try:
-            if take_up is None and journal.state is not State.POST_COPY:
+            if take_up is None and not may_run(journal):
                 raise _elsewhere(journal.id)
             incoming = Incoming.revive(journal, self.criu, self.hooks)
         except BaseException:

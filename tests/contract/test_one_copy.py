@@ -214,7 +214,8 @@ def test_an_interrupt_of_a_program_that_moves_leaves_one_copy(
 ) -> None:
     """A library's caller may have no handler of signals: KeyboardInterrupt comes anywhere."""
     owner: Any = FakeSource if step == "finish" else CutOver
-    taken, again = getattr(owner, step), []
+    taken = getattr(owner, step)
+    again: list[str] = []
 
     def interrupted(*args: Any, **named: Any) -> Any:
         value = taken(*args, **named)
