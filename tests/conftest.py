@@ -17,6 +17,15 @@ settings.load_profile("untimed")
 sys.path.insert(0, str(Path(__file__).resolve().parent / "lab"))
 
 
+def pytest_configure() -> None:
+    """Of several that run tests side by side each has laboratories of its own."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if worker and not os.environ.get("PHAUL_LAB", "").endswith(worker):
+        from phaul_lab.lab import checkout_name
+
+        os.environ["PHAUL_LAB"] = f"{checkout_name()}-{worker}"
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     skipped = [r.nodeid for r in (reporter.stats.get("skipped", []) if reporter else [])]

@@ -31,7 +31,7 @@ PARTS = {
     "lint": f"{BIN}/ruff check . && {BIN}/ruff format --check . && {BIN}/mypy",
     "unit": f"{PYTEST} tests/unit tests/contract tests/integration",
     "unit-forky": "tests/lab/unit-forky.sh",
-    "e2e-native": f"{PYTEST} tests/e2e --labs native,native-mixed",
+    "e2e-native": f"{PYTEST} tests/e2e --labs native,native-mixed -n 2 --dist loadfile",
     "e2e-emulated": f"{PYTEST} tests/e2e --labs emulated",
     "e2e-emulated-forky": f"{PYTEST} tests/e2e --labs emulated-forky,emulated-mixed",
 }

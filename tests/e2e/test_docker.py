@@ -144,6 +144,7 @@ def test_an_image_that_is_missing_is_carried(docker_hosts: DockerHosts) -> None:
 
 
 @pytest.mark.needs("docker-networks")
+@pytest.mark.thorough
 def test_shared_memory_files_move(docker_hosts: DockerHosts) -> None:
     """/dev/shm is docker's mount, which CRIU leaves to others; the network is the default one."""
     web = docker_hosts.dirtier("a", "shm", "--mib", "4", flags="--publish 8099:80")

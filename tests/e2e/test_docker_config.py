@@ -137,7 +137,7 @@ def first(docker: Docker, case: str) -> None:
 
 
 # Its limits need controllers; the rest of them is another way through the same.
-MARKS = {"networks": [pytest.mark.needs("controllers")], "bridge": []}
+MARKS = {"networks": [pytest.mark.needs("controllers"), pytest.mark.thorough], "bridge": []}
 
 
 @pytest.mark.parametrize(
@@ -240,6 +240,7 @@ def test_an_address_is_pinned_that_docker_had_chosen(docker: Docker) -> None:
 
 
 @pytest.mark.needs("docker-networks")
+@pytest.mark.thorough
 def test_nothing_is_found_against_the_laboratory_s_docker(docker: Docker) -> None:
     version = docker.api("GET", "/version")
     found = daemon_findings(

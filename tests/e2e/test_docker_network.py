@@ -179,6 +179,7 @@ def test_redis_moves_there_and_back_with_its_connection(network: DockerHosts) ->
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.thorough
 def test_a_move_that_is_undone_leaves_the_address_and_the_connection(network: DockerHosts) -> None:
     """The hook had taken the address over when the next one refused."""
     redis = run_redis(network)
@@ -227,6 +228,7 @@ echo "cleared:" $(ip route show 10.79.0.10) / $(iptables-save | grep -- "-j ACCE
 """
 
 
+@pytest.mark.thorough
 def test_the_hook_at_each_event(lab: Lab) -> None:
     """Twice each: the second time changes nothing."""
     route = "10.79.0.10 via 10.0.0.2 dev eth1"

@@ -50,6 +50,7 @@ def test_the_ancestors_demonstration(hosts: Hosts) -> None:
 
 
 @pytest.mark.needs("dirty-tracking")
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "parent", ["none", pytest.param("same-parent", marks=pytest.mark.thorough)]
 )

@@ -101,6 +101,7 @@ def test_a_job_of_a_shell_moves(hosts: Hosts) -> None:
 
 
 @pytest.mark.needs("dirty-tracking")
+@pytest.mark.thorough
 def test_a_killed_command_leaves_one_copy_and_nothing_else(hosts: Hosts) -> None:
     victim = hosts.dirtier("a", "killed", "--mib", "64", "--writes", "200")
     argv = ["phaul-runtime", "migrate", str(victim.pid), "--to", "ssh://root@b", "--output", "json"]

@@ -32,6 +32,7 @@ def test_both_receivers_write_the_same_and_ours_is_restored(hosts: Hosts) -> Non
     hosts.sh("a", "rm -rf $1", directory)
 
 
+@pytest.mark.thorough
 def test_pages_may_be_left_to_criu(hosts: Hosts, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("criu: {page_server: criu}\n")

@@ -91,6 +91,12 @@ class Running:
         return self.events[-1]
 
 
+MODES = [
+    "post-copy",
+    pytest.param("hybrid", marks=[pytest.mark.thorough, pytest.mark.needs("dirty-tracking")]),
+]
+
+
 def settings(hosts: Hosts, *lines: str) -> str:
     """A configuration at a."""
     path = "/var/tmp/post-copy.yaml"
@@ -122,13 +128,7 @@ def one_copy(hosts: Hosts, dirtier: Dirtier) -> None:
     clean(hosts)
 
 
-@pytest.mark.parametrize(
-    "mode",
-    [
-        "post-copy",
-        pytest.param("hybrid", marks=[pytest.mark.thorough, pytest.mark.needs("dirty-tracking")]),
-    ],
-)
+@pytest.mark.parametrize("mode", MODES)
 def test_every_page_comes_after_the_move(hosts: Hosts, observer: Observer, mode: str) -> None:
     dirtier = victim(hosts, f"late-{mode}", observer)
     before = {host: hosts.sh(host, LISTENING) for host in ("a", "b")}
@@ -189,27 +189,27 @@ def test_a_container_of_docker(docker_hosts: DockerHosts) -> None:
     assert web.dirtier("b").verified_on("b")["wrong"] == 0
 
 
-@pytest.mark.needs("dirty-tracking")
-def test_a_tree_with_shared_memory(hosts: Hosts) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_a_tree_with_shared_memory(hosts: Hosts, mode: str) -> None:
     dirtier = hosts.dirtier(
         "a", "late-tree", "--mib", "16", "--hot-mib", "8", "--writes", "300", "--children", "2"
     )
     wait_until("it runs", lambda: dirtier.status("a")["passes"] > 0)
-    moved = hosts.migrate("a", dirtier.pid, "ssh://root@b", "--files", "copy", "--mode", "hybrid")
+    moved = hosts.migrate("a", dirtier.pid, "ssh://root@b", "--files", "copy", "--mode", mode)
     assert moved.code == 0, moved.stderr
     one_copy(hosts, dirtier)
 
 
-@pytest.mark.needs("dirty-tracking")
-def test_a_refused_restore_lets_the_source_run_on(hosts: Hosts, observer: Observer) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_a_refused_restore_lets_the_source_run_on(
+    hosts: Hosts, observer: Observer, mode: str
+) -> None:
     dirtier = victim(hosts, "late-refused", observer, 16)
     hosts.sh("b", "mkdir -p /etc/phaul-runtime/hooks/post_restore.d && "
              "printf '#!/bin/sh\\nexit 1\\n' > /etc/phaul-runtime/hooks/post_restore.d/no && "
              "chmod 755 /etc/phaul-runtime/hooks/post_restore.d/no")  # fmt: skip
     try:
-        moved = hosts.migrate(
-            "a", dirtier.pid, "ssh://root@b", "--files", "copy", "--mode", "hybrid"
-        )
+        moved = hosts.migrate("a", dirtier.pid, "ssh://root@b", "--files", "copy", "--mode", mode)
     finally:
         hosts.sh("b", "rm -r /etc/phaul-runtime/hooks/post_restore.d")
     assert moved.code == 4, moved.stderr

@@ -207,7 +207,9 @@ def test_a_process_that_exits_in_mid_move(hosts: Hosts) -> None:
 
 
 @pytest.mark.needs("dirty-tracking")
-@pytest.mark.parametrize("signal", ["INT", "TERM"])
+@pytest.mark.parametrize(
+    "signal", ["INT", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("TERM", "HUP"))]
+)
 def test_cancelled_before_the_freeze(hosts: Hosts, signal: str) -> None:
     victim = hosts.dirtier("a", "cancel", "--mib", "64", "--writes", "100")
     process = stream(hosts, str(victim.pid), "--to", "ssh://root@b", *COPY)

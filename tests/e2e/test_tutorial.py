@@ -32,6 +32,7 @@ def numbers(hosts: Hosts, host: str) -> list[str]:
 
 
 @pytest.mark.needs("dirty-tracking")
+@pytest.mark.thorough
 def test_the_tutorial(hosts: Hosts) -> None:
     for host in ("a", "b"):
         hosts.sh(host, f"test ! -e {CONFIG}")

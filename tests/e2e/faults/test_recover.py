@@ -95,6 +95,7 @@ def test_a_source_that_was_not_given_up_needs_no_destination(
 
 
 @pytest.mark.needs("dirty-tracking")
+@pytest.mark.thorough
 @pytest.mark.timeout(600)
 def test_check_names_what_is_left(stage: Stage, observer: Observer, victim: Victim) -> None:
     migration = killed_at(stage, victim, "opened")
