@@ -5,7 +5,7 @@
 #   make test-all  the same with those that go another way through the same
 #   make table   every engine in every mode in every laboratory: moved, or refused by name
 #   make faults  every fault at every moment; make faults-random SEED=1 COUNT=100;
-#                ENGINE=runc or docker for containers
+#                ENGINE=runc or docker for containers, MODE=pre-copy or post-copy for one of both
 #   make lab KIND=native SUITE=forky     hosts to work with; both words may be left out
 #   make bench   downtime beside other ways to move (METHODS=, WORKLOADS=, RUNS=)
 #
@@ -71,15 +71,16 @@ table: venv
 
 # The whole table of faults and moments (about 40 minutes), and kills at random moments.
 ENGINE := process
+MODE :=
 SEED := 1
 COUNT := 100
 FAULTS = PYTHONPATH=$(shell $(LAB) pycriu) $(VENV)/bin/pytest tests/e2e/faults
 
 faults: venv
-	FAULTS=full ENGINE=$(ENGINE) $(FAULTS) -k one_copy
+	FAULTS=full ENGINE=$(ENGINE) MODE=$(MODE) $(FAULTS) -k one_copy
 
 faults-random: venv
-	SEED=$(SEED) COUNT=$(COUNT) ENGINE=$(ENGINE) $(FAULTS) -k random
+	SEED=$(SEED) COUNT=$(COUNT) ENGINE=$(ENGINE) MODE=$(MODE) $(FAULTS) -k random
 
 # Moves side by side with other ways (tests/bench/README.md), about an hour; RESUME=1 goes on with
 # what was interrupted. matplotlib and the driver of the Go library are needed for this only.

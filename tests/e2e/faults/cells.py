@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 # In the order of a migration. The first three and the last four stop the command there; the
@@ -17,6 +18,8 @@ MOMENTS = (
     "committing",  # the source's copy is dead, commit not yet sent
     "committed",
 )
+# A post-copy move has no rounds, and one moment more.
+LATE_MOMENTS = ("dump", "copy", "restore", "prepared", "committing", "committed", "serving")
 EVERYWHERE = MOMENTS
 FAULTS: dict[str, tuple[str, ...]] = {
     "kill-cli": EVERYWHERE,
@@ -43,6 +46,37 @@ FAULTS: dict[str, tuple[str, ...]] = {
     "kill-dockerd-a": ("committing",),
     "clock-forward": ("predump", "prepared", "committing"),
     "clock-back": ("between", "restore", "committing"),
+}
+LATE_FAULTS: dict[str, tuple[str, ...]] = {
+    "kill-cli": LATE_MOMENTS,
+    "kill-agent": LATE_MOMENTS,
+    "kill-ssh": LATE_MOMENTS,
+    "kill-criu-a": ("dump", "copy", "restore", "prepared"),
+    "kill-criu-b": ("copy", "restore", "prepared", "committing"),
+    "cut-5s": LATE_MOMENTS,
+    "cut-for-good": LATE_MOMENTS,
+    "full-tmpfs-b": ("dump", "prepared", "committing"),
+    "full-disk-b": ("copy", "prepared", "committing", "serving"),
+    "kill-pager-b": ("restore", "prepared", "committing", "serving"),
+    "kill-pagers-b": ("restore", "prepared", "committing"),
+    "kill-runtime-a": ("dump", "copy", "prepared"),
+    "kill-runtime-b": ("restore", "prepared", "committing"),
+    "criu-refuses-b": ("copy",),
+    "kill-shim-b": ("restore", "prepared", "committing"),
+    "kill-dockerd-b": ("restore", "prepared", "committing"),
+    "kill-dockerd-a": ("committing",),
+}
+BY_MODE = {"pre-copy": FAULTS, "post-copy": LATE_FAULTS}
+# With more memory, whose release takes the kernel a while: what asks meanwhile whether the source's
+# copy lives.
+LARGE_MIB = 256
+LARGE = {
+    ("pre-copy", "kill-cli", "committing"),
+    ("pre-copy", "kill-agent", "committing"),
+    ("pre-copy", "kill-criu-a", "prepared"),
+    ("pre-copy", "kill-ssh", "committed"),
+    ("post-copy", "kill-cli", "committing"),
+    ("post-copy", "kill-cli", "serving"),
 }
 QUICK = {
     ("kill-cli", "dump"),
@@ -80,7 +114,17 @@ QUICK_DOCKER = {
     ("restore-refused", "between"),
     ("cut-for-good", "committing"),
 }
-# CI's share of those.
+# Of a post-copy move, for each engine.
+QUICK_LATE = {
+    ("kill-cli", "committing"),
+    ("kill-agent", "serving"),
+    ("kill-cli", "serving"),
+    ("kill-criu-a", "prepared"),
+    ("kill-pager-b", "serving"),
+}
+# CI's share of those, and of the large ones.
+CI_LATE = {"process": {("kill-cli", "committing"), ("kill-agent", "serving")}}
+CI_LARGE = {("pre-copy", "kill-cli", "committing")}
 CI = {
     "process": {
         ("kill-pagers-b", "committing"),
@@ -110,11 +154,16 @@ class Cell:
     engine: str
     fault: str
     moment: str
+    mode: str = "pre-copy"
+    large: bool = False
 
     @property
     def in_ci(self) -> bool:
         """It is of those that CI runs."""
-        return (self.fault, self.moment) in CI.get(self.engine, ())
+        if self.large:
+            return self.engine == "process" and (self.mode, self.fault, self.moment) in CI_LARGE
+        share = CI if self.mode == "pre-copy" else CI_LATE
+        return (self.fault, self.moment) in share.get(self.engine, ())
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -123,17 +172,28 @@ class Cell:
         return rounds + (("own-kernel",) if self.fault.startswith("clock") else ())
 
     def __str__(self) -> str:
-        return f"{self.engine}:{self.fault}@{self.moment}"
+        mode = "" if self.mode == "pre-copy" else f"-{self.mode}"
+        return f"{self.engine}{mode}:{self.fault}@{self.moment}{'-large' * self.large}"
 
 
-def cells(engine: str, *, quick: bool) -> list[Cell]:
+def cells(engine: str, *, quick: bool, modes: Sequence[str] = tuple(BY_MODE)) -> list[Cell]:
     """All cells of an engine, or those that tell most."""
-    chosen = QUICK_BY_ENGINE.get(engine, QUICK_CONTAINER)
     return [
-        Cell(engine, fault, moment)
-        for fault, moments in FAULTS.items()
+        cell
+        for mode in modes
+        for fault, moments in BY_MODE[mode].items()
         for moment in moments
-        if (not quick or (fault, moment) in chosen)
-        and (engine != "process" or "runtime" not in fault)
+        if (engine != "process" or "runtime" not in fault)
         and (engine == "docker" or fault not in DOCKERS)
+        for cell in _sizes(engine, fault, moment, mode, quick=quick)
     ]
+
+
+def _sizes(engine: str, fault: str, moment: str, mode: str, *, quick: bool) -> Iterator[Cell]:
+    chosen = QUICK_LATE
+    if mode == "pre-copy":
+        chosen = QUICK_BY_ENGINE.get(engine, QUICK_CONTAINER)
+    if not quick or (fault, moment) in chosen:
+        yield Cell(engine, fault, moment, mode)
+    if (mode, fault, moment) in LARGE and (not quick or engine == "process"):
+        yield Cell(engine, fault, moment, mode, large=True)

@@ -21,7 +21,7 @@ _ROWS: list[tuple[str, str, str, str]] = []
 def stage(lab: object) -> Iterator[Stage]:
     hosts = Hosts(lab)  # type: ignore[arg-type]
     # A working directory that can be filled without filling the host's memory.
-    hosts.sh("b", "mkdir -p /run/phaul; mount -t tmpfs -o size=80m,mode=700 faults /run/phaul")
+    hosts.sh("b", "mkdir -p /run/phaul; mount -t tmpfs -o size=400m,mode=700 faults /run/phaul")
     found = Stage(hosts, Stagehand(hosts, "a"), Stagehand(hosts, "b"), _ROWS)
     yield found
     found.a.close()

@@ -25,7 +25,8 @@ SETTINGS = f"""
 filesystem: {{files: copy}}
 policy: {{max_iterations: 3, max_downtime_ms: 1}}
 transport: {{connect_timeout_s: 240}}
-timeouts: {{heartbeat_s: 1, lost_s: {LOST_S}, call_s: 30, prepare_s: 90, commit_s: 20}}
+timeouts: {{heartbeat_s: 1, lost_s: {LOST_S}, call_s: 30, prepare_s: 90, commit_s: 20,
+           recover_s: 30}}
 """
 
 
@@ -72,11 +73,11 @@ class Stage:
     rows: list[tuple[str, str, str, str]] = field(default_factory=list)
     number: int = 0
 
-    def victim(self, observer: Observer, engine: str = "process") -> Victim:
-        """A new victim on host a that the observer hears."""
+    def victim(self, observer: Observer, engine: str = "process", mib: int = 0) -> Victim:
+        """A new victim on host a that the observer hears; `mib` of memory, or little."""
         self.number += 1
         name = f"fault{self.number}"
-        victim = start(self.hosts, engine, name, observer)
+        victim = start(self.hosts, engine, name, observer, mib)
         wait_until("the observer hears the victim", lambda: len(observer.heard) > 5)
         return victim
 

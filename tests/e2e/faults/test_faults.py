@@ -1,7 +1,7 @@
 """Whatever fails at whatever moment: one copy runs, no page is wrong, nothing is left behind.
 
-`FAULTS=full` runs every cell of cells.py for one ENGINE (`make faults`); otherwise it is a few of
-each, of which CI has time for some.
+`FAULTS=full` runs every cell of cells.py for one ENGINE (`make faults`), or for one MODE of it;
+otherwise it is a few of each, of which CI has time for some.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 
 from tests.e2e.conftest import wait_until
 from tests.e2e.docker_hosts import restart_dockerd
-from tests.e2e.faults.cells import Cell, cells
+from tests.e2e.faults.cells import BY_MODE, LARGE_MIB, Cell, cells
 from tests.e2e.faults.stage import CONFIG, Stage
 from tests.e2e.faults.victims import Victim
 from tests.e2e.observer import Observer
@@ -27,6 +27,7 @@ FULL = os.environ.get("FAULTS") == "full"
 SEED = int(os.environ.get("SEED", "1"))
 COUNT = int(os.environ.get("COUNT", "2"))
 ENGINE = os.environ.get("ENGINE", "process")
+MODES = os.environ.get("MODE", "").split() or tuple(BY_MODE)
 ENDS_WITHIN_S = 180
 EVERY_CRIU = "/etc/criu/default.conf"
 # What is seen from outside to be happening, by the host on which it is seen.
@@ -44,7 +45,8 @@ def victim(stage: Stage, observer: Observer, request: pytest.FixtureRequest) -> 
     engine = cell.engine if cell else ENGINE
     if engine == "docker":
         request.getfixturevalue("docker_lab")
-    found = stage.victim(observer, engine)
+    found = stage.victim(observer, engine, LARGE_MIB if cell and cell.large else 0)
+    found.mode = cell.mode if cell else MODES[0]
     yield found
     stage.clear(found)
 
@@ -61,7 +63,7 @@ def victim(stage: Stage, observer: Observer, request: pytest.FixtureRequest) -> 
             ],
         )
         for engine in ((ENGINE,) if FULL else ("process", "runc", "docker"))
-        for cell in cells(engine, quick=not FULL)
+        for cell in cells(engine, quick=not FULL, modes=MODES)
     ],
     ids=str,
 )
@@ -99,7 +101,8 @@ def test_one_copy_whatever_fails(
             outcome += ", recovered"
     runs = stage.judge(victim, observer)
     assert (runs == "b") == (ended["code"] == 0) or ended["code"] in (5, -9)
-    stage.rows.append((f"{cell.engine} {cell.fault}", cell.moment, f"{runs} runs", outcome))
+    name, _, moment = str(cell).partition("@")
+    stage.rows.append((name.replace(":", " "), moment, f"{runs} runs", outcome))
 
 
 def strike(stage: Stage, cell: Cell, victim: Victim) -> Any:

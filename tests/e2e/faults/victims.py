@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from tests.e2e.containers import Container, Containers
 from tests.e2e.docker_hosts import IMAGE, DockerContainer, DockerHosts
 from tests.e2e.observer import Observer
 
-FLAGS = ("--mib", "20", "--hot-mib", "2", "--writes", "200")
+MIB = 20
+FLAGS = ("--hot-mib", "2", "--writes", "200")
 ALWAYS = "--network host --uts host --restart always"
 # State that docker's runtime or containerd keep of containers that docker does not know.
 STRAYS = """
@@ -29,6 +30,7 @@ class Victim(Dirtier):
 
     engine: str
     target: str
+    mode: str = field(default="pre-copy", kw_only=True)
 
     @property
     def runtime(self) -> str:
@@ -37,7 +39,8 @@ class Victim(Dirtier):
 
     def migrate(self) -> list[str]:
         """The command that moves it to b."""
-        return ["migrate", self.target, "--engine", self.engine, "--to", "ssh://root@b"]
+        argv = ["migrate", self.target, "--engine", self.engine, "--to", "ssh://root@b"]
+        return [*argv, "--mode", self.mode]
 
     def pids(self, host: str) -> list[int]:
         """Its processes there."""
@@ -148,9 +151,9 @@ class DockerVictim(Victim):
         return lambda: self.hosts.sh("b", f"docker rm {name}")
 
 
-def start(hosts: Hosts, engine: str, name: str, observer: Observer) -> Victim:
-    """A new victim on host a, that tells the observer."""
-    flags = (*FLAGS, "--udp", observer.address)
+def start(hosts: Hosts, engine: str, name: str, observer: Observer, mib: int = 0) -> Victim:
+    """A new victim on host a, that tells the observer; `mib` of memory, or little."""
+    flags = (*FLAGS, "--mib", str(mib or MIB), "--udp", observer.address)
     if engine == "process":
         dirtier = hosts.dirtier("a", name, *flags)
         return Victim(hosts, dirtier.pid, dirtier.status_file, engine, str(dirtier.pid))
