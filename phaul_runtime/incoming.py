@@ -29,7 +29,7 @@ from phaul_runtime.images import (
     remove_tree,
     was_resumed,
 )
-from phaul_runtime.journal import Journal, checked_id, lock_directory
+from phaul_runtime.journal import Journal, checked_id, lock_directory, trusted
 from phaul_runtime.lazy import PLACE, Filled, LazyRestore
 from phaul_runtime.lifecycle import (
     COMMITTED,
@@ -191,7 +191,16 @@ class Incoming:
 
     @classmethod
     def revive(cls, journal: Journal, criu: Criu, hooks: Hooks) -> Incoming:
-        """Take up what an earlier agent left; then `commit` or `abort` it."""
+        """Take up what an earlier agent left; then `commit` or `abort` it.
+
+        Raises:
+            JournalDamaged: the journal does not say what it was.
+        """
+        with trusted(journal.path):
+            return cls._revived(journal, criu, hooks)
+
+    @classmethod
+    def _revived(cls, journal: Journal, criu: Criu, hooks: Hooks) -> Incoming:
         incoming = cls(journal, criu, hooks)
         incoming._stage.recall()
         if journal.facts.get("post_copy") and incoming._dir.exists():
