@@ -303,8 +303,9 @@ def trusted(path: Path) -> Iterator[None]:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         log.debug("a fact of %s is of no use", path, exc_info=True)
+        what = ascii(" ".join(str(error).split())[:200])
         raise damaged(
-            path, Damage(None, f"a fact is missing or of no use: {type(error).__name__}: {error}")
+            path, Damage(None, f"a fact is missing or of no use: {type(error).__name__}: {what}")
         ) from error
 
 

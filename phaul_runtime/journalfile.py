@@ -109,6 +109,7 @@ class JournalFile:
             self.fd = -1
 
     def _clear(self) -> None:
+        self._reserve(self.end + self._spare + _LAST_STEPS)
         self._closed = False
         if self._spare:
             self._put(b"")
@@ -119,9 +120,9 @@ class JournalFile:
     def _put(self, data: bytes) -> None:
         """Write at the end, all of it, and NULs over what else is to be replaced there."""
         data = data.ljust(self._spare, b"\0")
+        self._reserve(self.end + len(data) + _LAST_STEPS)
         done = 0
         try:
-            self._reserve(self.end + len(data) + _LAST_STEPS)
             while done < len(data):
                 count = os.pwrite(self.fd, data[done:], self.end + done)
                 if count <= 0:

@@ -279,8 +279,9 @@ def _damage(tail: bytes, begin: int, version: int, otherwise: str) -> str:
     if version == 1:
         return f"{otherwise} but for its end" if json_object(tail[:-1]) is not None else ""
     numbers = _NUMBERS.match(tail)
-    whole = numbers is not None and len(tail) >= _NUMBERS_BYTES + int(numbers[2], 16)
-    return otherwise if whole else ""
+    # What it lacks of a whole one is missing; what is there instead was not.
+    more = numbers is not None and len(tail) > _NUMBERS_BYTES + int(numbers[2], 16)
+    return otherwise if more else ""
 
 
 def _tells(line: bytes, begin: int, version: int) -> bool:
