@@ -394,7 +394,7 @@ def migration_ids(state_dir: Path) -> list[str]:
     """All ids with a journal, oldest first."""
     found = []
     for entry in _directories(state_dir):
-        with contextlib.suppress(FileNotFoundError):  # forgotten just now
+        with contextlib.suppress(OSError):  # forgotten just now
             found.append((entry.stat().st_ctime_ns, entry.name))
     return [name for _, name in sorted(found)]
 
@@ -479,7 +479,7 @@ def forget_old(state_dir: Path, keep: int) -> None:
     for migration_id in migration_ids(state_dir)[:-keep]:
         paths = [journal_path(state_dir, migration_id, role) for role in Role]
         try:
-            states = [state_of(path) for path in paths]
+            states = [replay(_intact(path))[0] for path in paths]
         except JournalDamaged:
             continue
         busy = any(map(is_locked, (state_dir / migration_id, *paths)))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from phaul_runtime.errors import JournalDamaged
 from phaul_runtime.images import remove_tree
-from phaul_runtime.journal import OpenEnd, is_locked, journal_path, open_ends, state_of
+from phaul_runtime.journal import OpenEnd, is_locked, journal_path, open_ends, read_records, replay
 from phaul_runtime.states import Role
 
 _PRIVATE = re.compile(r"(?:(?:out|agent|ssh|link)-)?[0-9a-f]{8,64}")
@@ -51,7 +51,7 @@ def _waits(state_dir: Path, migration_id: str) -> bool:
     for role in Role:
         path = journal_path(state_dir, migration_id, role)
         try:
-            state = state_of(path)
+            state, _ = replay(read_records(state_dir, migration_id, role))
         except JournalDamaged:
             return True
         if (state is not None and not state.settled) or is_locked(path):

@@ -26,7 +26,7 @@ from phaul_runtime.journal import (
     state_of,
     unsettled,
 )
-from phaul_runtime.journalformat import HEADER, STEP
+from phaul_runtime.journalformat import HEADER, STEP, Contents
 from phaul_runtime.states import Role, State
 
 ID = "1f" * 8
@@ -125,7 +125,13 @@ def test_of_settled_journals_only_the_end_is_read(
     for number in range(1, 2000):
         shutil.copytree(state_dir / first, state_dir / f"{number:08x}")
     read: list[int] = []
-    monkeypatch.setattr(journal_module, "examine", lambda path: pytest.fail(f"{path} read whole"))
+    whole: list[Path] = []
+
+    def examine(path: Path, real: Callable[[Path], Contents] = journal_module.examine) -> Contents:
+        whole.append(path.parent)
+        return real(path)
+
+    monkeypatch.setattr(journal_module, "examine", examine)
 
     def pread(fd: int, size: int, offset: int, real: Callable[..., bytes] = os.pread) -> bytes:
         read.append(size)
@@ -135,8 +141,9 @@ def test_of_settled_journals_only_the_end_is_read(
     (tmp_path / "work" / f"agent-{first}").mkdir(parents=True)
     found = leftovers.find(tmp_path / "work", state_dir)
     assert found == [f"{tmp_path}/work/agent-{first} belongs to nobody: phaul-runtime recover"]
-    assert len(read) == 2001
-    assert max(read) <= 256
+    assert (len(read), max(read)) == (2000, 256)
+    # Of one whose directory is still there.
+    assert set(whole) == {state_dir / first}
     assert unsettled(state_dir) == []
 
 

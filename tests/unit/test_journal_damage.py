@@ -238,7 +238,7 @@ def test_a_record_cut_short_at_any_byte_is_as_if_never_written(
     before, after, good = crashed(tmp_path, records, size)
     path = journal_path(tmp_path, ID, Role.SOURCE)
     end = len(after.rstrip(b"\0"))
-    ends = {*range(good.end, min(good.end + 600, end)), *range(end - 600, end)}
+    ends = {*range(good.end, min(good.end + 150, end)), *range(end - 150, end)}
     for cut in sorted(each for each in ends if each >= good.end):
         torn = after[:cut] + before[cut:]
         contents = decode(torn)
