@@ -50,7 +50,7 @@ MEANINGS = {
     ExitCode.REFUSED: "refused before anything was frozen, or there is no such thing",
     ExitCode.FAILED: "failed; the source's copy runs on",
     ExitCode.UNKNOWN: "outcome unknown: the source's copy is dead or held, the destination did not "
-    "confirm: `phaul-runtime recover`",
+    "confirm: `phaul-runtime recover`; or a journal is damaged: `phaul-runtime show`",
     ExitCode.CANCELLED: "cancelled before the cut-over; the source's copy runs on",
     ExitCode.PARTLY: "of a batch, not all moves succeeded",
 }
