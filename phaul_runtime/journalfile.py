@@ -109,7 +109,6 @@ class JournalFile:
             self.fd = -1
 
     def _clear(self) -> None:
-        self._reserve(self.end + self._spare + _LAST_STEPS)
         self._closed = False
         if self._spare:
             self._put(b"")
@@ -120,6 +119,7 @@ class JournalFile:
     def _put(self, data: bytes) -> None:
         """Write at the end, all of it, and NULs over what else is to be replaced there."""
         data = data.ljust(self._spare, b"\0")
+        # First, and by itself: where it fails, the file ends as it did.
         self._reserve(self.end + len(data) + _LAST_STEPS)
         done = 0
         try:

@@ -273,6 +273,7 @@ def test_a_record_that_has_no_room_was_never_written(
             assert journal.state is State.PREPARED
             assert (journal._end, journal.facts, journal.records) == before
             assert on_disk(journal) is State.PREPARED
+            assert wiped is not any(journal.path.read_bytes()[journal._end :]) or not room
             room += 1
         assert room > 60
         assert on_disk(journal) is State.COMMITTING
@@ -281,6 +282,7 @@ def test_a_record_that_has_no_room_was_never_written(
             journal.note(long="y" * 200)
         journal.note(s=1)
         assert read_records(tmp_path, ID, Role.SOURCE)[-1] == journal.records[-1]
+        assert not any(journal.path.read_bytes()[journal._end :])
         with disk(monkeypatch, 80), pytest.raises(MigrationFailed):
             journal.note(long="y" * 200)
     with Journal.open(tmp_path, ID, Role.SOURCE) as journal:
