@@ -427,3 +427,16 @@ def test_damage_to_one_of_version_1(old: Path, old_text: bytes, new_text: bytes)
     with pytest.raises(JournalDamaged):
         Journal.open(old, V1_ID, Role.DESTINATION)
     assert unsettled(old) == []
+
+
+def test_a_sector_lost_from_one_of_version_1(old: Path) -> None:
+    path = journal_path(old, V1_ID, Role.DESTINATION)
+    data = path.read_bytes()
+    for begin in (0, 512):
+        path.write_bytes(data[:begin] + bytes(512) + data[begin + 512 :])
+        with pytest.raises(JournalDamaged, match=r"at byte 0: .*, and others follow it"):
+            read_records(old, V1_ID, Role.DESTINATION)
+    # In the last record it may be one that the host did not live to write.
+    last = data + b'{"time":1790000006,"text":"' + b"x" * 1500 + b'"}\n'
+    path.write_bytes(last[:2048] + bytes(512) + last[2560:])
+    assert replay(read_records(old, V1_ID, Role.DESTINATION))[0] is State.PREPARED
