@@ -30,7 +30,7 @@ from phaul_runtime.errors import DestinationError, PhaulError, Refused
 from phaul_runtime.filesystem import compare
 from phaul_runtime.hostfacts import PROTOCOL, gather_facts
 from phaul_runtime.incoming import CANNOT_BE_LAZY, Incoming, checked_json
-from phaul_runtime.journal import checked_id, lock_directory
+from phaul_runtime.journal import KEPT, checked_id, forget_old, lock_directory
 from phaul_runtime.lifecycle import Hooks, Move
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.rpc import phaul_pb2_grpc
@@ -101,8 +101,11 @@ def _require_protocol(context: grpc.ServicerContext) -> None:
 class AgentService(phaul_pb2_grpc.AgentServicer):
     """The calls of phaul.proto."""
 
-    def __init__(self, workdir: Path, state_dir: Path, criu: Criu, hooks: Hooks) -> None:
+    def __init__(
+        self, workdir: Path, state_dir: Path, criu: Criu, hooks: Hooks, *, history: int = KEPT
+    ) -> None:
         self._workdir = workdir
+        self._history = history
         self._hooks = hooks
         self._state_dir = state_dir
         self._criu = criu
@@ -186,6 +189,7 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
         finally:
             with self._lock:
                 self._opening.discard(request.id)
+        forget_old(self._state_dir, self._history)
         return pb.OpenReply(trees=_places(incoming))
 
     @_answers(pb.ArrivedReply)
@@ -322,6 +326,7 @@ class Agent:
         criu: a session factory.
         hooks: of this host.
         on_lost: called once a client was given up: what was started for it may end.
+        history: how many settled migrations are remembered.
     """
 
     def __init__(
@@ -333,10 +338,11 @@ class Agent:
         *,
         on_lost: Callable[[], object] = lambda: None,
         hooks: Hooks | None = None,
+        history: int = KEPT,
     ) -> None:
         self._sockets = sockets
         self._on_lost = on_lost
-        self.service = AgentService(workdir, state_dir, criu, hooks or Hooks())
+        self.service = AgentService(workdir, state_dir, criu, hooks or Hooks(), history=history)
         self._made = False
         self._lock = -1
         self._workdir = workdir

@@ -28,6 +28,7 @@ from pydantic_core import PydanticCustomError
 from phaul_runtime.config_source import Key, Source, read_yaml
 from phaul_runtime.errors import ConfigError
 from phaul_runtime.hookdir import HookDirectory
+from phaul_runtime.journal import KEPT
 from phaul_runtime.lifecycle import EVENTS, Hooks
 from phaul_runtime.logs import Format, Level
 
@@ -264,7 +265,7 @@ class Config(Section):
     state_dir: str = Field(
         "/var/lib/phaul-runtime", pattern="^/", description="journals of migrations; not on tmpfs"
     )
-    history: int = Field(200, ge=1, description="how many settled migrations are remembered")
+    history: int = Field(KEPT, ge=1, description="how many settled migrations are remembered")
     log_dir: str = Field(
         "/var/log/phaul-runtime", pattern="^/", description="CRIU's logs of failed moves"
     )

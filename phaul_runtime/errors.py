@@ -18,6 +18,7 @@
     │   ├── DestinationError        4  the destination could not do its part
     │   └── NotConverging           4  the budget cannot be met and the policy says abort
     ├── OutcomeUnknown              5  the source is dead or held, the rest not known
+    │   └── JournalDamaged          5  a journal cannot be relied on: file, offset, what is wrong
     └── Cancelled                   6  by the user, before the cut-over
 
 An error's message is one line (CRIU's lines follow it, indented); `hint` says what to do about it.
@@ -49,7 +50,7 @@ MEANINGS = {
     ExitCode.REFUSED: "refused before anything was frozen, or there is no such thing",
     ExitCode.FAILED: "failed; the source's copy runs on",
     ExitCode.UNKNOWN: "outcome unknown: the source's copy is dead or held, the destination did not "
-    "confirm: `phaul-runtime recover`",
+    "confirm: `phaul-runtime recover`; or a journal is damaged: `phaul-runtime show`",
     ExitCode.CANCELLED: "cancelled before the cut-over; the source's copy runs on",
     ExitCode.PARTLY: "of a batch, not all moves succeeded",
 }
@@ -170,6 +171,10 @@ class OutcomeUnknown(PhaulError):
     """
 
     exit_code = ExitCode.UNKNOWN
+
+
+class JournalDamaged(OutcomeUnknown):
+    """A journal cannot be relied on: where its end of the migration stands is not known."""
 
 
 class Cancelled(PhaulError):

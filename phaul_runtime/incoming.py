@@ -29,7 +29,7 @@ from phaul_runtime.images import (
     remove_tree,
     was_resumed,
 )
-from phaul_runtime.journal import RUNS, Journal, checked_id, lock_directory
+from phaul_runtime.journal import RUNS, Journal, checked_id, lock_directory, trusted
 from phaul_runtime.lazy import PLACE, Filled, LazyRestore
 from phaul_runtime.lifecycle import (
     ANNOUNCED,
@@ -195,8 +195,14 @@ class Incoming:
         """Take up what an earlier agent left; then `commit` or `abort` it.
 
         Raises:
+            JournalDamaged: the journal does not say what it was.
             PhaulError: what the engine made cannot be found again; the journal is as it was.
         """
+        with trusted(journal.path):
+            return cls._revived(journal, criu, hooks)
+
+    @classmethod
+    def _revived(cls, journal: Journal, criu: Criu, hooks: Hooks) -> Incoming:
         incoming = cls(journal, criu, hooks)
         incoming._stage.recall()
         if journal.facts.get("post_copy") and incoming._dir.exists():

@@ -11,15 +11,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from phaul_runtime.errors import JournalDamaged
 from phaul_runtime.images import remove_tree
-from phaul_runtime.journal import (
-    is_locked,
-    journal_path,
-    migration_ids,
-    read_records,
-    replay,
-    unsettled,
-)
+from phaul_runtime.journal import OpenEnd, is_locked, journal_path, open_ends, read_records, replay
 from phaul_runtime.states import Role
 
 _PRIVATE = re.compile(r"(?:(?:out|agent|ssh|link)-)?[0-9a-f]{8,64}")
@@ -39,14 +33,7 @@ def private_directories(workdir: Path) -> Iterator[Path]:
 
 
 def _ownerless(workdir: Path, state_dir: Path) -> Iterator[Path]:
-    """Those that no unsettled migration needs either."""
-    known, waiting = set(migration_ids(state_dir)), set()
-    for migration_id in known:
-        for role in Role:
-            path = journal_path(state_dir, migration_id, role)
-            state, _ = replay(read_records(state_dir, migration_id, role))
-            if (state is not None and not state.settled) or is_locked(path):
-                waiting.add(migration_id)
+    """Those that no unsettled migration needs either, nor one whose state is not known."""
     for path in private_directories(workdir):
         migration_id = path.name.rpartition("-")[2]
         try:
@@ -54,20 +41,44 @@ def _ownerless(workdir: Path, state_dir: Path) -> Iterator[Path]:
         except OSError:
             continue
         # Of one without a journal it is not known whether it has only just been made.
-        if migration_id not in waiting and (migration_id in known or abs(age) > _SETTLED_S):
+        known = (state_dir / migration_id).is_dir()
+        if (known or abs(age) > _SETTLED_S) and not _waits(state_dir, migration_id):
             yield path
+
+
+def _waits(state_dir: Path, migration_id: str) -> bool:
+    """Whether something may still be done about a migration, by anybody."""
+    for role in Role:
+        path = journal_path(state_dir, migration_id, role)
+        try:
+            state, _ = replay(read_records(state_dir, migration_id, role))
+        except JournalDamaged:
+            return True
+        if (state is not None and not state.settled) or is_locked(path):
+            return True
+    return False
 
 
 def find(workdir: Path, state_dir: Path) -> list[str]:
     """A line for each leftover; changes nothing."""
-    return [
-        f"migration {migration_id} stands at {state.value} at its {role.value}: "
-        f"phaul-runtime recover {migration_id}"
-        for migration_id, role, state in unsettled(state_dir)
-    ] + [
+    return [_line(end) for end in open_ends(state_dir) if not _worked_on(state_dir, end)] + [
         f"{path} belongs to nobody: phaul-runtime recover"
         for path in _ownerless(workdir, state_dir)
     ]
+
+
+def _worked_on(state_dir: Path, end: OpenEnd) -> bool:
+    unharmed = not isinstance(end.stands, JournalDamaged)
+    return unharmed and is_locked(journal_path(state_dir, end.id, end.role))
+
+
+def _line(end: OpenEnd) -> str:
+    if isinstance(end.stands, JournalDamaged):
+        return f"migration {end.id}: {end.stands.message}: phaul-runtime show {end.id}"
+    return (
+        f"migration {end.id} stands at {end.stands.value} at its {end.role.value}: "
+        f"phaul-runtime recover {end.id}"
+    )
 
 
 def sweep(workdir: Path, state_dir: Path) -> list[Path]:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from phaul_runtime.client import PRE_COPY
 from phaul_runtime.errors import (
     ExitCode,
+    JournalDamaged,
     MigrationFailed,
     OutcomeUnknown,
     StillUnderWay,
@@ -35,6 +36,7 @@ from phaul_runtime.journal import (
     read_records,
     read_report,
     replay,
+    trusted,
 )
 from phaul_runtime.leftovers import private_directories
 from phaul_runtime.recovery import Recovered, Recovery
@@ -134,6 +136,7 @@ def settled_before(
     Raises:
         UsageError: the id belongs to the migration of something else.
         OutcomeUnknown: it cannot be settled now.
+        JournalDamaged: what became of it is not known.
         StillUnderWay: a command without a claim works on it.
     """
     state_dir = Path(config.state_dir)
@@ -142,6 +145,7 @@ def settled_before(
     if state is None:
         if path.exists() and is_locked(path):
             raise StillUnderWay(f"migration {migration_id} is still under way at its source")
+        _guard_empty(state_dir, migration_id)
         # A command that died before its first step; what it made would stand in the way.
         path.unlink(missing_ok=True)
         for left in private_directories(Path(config.workdir)):
@@ -170,13 +174,30 @@ def settled_before(
     return report
 
 
+def _guard_empty(state_dir: Path, migration_id: str) -> None:
+    """A journal that says nothing is no reason to move again what has moved."""
+    kept = read_report(state_dir, migration_id)
+    if kept is not None and kept.get("result") in ("moved", "unknown"):
+        path = journal_path(state_dir, migration_id, Role.SOURCE)
+        raise JournalDamaged(
+            f"{path} is empty or gone, yet the report beside it says {kept['result']}",
+            hint=f"phaul-runtime show {migration_id} has the report",
+        )
+
+
 def _recorded(
     config: Config, migration_id: str, state: State, facts: Mapping[str, Any]
 ) -> MigrationReport:
     kept = read_report(Path(config.state_dir), migration_id)
     # One of an unknown outcome was written before a recovery found out.
     if kept is not None and kept.get("result") in _SETTLED_RESULTS[state]:
-        return MigrationReport.from_json(kept)
+        with contextlib.suppress(TypeError, AttributeError):  # not as it was written
+            return MigrationReport.from_json(kept)
+    with trusted(journal_path(Path(config.state_dir), migration_id, Role.SOURCE)):
+        return _from_facts(migration_id, state, facts)
+
+
+def _from_facts(migration_id: str, state: State, facts: Mapping[str, Any]) -> MigrationReport:
     moved = state is State.DONE
     report = MigrationReport("moved" if moved else "failed", mode=str(facts.get("mode", PRE_COPY)))
     report.id = migration_id

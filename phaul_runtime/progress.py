@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from phaul_runtime.journal import journal_path
+from phaul_runtime.journalformat import json_object
 from phaul_runtime.states import Role
 
 
@@ -41,10 +42,10 @@ def write_progress(state_dir: Path, migration_id: str, role: Role, **facts: Any)
 def read_progress(state_dir: Path, migration_id: str, role: Role) -> dict[str, Any]:
     """What was said last; empty if nothing was."""
     try:
-        told = json.loads(progress_path(state_dir, migration_id, role).read_bytes())
-    except (OSError, ValueError):
+        told = json_object(progress_path(state_dir, migration_id, role).read_bytes())
+    except OSError:
         return {}
-    return told if isinstance(told, dict) else {}
+    return told or {}
 
 
 def forget_progress(state_dir: Path, migration_id: str, role: Role) -> None:

@@ -6,9 +6,10 @@ and `states.decide` says the same of the same two standings whoever asks.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from phaul_runtime import leftovers
 from phaul_runtime.cancel import Cancellation
@@ -16,6 +17,7 @@ from phaul_runtime.criu import Criu
 from phaul_runtime.errors import (
     ChannelError,
     DestinationUnreachable,
+    JournalDamaged,
     NoSuchMigration,
     OutcomeUnknown,
     PhaulError,
@@ -24,7 +26,16 @@ from phaul_runtime.errors import (
 from phaul_runtime.events import Listener, guarded, nobody
 from phaul_runtime.hold import FACT as HOLD
 from phaul_runtime.hold import Hold
-from phaul_runtime.journal import RUNS, Journal, read_records, replay, unsettled
+from phaul_runtime.journal import (
+    RUNS,
+    Journal,
+    journal_path,
+    open_ends,
+    read_records,
+    replay,
+    trusted,
+    unsettled,
+)
 from phaul_runtime.lifecycle import announce
 from phaul_runtime.postcopy.transfer import Transfer, attend
 from phaul_runtime.reach import reach
@@ -85,6 +96,14 @@ class Recovery:
         """The ids that are not settled here, each once."""
         return list(dict.fromkeys(found[0] for found in unsettled(self._state_dir)))
 
+    def damaged(self) -> list[tuple[str, JournalDamaged]]:
+        """The ids with a journal here that cannot be relied on, and what is wrong with it."""
+        return [
+            (end.id, end.stands)
+            for end in open_ends(self._state_dir)
+            if isinstance(end.stands, JournalDamaged)
+        ]
+
     def sweep(self) -> list[Path]:
         """Remove the private directories that belong to nobody; returns them."""
         return leftovers.sweep(self._workdir, self._state_dir)
@@ -100,6 +119,7 @@ class Recovery:
         Raises:
             NoSuchMigration: this host took no part in it.
             StillUnderWay: somebody works on it.
+            JournalDamaged: a journal of it cannot be relied on, here or on the other host.
             OutcomeUnknown: it cannot be settled now; the message says what is missing.
         """
         mine = {role: read_records(self._state_dir, migration_id, role) for role in Role}
@@ -118,7 +138,7 @@ class Recovery:
         journal = held or Journal.open(self._state_dir, migration_id, Role.SOURCE)
         try:
             source = self._here.standing(journal)
-            wait_s = float(journal.facts.get("lost_s", 0)) + _MARGIN_S
+            wait_s = _patience(journal.path, journal.facts)
             if both and not (source and source.held):
                 there = self._here.look(migration_id, Role.DESTINATION, wait_s=wait_s)
                 decision = self._decided(migration_id, source, there)
@@ -172,8 +192,9 @@ class Recovery:
 
     def _serve(self, journal: Journal, agent: RemoteAgent) -> Settled:
         """The copy runs there: bring it the pages that it misses, then end the one here."""
-        hold = Hold.recall(journal.facts[HOLD])
-        final_dir = Path(journal.facts["final_dir"])
+        with trusted(journal.path):
+            hold = Hold.recall(journal.facts[HOLD])
+            final_dir = Path(journal.facts["final_dir"])
         half = self._here.source(journal)
         if hold is None:
             raise OutcomeUnknown(f"migration {journal.id} holds nothing")
@@ -211,7 +232,8 @@ class Recovery:
 
     def _from_destination(self, migration_id: str) -> Recovered:
         _, facts = replay(read_records(self._state_dir, migration_id, Role.DESTINATION))
-        wait_s = float(facts.get("lost_s", 0)) + _MARGIN_S
+        path = journal_path(self._state_dir, migration_id, Role.DESTINATION)
+        wait_s = _patience(path, facts)
         there = self._here.look(migration_id, Role.DESTINATION, wait_s=wait_s)
         decision = decide(None, there)
         warnings: tuple[str, ...] = ()
@@ -262,12 +284,20 @@ def _discarded(agent: RemoteAgent, migration_id: str) -> Settled:
     """
     try:
         return agent.settle(migration_id, Role.DESTINATION, Verdict.DISCARD)
+    except OutcomeUnknown:
+        raise
     except PhaulError as error:
         warning = (
             f"what the destination holds of this migration was not put away ({error.message}); "
             f"phaul-runtime recover {migration_id} there does it"
         )
         return Settled(warnings=(warning,))
+
+
+def _patience(path: Path, facts: Mapping[str, Any]) -> float:
+    """How long an end may still be worked on whose other end is lost, in seconds."""
+    with trusted(path):
+        return float(facts.get("lost_s", 0)) + _MARGIN_S
 
 
 def _lost(settled: Settled) -> Settled:

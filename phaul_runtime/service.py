@@ -22,7 +22,7 @@ from phaul_runtime.criu import Criu
 from phaul_runtime.errors import Refused, UsageError
 from phaul_runtime.front import Front, Secure
 from phaul_runtime.images import remove_tree
-from phaul_runtime.journal import is_locked
+from phaul_runtime.journal import KEPT, is_locked
 from phaul_runtime.lifecycle import Hooks
 from phaul_runtime.transport import socket_directory
 from phaul_runtime.transport.link import parse_listen
@@ -42,6 +42,7 @@ class Service:
         state_dir: of the journals.
         criu: a session factory.
         hooks: of this host.
+        history: how many settled migrations are remembered.
 
     Raises:
         UsageError: the address is malformed.
@@ -49,7 +50,14 @@ class Service:
     """
 
     def __init__(
-        self, config: AgentConfig, workdir: Path, state_dir: Path, criu: Criu, hooks: Hooks
+        self,
+        config: AgentConfig,
+        workdir: Path,
+        state_dir: Path,
+        criu: Criu,
+        hooks: Hooks,
+        *,
+        history: int = KEPT,
     ) -> None:
         if config.listen is None:
             raise UsageError("no address to listen on", hint="--listen tls://0.0.0.0:7007")
@@ -63,7 +71,7 @@ class Service:
         # By its address, so that the next one finds what this one could not put away.
         token = hashlib.sha256(config.listen.encode()).hexdigest()[:16]
         self._sockets = socket_directory(str(workdir), token)
-        self._agent = Agent(self._sockets, workdir, state_dir, criu, hooks=hooks)
+        self._agent = Agent(self._sockets, workdir, state_dir, criu, hooks=hooks, history=history)
         secure: Secure | None = None
         if self._scheme == "tls":
             credentials = Credentials(config.ca, config.cert, config.key)

@@ -14,12 +14,18 @@ from pathlib import Path
 from phaul_runtime import throttle
 from phaul_runtime.criu import Criu
 from phaul_runtime.engine import SourceHalf, load_engine
-from phaul_runtime.errors import MigrationFailed, NoSuchMigration, OutcomeUnknown, PhaulError
+from phaul_runtime.errors import (
+    JournalDamaged,
+    MigrationFailed,
+    NoSuchMigration,
+    OutcomeUnknown,
+    PhaulError,
+)
 from phaul_runtime.hold import FACT as HOLD
 from phaul_runtime.hold import Hold
 from phaul_runtime.images import remove_tree
 from phaul_runtime.incoming import Incoming, may_run
-from phaul_runtime.journal import Journal, read_records, replay
+from phaul_runtime.journal import Journal, journal_path, read_records, replay, trusted
 from phaul_runtime.leftovers import private_directories
 from phaul_runtime.lifecycle import ON_FAILURE, ON_ROLLBACK, Failure, Hooks, announce, move_of
 from phaul_runtime.states import Role, Settled, Standing, State, Verdict
@@ -49,6 +55,7 @@ class Settler:
 
         Raises:
             StillUnderWay: somebody still does after `wait_s` seconds.
+            JournalDamaged: what its journal says cannot be relied on.
         """
         try:
             journal = Journal.open(self.state_dir, migration_id, role, wait_s=wait_s)
@@ -59,6 +66,10 @@ class Settler:
 
     def standing(self, journal: Journal) -> Standing | None:
         """The same for a journal that the caller holds."""
+        with trusted(journal.path):
+            return self._standing(journal)
+
+    def _standing(self, journal: Journal) -> Standing | None:
         if journal.state is None:
             return None
         if journal.role is Role.DESTINATION:
@@ -93,6 +104,7 @@ class Settler:
 
         Raises:
             OutcomeUnknown: it could not be done; it may be tried again.
+            JournalDamaged: what its journal says cannot be relied on.
             PhaulError: the state table does not allow it.
         """
         try:
@@ -139,12 +151,13 @@ class Settler:
         """The same for a journal that the caller holds."""
         if verdict is Verdict.UNKNOWN:
             raise OutcomeUnknown(f"migration {journal.id} cannot be settled yet")
-        if journal.state is None:
-            settled = Settled()  # its host crashed before anything was done
-        elif journal.role is Role.SOURCE:
-            settled = self._settle_source(journal, verdict)
-        else:
-            settled = self._settle_destination(journal, verdict)
+        with trusted(journal.path):
+            if journal.state is None:
+                settled = Settled()  # its host crashed before anything was done
+            elif journal.role is Role.SOURCE:
+                settled = self._settle_source(journal, verdict)
+            else:
+                settled = self._settle_destination(journal, verdict)
         self._tidy(journal.id)
         return settled
 
@@ -236,15 +249,29 @@ class Settler:
                 remove_tree(path)
 
     def _needed(self, path: Path, migration_id: str) -> bool:
-        """Images of a copy that may still have to be rebuilt, or page maps of one that is held."""
-        state, facts = replay(read_records(self.state_dir, migration_id, Role.SOURCE))
-        if HOLD in facts and state is not None and not state.settled:
-            return path in Path(facts["final_dir"]).parents
-        records = read_records(self.state_dir, migration_id, Role.DESTINATION)
-        state, facts = replay(records)
+        """Images of a copy that may still have to be rebuilt, or page maps of one that is held.
+
+        Where a journal is damaged, all that it may be about.
+        """
+        ends = {}
+        try:
+            for role in Role:
+                with trusted(journal_path(self.state_dir, migration_id, role)):
+                    ends[role] = self._needs(migration_id, role)
+        except JournalDamaged:
+            return True
+        if held := ends[Role.SOURCE]:
+            return path in held.parents
+        return path == ends[Role.DESTINATION]
+
+    def _needs(self, migration_id: str, role: Role) -> Path | None:
+        """What an end that is not settled needs: the final images, or its directory."""
+        state, facts = replay(read_records(self.state_dir, migration_id, role))
         if state is None or state.settled:
-            return False
-        return path == Path(facts["workdir"]) / migration_id
+            return None
+        if role is Role.SOURCE:
+            return Path(facts["final_dir"]) if HOLD in facts else None
+        return Path(facts["workdir"]) / migration_id
 
 
 def _elsewhere(migration_id: str) -> OutcomeUnknown:

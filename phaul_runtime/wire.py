@@ -5,6 +5,7 @@ from __future__ import annotations
 from phaul_runtime.errors import (
     CriuError,
     DestinationError,
+    JournalDamaged,
     OutcomeUnknown,
     PhaulError,
     Refused,
@@ -31,6 +32,7 @@ _KINDS: dict[str, type[PhaulError]] = {
     "NoSuchTarget": Refused,
     "StillUnderWay": StillUnderWay,
     "OutcomeUnknown": OutcomeUnknown,
+    "JournalDamaged": JournalDamaged,
 }
 # In the metadata of every call: PROTOCOL of hostfacts.
 VERSION_KEY = "phaul-protocol"

@@ -113,6 +113,7 @@ def _serve_one(sockets: Path, config: Config) -> None:
         Criu(config.criu.binary),
         on_lost=lambda: os.write(wake_write, b"x"),
         hooks=agent_hooks(config),
+        history=config.history,
     )
     agent.start()
     try:
@@ -133,6 +134,7 @@ def _serve(config: Config) -> None:
         Path(config.state_dir),
         Criu(config.criu.binary),
         agent_hooks(config),
+        history=config.history,
     )
     try:
         click.echo(f"{_READY} {service.start()}")

@@ -12,7 +12,15 @@ import click
 
 from phaul_runtime.config import load_config
 from phaul_runtime.errors import NoSuchMigration
-from phaul_runtime.journal import migration_ids, read_records, read_report, replay
+from phaul_runtime.journal import (
+    damaged,
+    examine,
+    journal_path,
+    migration_ids,
+    read_report,
+    replay,
+)
+from phaul_runtime.journalformat import Record
 from phaul_runtime.states import Role
 
 config_option = click.option(
@@ -45,7 +53,7 @@ def history_command(config_path: Path | None, output: str) -> None:
         for role in Role
         if (row := _row(state_dir, migration_id, role))
     ]
-    rows.sort(key=lambda row: row["began"])
+    rows.sort(key=lambda row: row["began"] or 0)
     if output == "json":
         for row in rows:
             click.echo(json.dumps(row))
@@ -53,7 +61,11 @@ def history_command(config_path: Path | None, output: str) -> None:
     if not rows:
         click.echo(f"no migrations in {state_dir}")
         return
-    echo_table([{name: _cell(name, row[name]) for name in row} for row in rows])
+    columns = [name for name in rows[0] if name != "damage"]
+    echo_table([{name: _cell(name, row[name]) for name in columns} for row in rows])
+    for row in rows:
+        if "damage" in row:
+            click.echo(f"{row['id']}: {row['damage']}: phaul-runtime show {row['id']}")
 
 
 def echo_table(rows: Sequence[Mapping[str, str]]) -> None:
@@ -66,13 +78,15 @@ def echo_table(rows: Sequence[Mapping[str, str]]) -> None:
 
 
 def _row(state_dir: Path, migration_id: str, role: Role) -> dict[str, Any] | None:
-    records = read_records(state_dir, migration_id, role)
-    if not records:
+    path = journal_path(state_dir, migration_id, role)
+    contents = examine(path)
+    records = contents.records
+    if not records and contents.damage is None:
         return None
     state, facts = replay(records)
-    return {
+    row = {
         "id": migration_id,
-        "began": records[0]["time"],
+        "began": records[0]["time"] if records else None,
         "role": role.value,
         "engine": facts.get("engine", ""),
         "target": facts.get("target", ""),
@@ -80,19 +94,22 @@ def _row(state_dir: Path, migration_id: str, role: Role) -> dict[str, Any] | Non
         "state": state.value if state else "",
         "downtime_ms": facts.get("downtime_ms"),
     }
+    if contents.damage is not None:
+        row |= {"state": "damaged", "damage": damaged(path, contents.damage).message}
+    return row
 
 
 def _cell(name: str, value: Any) -> str:
     if name == "began":
         return clock(value)
-    if name == "downtime_ms":
-        return "" if value is None else f"{value:.0f}"
-    return str(value)
+    if name == "downtime_ms" and isinstance(value, int | float):
+        return f"{value:.0f}"
+    return "" if value is None else str(value)
 
 
-def clock(seconds: float) -> str:
-    """A time of a journal for people."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+def clock(seconds: float | None) -> str:
+    """A time of a journal for people; empty for none."""
+    return "" if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 @click.command("show")
@@ -100,31 +117,50 @@ def clock(seconds: float) -> str:
 @config_option
 @output_option
 def show_command(migration_id: str, config_path: Path | None, output: str) -> None:
-    """Show what this host did in migration ID, step by step, and its report."""
+    """Show what this host did in migration ID, step by step, and its report.
+
+    Of a damaged journal it shows what can be read, and what is wrong.
+    """
     state_dir = Path(load_config(config_path).state_dir)
-    ends = {role: read_records(state_dir, migration_id, role) for role in Role}
+    paths = {role.value: journal_path(state_dir, migration_id, role) for role in Role}
+    found = {role: examine(path) for role, path in paths.items()}
+    ends = {role: each for role, each in found.items() if each.records or each.damage}
+    damage = {
+        role: damaged(paths[role], each.damage).message
+        for role, each in ends.items()
+        if each.damage is not None
+    }
     report = read_report(state_dir, migration_id)
-    if not any(ends.values()):
+    if not ends:
         raise NoSuchMigration(
             f"no migration {migration_id} in {state_dir}",
             hint="phaul-runtime history lists them",
         )
     if output == "json":
-        journals = {role.value: records for role, records in ends.items() if records}
-        click.echo(json.dumps({"id": migration_id, **journals, "report": report}))
+        told = {role: each.records for role, each in ends.items()} | {"report": report}
+        if damage:
+            told |= {"damage": damage, "later": {role: ends[role].later for role in damage}}
+        click.echo(json.dumps({"id": migration_id, **told}))
         return
-    for role, records in ends.items():
-        if not records:
-            continue
-        click.echo(f"{role.value}:")
-        for record in records:
-            facts = ", ".join(f"{k} {v}" for k, v in record.items() if k not in _LONG)
-            step = record.get("state") or "note"
-            if record.get("add"):
-                facts = ", ".join(f"{len(v)} {k}" for k, v in record["add"].items())
-            click.echo(f"  {clock(record['time'])}  {step:<11} {facts}".rstrip())
+    for role, each in ends.items():
+        click.echo(f"{role}:")
+        _echo_steps(each.records)
+        if role in damage:
+            click.echo(f"  {damage[role]}")
+            if each.later:
+                click.echo("  beyond that can be read, and may be wrong:")
+                _echo_steps(each.later)
     if report is not None:
         click.echo("report:")
         for name, value in report.items():
             if value not in ("", None, [], {}):
                 click.echo(f"  {name:<20} {json.dumps(value)}")
+
+
+def _echo_steps(records: Sequence[Record]) -> None:
+    for record in records:
+        facts = ", ".join(f"{k} {v}" for k, v in record.items() if k not in _LONG)
+        step = record.get("state") or "note"
+        if record.get("add"):
+            facts = ", ".join(f"{len(v)} {k}" for k, v in record["add"].items())
+        click.echo(f"  {clock(record['time'])}  {step:<11} {facts}".rstrip())

@@ -57,7 +57,8 @@ def recover_command(
 
     \b
     Exit codes: 0 settled (or nothing to do); 3 refused, as while a migration is
-    still under way; 5 not to be settled now: the message says what is missing.
+    still under way; 5 not to be settled now: the message says what is missing, or
+    which journal is damaged.
     """
     if source_is_dead and migration_id is None:
         raise click.UsageError("--source-is-dead is about one migration: name its ID")
@@ -69,7 +70,11 @@ def recover_command(
         _show(recovery.recover(migration_id), output)
         return 0
     worst = 0
-    waiting = recovery.waiting()
+    damaged = recovery.damaged()
+    for each, damage in damaged:
+        click.echo(f"phaul-runtime: {each}: {damage}", err=True)
+        worst = int(ExitCode.UNKNOWN)
+    waiting = [each for each in recovery.waiting() if each not in dict(damaged)]
     for each in waiting:
         try:
             _show(recovery.recover(each), output)
@@ -81,7 +86,7 @@ def recover_command(
     if output == "text":
         for path in swept:
             echo(f"removed {path}")
-        if not waiting and not swept:
+        if not waiting and not swept and not damaged:
             echo("nothing to recover")
     return worst
 

@@ -12,9 +12,19 @@ import click
 from phaul_runtime.cli.history_cmd import clock, config_option, echo_table, output_option
 from phaul_runtime.config import load_config
 from phaul_runtime.errors import NoSuchMigration
-from phaul_runtime.journal import is_locked, journal_path, migration_ids, read_records, replay
+from phaul_runtime.journal import (
+    damaged,
+    examine,
+    is_locked,
+    journal_path,
+    open_ends,
+    replay,
+)
+from phaul_runtime.journalformat import Contents
 from phaul_runtime.progress import read_progress
 from phaul_runtime.states import Role, State
+
+_DAMAGED = "damaged"
 
 
 @click.command("status")
@@ -25,19 +35,23 @@ def status_command(migration_id: str | None, config_path: Path | None, output: s
     """List the migrations that are not settled on this host, or only ID.
 
     Says where each stands and since when, whether somebody works on it now, of post-copy how many
-    of its pages are missing at the destination, and what to do where nobody works on it.
+    of its pages are missing at the destination, and what to do where nobody works on it. Of one
+    whose journal is damaged: where, and what is wrong with it.
 
     \b
     Exit codes: 0 whatever there is; 3 there is no migration ID here.
     """
     state_dir = Path(load_config(config_path).state_dir)
-    ids = migration_ids(state_dir) if migration_id is None else [migration_id]
+    if migration_id is None:
+        ids = list(dict.fromkeys(end.id for end in open_ends(state_dir)))
+    else:
+        ids = [migration_id]
     rows = [row for each in ids for row in _ends(state_dir, each)]
     if migration_id is not None and not rows:
         raise NoSuchMigration(
             f"no migration {migration_id} in {state_dir}", hint="phaul-runtime history lists them"
         )
-    open_rows = [row for row in rows if not State(row["state"]).settled]
+    open_rows = [row for row in rows if not _is_settled(row)]
     if output == "json":
         # Who names a migration is told of it however it stands.
         for row in open_rows if migration_id is None else rows:
@@ -56,30 +70,40 @@ def _ends(state_dir: Path, migration_id: str) -> Iterator[dict[str, Any]]:
     """What this host has of a migration, a row an end."""
     for role in Role:
         # In this order: where nobody works on it, it stands as it is read then.
-        worked_on = is_locked(journal_path(state_dir, migration_id, role))
-        records = read_records(state_dir, migration_id, role)
-        if any("state" in record for record in records):
-            yield _row(state_dir, migration_id, role, records, worked_on)
+        path = journal_path(state_dir, migration_id, role)
+        worked_on = is_locked(path)
+        contents = examine(path)
+        if contents.damage is not None:
+            row = _row(state_dir, migration_id, role, contents, worked_on)
+            yield {**row, "state": _DAMAGED, "damage": damaged(path, contents.damage).message}
+        elif any("state" in record for record in contents.records):
+            yield _row(state_dir, migration_id, role, contents, worked_on)
+
+
+def _is_settled(row: dict[str, Any]) -> bool:
+    return row["state"] != _DAMAGED and State(row["state"]).settled
 
 
 def _row(
-    state_dir: Path, migration_id: str, role: Role, records: list[dict[str, Any]], worked_on: bool
+    state_dir: Path, migration_id: str, role: Role, contents: Contents, worked_on: bool
 ) -> dict[str, Any]:
-    entered = [record for record in records if "state" in record][-1]
-    state, facts = replay(records)
+    entered = [record for record in contents.records if "state" in record]
+    state, facts = replay(contents.records)
     row = {
         "id": migration_id,
         "role": role.value,
         "engine": facts.get("engine", ""),
         "target": facts.get("target", ""),
         "peer": facts.get("to") or facts.get("peer", ""),
-        "state": entered["state"],
-        "began": records[0]["time"],
-        "since": entered["time"],
+        "state": state.value if state else "",
+        "began": entered[0]["time"] if entered else None,
+        "since": entered[-1]["time"] if entered else None,
         "worked_on": worked_on,
         "pages": None,
         "missing": None,
     }
+    if contents.damage is not None:
+        return {**row, "advice": f"phaul-runtime show {migration_id}"}
     if state is State.POST_COPY:
         told = read_progress(state_dir, migration_id, role)
         row |= {name: told[name] for name in ("pages", "missing") if name in told}
@@ -112,7 +136,9 @@ def _show(rows: list[dict[str, Any]]) -> None:
         ]
     )
     for row in rows:
-        if row["advice"]:
+        if row["state"] == _DAMAGED:
+            click.echo(f"{row['id']}: {row['damage']}: {row['advice']}")
+        elif row["advice"]:
             click.echo(f"{row['id']}: nobody works on it: {row['advice']}")
 
 

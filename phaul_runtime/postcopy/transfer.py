@@ -225,6 +225,9 @@ class Transfer:
     def _serve(self, source: PageSource, agent: RemoteAgent) -> None:
         channel = agent.open_pages()
         with self._lock:
+            if self._stopped.is_set():
+                channel.close()
+                raise ChannelError("the transfer of pages was stopped")
             self._channel = channel
         try:
             source.serve(

@@ -18,10 +18,11 @@ from phaul_runtime.cancel import Cancellation
 from phaul_runtime.criu import Criu, CriuFeatures, CriuVersion
 from phaul_runtime.errors import ChannelError, PhaulError
 from phaul_runtime.hostfacts import PROTOCOL
+from phaul_runtime.journal import Journal, journal_path, migration_ids
 from phaul_runtime.remote import RemoteAgent
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.rpc import phaul_pb2_grpc
-from phaul_runtime.states import State
+from phaul_runtime.states import Role, State
 from phaul_runtime.transport import Channel
 from phaul_runtime.wire import CONTROL, ID_BYTES, MEMORY, VERSION_KEY
 
@@ -33,7 +34,8 @@ class Client:
         self.sockets = tmp_path / "sockets"
         self.workdir = tmp_path / "work"
         self.state_dir = tmp_path / "state"
-        self.agent = Agent(self.sockets, self.workdir, self.state_dir, Criu("no-such-criu"))
+        criu = Criu("no-such-criu")
+        self.agent = Agent(self.sockets, self.workdir, self.state_dir, criu, history=3)
         self.agent.start()
         options = [("grpc.default_authority", "x")]
         self.channel = grpc.insecure_channel(f"unix:{self.sockets / CONTROL}", options=options)
@@ -197,6 +199,44 @@ def test_a_migration_under_way_is_not_settled(client: Client) -> None:
         ("Settle", pb.SettleRequest(id=ID, role="destination", verdict="discard")),
     ):
         assert client.call(name, request).error.kind == "StillUnderWay"
+
+
+def settled(state_dir: Path, number: int) -> Path:
+    with Journal.create(state_dir, f"{number:08x}", Role.DESTINATION) as journal:
+        for state in (State.ITERATING, State.ABORTING, State.ABORTED):
+            journal.enter(state)
+    return journal.path
+
+
+def test_old_migrations_are_forgotten_here_too(client: Client) -> None:
+    damaged = settled(client.state_dir, 1)
+    damaged.write_bytes(b"{" + damaged.read_bytes())
+    for number in range(2, 8):
+        settled(client.state_dir, number)
+    assert not client.open().HasField("error")
+    assert migration_ids(client.state_dir) == ["00000001", "00000006", "00000007", ID]
+
+
+def test_a_damaged_journal_is_named_and_ends_nothing(client: Client) -> None:
+    path = settled(client.state_dir, 1)
+    path.write_bytes(path.read_bytes().replace(b"aborted", b"abortee"))
+    path.with_name("source.journal").write_bytes(b"\xff")
+    reply = client.call("Hello", pb.HelloRequest())
+    assert not reply.HasField("error")
+    assert sorted(line.split(" is damaged")[0] for line in reply.facts.leftovers) == [
+        f"migration 00000001: {path}",
+        f"migration 00000001: {path.with_name('source.journal')}",
+    ]
+    assert not client.call("Check", pb.CheckRequest(memory=1)).HasField("error")
+    assert not client.open().HasField("error")
+    for name, request in (
+        ("Look", pb.LookRequest(id="00000001")),
+        ("Settle", pb.SettleRequest(id="00000001", role="destination", verdict="discard")),
+    ):
+        error = client.call(name, request).error
+        assert error.kind == "JournalDamaged"
+        assert "phaul-runtime show 00000001" in error.hint
+    assert journal_path(client.state_dir, "00000001", Role.DESTINATION).exists()
 
 
 class Sockets:

@@ -1,29 +1,16 @@
-"""The state table, the journals, and what follows from two of them."""
+"""The state table, and what follows from two journals."""
 
 from __future__ import annotations
 
 import itertools
-import os
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phaul_runtime import leftovers
-from phaul_runtime.errors import MigrationFailed, NoSuchMigration, StillUnderWay
-from phaul_runtime.journal import (
-    Journal,
-    forget_old,
-    lock_directory,
-    migration_ids,
-    read_records,
-    replay,
-    unsettled,
-)
+from phaul_runtime.errors import MigrationFailed
 from phaul_runtime.states import Role, Standing, State, Verdict, decide, guard
 
-ID = "1f" * 8
 FORWARD = [State.ITERATING, State.FROZEN, State.PREPARED, State.COMMITTING, State.DONE]
 UNDONE = {State.ITERATING, State.FROZEN, State.PREPARED}
 LATE = [*FORWARD[:-1], State.POST_COPY, State.DONE]
@@ -129,88 +116,3 @@ def test_without_the_source_a_prepared_destination_waits() -> None:
     assert decide(None, Standing(State.FROZEN)).verdict is Verdict.DISCARD
     assert decide(Standing(State.COMMITTING), None).verdict is Verdict.UNKNOWN
     assert decide(Standing(State.COMMITTING, alive=True), None).verdict is Verdict.DISCARD
-
-
-def test_a_journal_is_read_again_as_it_was_written(tmp_path: Path) -> None:
-    with Journal.create(tmp_path, ID, Role.SOURCE) as journal:
-        journal.enter(State.ITERATING, engine="process", target="7")
-        journal.add("staged", "/a", "/b")
-        journal.add("staged", "/ü")
-        journal.note(target="8")
-        with pytest.raises(StillUnderWay):
-            Journal.open(tmp_path, ID, Role.SOURCE, wait_s=0)
-        # As after a SIGKILL: the reserve still follows the records.
-        assert replay(read_records(tmp_path, ID, Role.SOURCE))[0] is State.ITERATING
-        assert unsettled(tmp_path) == []
-    assert unsettled(tmp_path) == [(ID, Role.SOURCE, State.ITERATING)]
-    with Journal.open(tmp_path, ID, Role.SOURCE) as journal:
-        assert journal.state is State.ITERATING
-        assert journal.facts["target"] == "8"
-        assert journal.facts["staged"] == ["/a", "/b", "/ü"]
-        journal.enter(State.FROZEN)
-    state, facts = replay(read_records(tmp_path, ID, Role.SOURCE))
-    assert (state, facts["engine"]) == (State.FROZEN, "process")
-    assert (tmp_path / ID).stat().st_mode & 0o777 == 0o700
-    assert (tmp_path / ID / "source.journal").stat().st_mode & 0o777 == 0o600
-    with pytest.raises(NoSuchMigration):
-        Journal.open(tmp_path, ID, Role.DESTINATION)
-    with pytest.raises(MigrationFailed):
-        Journal.create(tmp_path, ID, Role.SOURCE)
-
-
-@given(st.integers(0, 200))
-def test_a_record_cut_short_is_as_if_never_written(
-    tmp_path_factory: pytest.TempPathFactory, cut: int
-) -> None:
-    state_dir = tmp_path_factory.mktemp("state")
-    with Journal.create(state_dir, ID, Role.SOURCE) as journal:
-        journal.enter(State.ITERATING)
-        first = journal._end
-        journal.enter(State.FROZEN, pid=7)
-        end = journal._end
-    os.truncate(journal.path, max(first, end - cut))
-    with Journal.open(state_dir, ID, Role.SOURCE) as journal:
-        # Only the end of line may be missing from a whole record.
-        assert journal.state is (State.FROZEN if cut <= 1 else State.ITERATING)
-        if cut > 1:
-            journal.enter(State.ABORTING)
-    assert replay(read_records(state_dir, ID, Role.SOURCE))[0] is not None
-
-
-def test_the_last_steps_fit_into_a_full_disk(tmp_path: Path) -> None:
-    with Journal.create(tmp_path, ID, Role.SOURCE) as journal:
-        reserved = journal.path.stat()
-        for state in FORWARD:
-            journal.enter(state)
-        assert journal.path.stat().st_blocks == reserved.st_blocks
-        assert reserved.st_blocks * 512 >= 32 << 10
-
-
-def test_old_settled_migrations_are_forgotten(tmp_path: Path) -> None:
-    for number in range(5):
-        with Journal.create(tmp_path, f"{number:08x}", Role.SOURCE) as journal:
-            journal.enter(State.ITERATING)
-            if number:
-                journal.enter(State.ABORTING)
-                journal.enter(State.ABORTED)
-    forget_old(tmp_path, 2)
-    assert migration_ids(tmp_path) == ["00000000", "00000003", "00000004"]
-
-
-def test_leftovers_are_what_nobody_works_in(tmp_path: Path) -> None:
-    workdir, state_dir = tmp_path / "work", tmp_path / "state"
-    assert leftovers.find(workdir, state_dir) == []
-    for name in (f"out-{ID}", f"agent-{ID}", "else"):
-        (workdir / name).mkdir(parents=True)
-        os.utime(workdir / name, (0, 0))
-    lock = lock_directory(workdir / f"agent-{ID}")
-    with Journal.create(state_dir, "2e" * 8, Role.DESTINATION) as journal:
-        journal.enter(State.ITERATING)
-        assert [line.split()[0] for line in leftovers.find(workdir, state_dir)] == [
-            f"{workdir}/out-{ID}"
-        ]
-    assert "phaul-runtime recover 2e2e2e2e" in leftovers.find(workdir, state_dir)[0]
-    assert leftovers.sweep(workdir, state_dir) == [workdir / f"out-{ID}"]
-    os.close(lock)
-    assert leftovers.sweep(workdir, state_dir) == [workdir / f"agent-{ID}"]
-    assert [path.name for path in workdir.iterdir()] == ["else"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -54,11 +53,8 @@ def begun(state_dir: Path, migration_id: str, role: Role, *states: State) -> Jou
 
 def post_copy(state_dir: Path, migration_id: str, role: Role) -> Journal:
     """One whose dump is done and whose pages are on their way."""
-    journal = begun(state_dir, migration_id, role, State.FROZEN, State.PREPARED)
-    line = json.dumps({"time": time.time(), "state": "post-copy"}).encode() + b"\n"
-    os.pwrite(journal._fd, line, journal._end)
-    journal._end += len(line)
-    return journal
+    late = (State.FROZEN, State.PREPARED, State.COMMITTING, State.POST_COPY)
+    return begun(state_dir, migration_id, role, *late)
 
 
 def test_nothing_is_under_way(state_dir: Path) -> None:

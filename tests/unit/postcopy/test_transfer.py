@@ -122,6 +122,7 @@ def test_what_ends_its_thread_is_no_success(
 def test_one_that_is_stopped_is_no_success(stand: Stand) -> None:
     stand.take(lambda _got: False, done=False)
     transfer = stand.transfer()
+    transfer._runs.clear()
     transfer.begin(stand.agent)
     transfer.stop()
     with pytest.raises(OutcomeUnknown, match="was stopped"):
