@@ -348,7 +348,7 @@ def read_records(state_dir: Path, migration_id: str, role: Role) -> list[dict[st
     return _intact(journal_path(state_dir, migration_id, role))
 
 
-def state_of(path: Path) -> State | None:
+def state_of(path: str | Path) -> State | None:
     """The state that a journal names; None if there is none, or nothing was begun.
 
     Of one that was settled and closed only the end is read.
@@ -361,15 +361,15 @@ def state_of(path: Path) -> State | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(Path(path), error) from error
     try:
         end = os.fstat(fd).st_size
         state = closed_state(os.pread(fd, MARK_BYTES, max(0, end - MARK_BYTES)))
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(Path(path), error) from error
     finally:
         os.close(fd)
-    return state if state is not None and state.settled else replay(_intact(path))[0]
+    return state if state is not None and state.settled else replay(_intact(Path(path)))[0]
 
 
 def read_report(state_dir: Path, migration_id: str) -> dict[str, Any] | None:
@@ -444,7 +444,7 @@ def open_ends(state_dir: Path) -> list[OpenEnd]:
     for entry in _directories(state_dir):
         for role in Role:
             try:
-                state = state_of(Path(entry.path, f"{role.value}.journal"))
+                state = state_of(f"{entry.path}/{role.value}.journal")
             except JournalDamaged as error:
                 found.append(OpenEnd(entry.name, role, error))
             else:

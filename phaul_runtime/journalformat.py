@@ -45,6 +45,9 @@ Record = dict[str, Any]
 
 _NUMBERS = re.compile(rb"([0-9a-f]{8}):([0-9a-f]{8}):([0-9a-f]{8}):")
 _NUMBERS_BYTES = 27
+_MARK = re.compile(
+    rb'([0-9a-f]{8}):([0-9a-f]{8}:[0-9a-f]{8}:{"closed":"([a-z-]+)","after":"([0-9a-f]{8})"})\n'
+)
 _GAP = re.compile(rb"\0+")
 # What a disk writes whole or not at all.
 _SECTOR = 512
@@ -135,20 +138,11 @@ def closed_state(tail: bytes) -> State | None:
 
     None if it ends in anything else, as it does where a writer has not ended well.
     """
-    begin = tail.rfind(b"\n", 0, -1) + 1
-    numbers = _NUMBERS.match(tail, begin)
-    if numbers is None or tail[-1:] != b"\n":
+    mark = _MARK.fullmatch(tail, tail.rfind(b"\n", 0, -1) + 1)
+    if mark is None or zlib.crc32(mark[2], int(mark[4], 16)) != int(mark[1], 16):
         return None
-    mark = json_object(tail[numbers.end() : -1])
-    if mark is None or mark.keys() != {"closed", "after"} or mark["closed"] not in _STATES:
-        return None
-    state = State(mark["closed"])
-    try:
-        checksum = int(mark["after"], 16)
-    except (TypeError, ValueError):
-        return None
-    same = closing_mark(state, checksum, int(numbers[3], 16)) == tail[begin:]
-    return state if same else None
+    name = mark[3].decode()
+    return State(name) if name in _STATES else None
 
 
 def decode(data: bytes) -> Contents:
