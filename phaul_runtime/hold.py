@@ -162,6 +162,12 @@ class Hold:
         """Whether any of the tree exists."""
         return self.boot == boot_id() and any(_is(pid, start) for pid, start, _ in self.pids)
 
+    def exists(self) -> bool:
+        """Whether the kernel still keeps any of the tree: dead, it is in the group for a while."""
+        return self.boot == boot_id() and any(
+            Member(pid, start).exists(_PROC) for pid, start, _ in self.pids
+        )
+
     def frozen(self) -> bool:
         """Whether what lives of the tree is in the group, and the group is frozen."""
         try:
@@ -202,11 +208,11 @@ class Hold:
     def remove(self) -> None:
         """Nothing is held any more: the group is as it was, or gone if it was made for this.
 
-        Idempotent; nothing is done while any of the tree lives in it.
+        Idempotent; nothing is done while the kernel keeps any of the tree in it.
         """
         if self.back:
             cgroup.remove(self.group)
-        elif not self.lives():
+        elif not self.exists():
             # An empty cgroup that is frozen is a paused container to its runtime.
             with contextlib.suppress(OSError):
                 (self.group / "cgroup.freeze").write_text("0", encoding="ascii")

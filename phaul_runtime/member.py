@@ -67,6 +67,13 @@ class Member:
         """Whether it may still run something."""
         return self.life(proc) is not Life.OVER
 
+    def exists(self, proc: Path = PROC) -> bool:
+        """Whether the kernel still keeps it, with its cgroup and its memory."""
+        fields = _stat(proc / str(self.pid))
+        if not fields or int(fields[_START]) != self.start_time:
+            return False
+        return fields[0] not in "ZX" or self.alive(proc)
+
     def kill(self) -> None:
         """End it, if it still exists."""
         try:

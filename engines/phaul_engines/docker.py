@@ -351,6 +351,7 @@ class DockerSource(OciSource):
 
     def finish(self) -> Sequence[str]:
         """See `SourceHalf`: docker's container goes, or stays under another name."""
+        self.await_end()
         warnings = []
         try:
             facts = self._await_exit()

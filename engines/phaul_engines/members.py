@@ -65,6 +65,15 @@ class Members:
         """Whether nothing of the tree is left."""
         return not any(member.alive() for member in self.members)
 
+    def await_end(self, within_s: float) -> bool:
+        """Wait until the kernel has put all of it away; False if that lasts longer."""
+        deadline = time.monotonic() + within_s
+        while any(member.exists() for member in self.members):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(POLL_S)
+        return True
+
     def kill(self) -> None:
         """End what is left of it."""
         for member in self.members:

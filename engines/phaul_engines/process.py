@@ -148,6 +148,7 @@ class ProcessSource(TrackedSource):
 
     def finish(self) -> Sequence[str]:
         """See `SourceHalf`."""
+        self.await_end()
         cgroup.sweep()  # the tree may have been restored here before, into a group of its own
         return netlock.release(self._connections)
 

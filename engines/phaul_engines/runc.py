@@ -142,6 +142,7 @@ class RuncSource(OciSource):
 
     def finish(self) -> Sequence[str]:
         """See `SourceHalf`: the runtime forgets the container; its bundle stays, as it was last."""
+        self.await_end()
         warnings = []
         try:
             state = self.runtime.state(self._name)

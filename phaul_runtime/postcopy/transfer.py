@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 _EARLY_AGAIN_S = 0.2
 _AGAIN_S = 1.0
-_DEAD_WITHIN_S = 20.0
+_DEAD_WITHIN_S = 60.0
 _STOP_S = 60.0
 _POLL_S = 0.02
 # Longer than an agent waits for its client: until then its journal is not free.
@@ -174,13 +174,13 @@ class Transfer:
         """The destination has all: end the held tree, and what is left of it; returns warnings."""
         half.end_rest()
         deadline = time.monotonic() + _DEAD_WITHIN_S
-        while self._hold.lives() and time.monotonic() < deadline:
+        while self._hold.exists() and time.monotonic() < deadline:
             time.sleep(_POLL_S)
         self._listener(SourceDead())
         forget_progress(Path(self._config.state_dir), self._journal.id, Role.SOURCE)
         self._hold.remove()
         warnings = list(half.finish())
-        if self._hold.lives():
+        if self._hold.exists():
             warnings.append(f"what was held in {self._hold.group} was killed and has not ended")
         try:
             self._journal.enter(State.DONE)

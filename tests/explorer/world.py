@@ -337,6 +337,9 @@ class ModelHold:
     def lives(self) -> bool:
         return self.world.source_lives
 
+    def exists(self) -> bool:
+        return self.lives()
+
     def frozen(self) -> bool:
         return self.world.frozen
 

@@ -76,7 +76,6 @@ LARGE = {
     ("pre-copy", "kill-criu-a", "prepared"),
     ("pre-copy", "kill-ssh", "committed"),
     ("post-copy", "kill-cli", "committing"),
-    ("post-copy", "kill-cli", "serving"),
 }
 QUICK = {
     ("kill-cli", "dump"),

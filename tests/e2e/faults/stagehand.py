@@ -45,8 +45,8 @@ EVENTS: dict[str, Callable[[events.Event], bool]] = {
     "between": lambda e: isinstance(e, events.IterationDone) and e.number == 1,
     "prepared": lambda e: isinstance(e, events.Prepared),
     "committed": lambda e: isinstance(e, events.Committed),
-    # Some pages are over, and most are not.
-    "serving": lambda e: isinstance(e, events.Serving) and e.missing < e.pages,
+    # The copy runs, and some of its pages are here still.
+    "serving": lambda e: isinstance(e, events.Serving) and e.missing > 0,
 }
 
 

@@ -45,7 +45,9 @@ def victim(stage: Stage, observer: Observer, request: pytest.FixtureRequest) -> 
     engine = cell.engine if cell else ENGINE
     if engine == "docker":
         request.getfixturevalue("docker_lab")
-    found = stage.victim(observer, engine, LARGE_MIB if cell and cell.large else 0)
+    # Little memory is over before anybody can look.
+    large = cell is not None and (cell.large or cell.moment == "serving")
+    found = stage.victim(observer, engine, LARGE_MIB if large else 0)
     found.mode = cell.mode if cell else MODES[0]
     yield found
     stage.clear(found)
