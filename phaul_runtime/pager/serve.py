@@ -38,24 +38,34 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import math
 import os
 import resource
 import select
 import signal
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from phaul_runtime.errors import PhaulError
-from phaul_runtime.pager import ARRIVED_SOCKET, LAZY_SOCKET, RESULT_FILE, criusock, twin, uffd
+from phaul_runtime.errors import DestinationError, PhaulError
+from phaul_runtime.pager import (
+    ARRIVED_SOCKET,
+    LAZY_SOCKET,
+    RESULT_FILE,
+    criusock,
+    twin,
+    uffd,
+)
+from phaul_runtime.pager.account import Account, Fate
 from phaul_runtime.pager.control import Control
 from phaul_runtime.pager.journal import Board, Journal, Kind
 from phaul_runtime.pager.remote import ASK_MS, Remote, Sweep, Waiting, found_missing
 from phaul_runtime.pager.source import Source
 from phaul_runtime.pager.space import Space
+from phaul_runtime.pager.task import Task
 from phaul_runtime.pager.uffd import PAGE
+from phaul_runtime.pager.verify import Verified, Verifying, area_at
 
 CHUNK = 128 * PAGE
 WINDOW = 32 * PAGE
@@ -72,21 +82,13 @@ _RENEW_S = 1.0
 
 # Words of the board.
 STAGE, HEIR, WORKER, KEEPER, CLEAN = range(5)
-FINISHED_NS, LAST_NS, TOTAL, FILLED, FAULTS, WORST_NS, PLANS = range(5, 12)
+FINISHED_NS, LAST_NS, FAULTS, WORST_NS, PLANS, TAKEN_OVER = range(5, 11)
 WAITING, LISTENING, RUNNING, DONE, STOPPED = range(5)
 _NAMES = ("waiting", "listening", "filling", "done", "stopped")
 
 
 class _Inherited(Exception):
     """Raised in the twin when the other is dead: the work is its own now."""
-
-
-@dataclass
-class Task:
-    """A process that gets pages; `fd` is -1 once there is nothing more to do for it."""
-
-    fd: int
-    space: Space
 
 
 class Pager:
@@ -108,6 +110,7 @@ class Pager:
         self._plans = 0
         self._renew_at = math.inf
         self._tasks: list[Task] = []
+        self._account = Account()
         self._pid = 0
         self._deferred: list[tuple[int, int, int]] = []
         self._waiting = Waiting()
@@ -155,6 +158,7 @@ class Pager:
         self._poll = select.poll()
         known = self._control.forget()
         if inherited:
+            self._board[TAKEN_OVER] += 1
             # Of the one before this one: ended and closed long since.
             self._keeper_fd = -1
             self._know_plan()
@@ -203,10 +207,14 @@ class Pager:
                     self._deferred.append((index, address, record.since or now))
                 else:
                     self._apply(index, body)
-            elif kind == Kind.FILLED:
-                self._tasks[index].space.drop(*record.range)
+            elif kind == Kind.SETTLED:
+                self._take(index, *record.range, Fate(record.fate))
             elif kind == Kind.ENDED:
-                self._tasks[index] = Task(-1, Space())
+                self._ended(index)
+            elif kind == Kind.KNOWN:
+                self._tasks[index].host = record.range[0]
+            elif kind == Kind.LATE:
+                self._late(index, *record.range)
             elif kind == Kind.SAID:
                 self._said(criusock.said(body))
             elif kind == Kind.HANDED:
@@ -222,6 +230,7 @@ class Pager:
 
     def _forget(self) -> None:
         self._tasks, self._pid, self._deferred = [], 0, []
+        self._account = Account()
         self._waiting.clear()
         self._sweep = Sweep()
 
@@ -316,15 +325,17 @@ class Pager:
         board = self._board
         if board[STAGE] == RUNNING:
             board[LAST_NS] = time.monotonic_ns()
+            # The twin, if it has to go on from here, does not read the journal any more.
+            board.result = json.dumps(self.status(over=True))
         if board[STAGE] < DONE:
             board[STAGE] = DONE if board[STAGE] == RUNNING else STOPPED
         if not board[CLEAN]:
             if board[STAGE] == DONE:
-                self._control.leave_result(RESULT_FILE)
+                self._control.leave_result(RESULT_FILE, board.result)
             for name in (LAZY_SOCKET, ARRIVED_SOCKET, self._control.name):
                 with contextlib.suppress(OSError):
                     os.unlink(name)  # noqa: PTH108 - relative to the current directory
-            self._control.tell_waiting()
+            self._control.tell_waiting(board.result)
             # The twin, which ends last, leaves alone what a next pager may have put there.
             board[CLEAN] = 1
         # No clean-up of Python's: the table of descriptors is the twin's too.
@@ -415,12 +426,15 @@ class Pager:
         self._waiting.due = True
         if event == uffd.EVENT_FORK:
             (fd,) = uffd.FORK.unpack_from(body)
-            self._tasks.append(Task(fd, space.copy()))
+            task = self._tasks[index]
+            self._add(Task(fd, space.copy(), task.pid, forked=True, late=[*task.late]))
             return len(self._tasks) - 1
         if event == uffd.EVENT_REMAP:
-            space.move(*uffd.REMAP.unpack_from(body))
+            start, to, size = uffd.REMAP.unpack_from(body)
+            self._count(index, Fate.DROPPED, to, space.move(start, to, size))
         elif event in (uffd.EVENT_REMOVE, uffd.EVENT_UNMAP):
-            space.drop(*uffd.REMOVE.unpack_from(body))
+            start, end = uffd.REMOVE.unpack_from(body)
+            self._take(index, start, end, Fate.DROPPED)
         return -1
 
     def _again(self) -> None:
@@ -476,14 +490,16 @@ class Pager:
                 # The run goes on in another area, or where none is any more.
                 done, code = uffd.copy(fd, address, found[1], PAGE)
             if done:
-                self._fills(index, task, address, done, done)
+                self._settle(index, address, done, Fate.FILLED)
                 return True
             if code == errno.EEXIST:
-                self._fills(index, task, address, PAGE, 0)
+                self._settle_present(index, address)
+            elif code == errno.ENOENT and not self._absent(index, address):
+                return False
         if not code:
             return True
         if code in (errno.EEXIST, errno.ENOENT):
-            # There already, or the area went: trying again tells who waits.
+            # There already, or the area is gone: trying again tells who waits.
             uffd.wake(fd, address)
             return True
         if code == errno.ESRCH:
@@ -493,11 +509,57 @@ class Pager:
             self._note_trouble("fault", code)
         return False
 
-    def _fills(self, index: int, task: Task, start: int, size: int, copied: int) -> None:
-        task.space.drop(start, start + size)
-        self._journal.filled(index, start, start + size)
-        self._board[FILLED] += copied // PAGE
+    # -- what became of pages: together in the spaces, the account and the journal ----------
+
+    def _add(self, task: Task) -> None:
+        self._tasks.append(task)
+        self._account.owe(task.space.missing // PAGE)
+
+    def _settle(self, index: int, start: int, size: int, fate: Fate) -> None:
+        self._take(index, start, start + size, fate)
+        self._journal.settled(index, start, start + size, fate)
         self._waiting.due = True
+
+    def _take(self, index: int, start: int, end: int, fate: Fate) -> None:
+        self._count(index, fate, start, self._tasks[index].space.drop(start, end))
+
+    def _count(self, index: int, fate: Fate, start: int, size: int) -> None:
+        self._account.settle(fate, size // PAGE, self._tasks[index].pid, start)
+
+    def _settle_present(self, index: int, address: int) -> None:
+        late = self._tasks[index].was_late(address)
+        self._settle(index, address, PAGE, Fate.UNSURE if late else Fate.PRESENT)
+
+    def _absent(self, index: int, address: int) -> bool:
+        """A missing page has no area that is registered, and no event has told why.
+
+        Returns:
+            Whether it is settled; otherwise its area is registered now: try again.
+        """
+        task = self._tasks[index]
+        if task.forked:
+            # Its parent may have left an area out of the fork, which nobody announces.
+            self._settle(index, address, PAGE, Fate.UNSHARED)
+            return True
+        area = None
+        if task.host and not task.was_late(address):
+            with contextlib.suppress(OSError):
+                area = area_at(task.host, address)
+        if area is not None and area.private:
+            start, end = area.start, area.end
+            # Noted before it is done: whoever goes on must know that it was.
+            self._journal.note(Kind.LATE, index, start, end)
+            self._late(index, start, end)
+            if not uffd.register(task.fd, start, end - start):
+                return False
+        self._settle(index, address, PAGE, Fate.GONE)
+        return True
+
+    def _late(self, index: int, start: int, end: int) -> None:
+        task = self._tasks[index]
+        task.late.append((start, end))
+        pages = sum(high - low for low, high in task.space.between(start, end)) // PAGE
+        self._account.late(task.pid, start, pages)
 
     def _fill(self) -> None:
         """One piece of what is missing and here."""
@@ -539,10 +601,12 @@ class Pager:
             # The run goes on in another area: a copy must lie in one.
             size = size // 2 & -PAGE
         if done:
-            self._fills(index, task, start, done, done)
+            self._settle(index, start, done, Fate.FILLED)
             self._back_off_ms = self._pause_ms
-        elif code in (errno.EEXIST, errno.ENOENT):
-            self._fills(index, task, start, PAGE, 0)
+        elif code == errno.EEXIST:
+            self._settle_present(index, start)
+        elif code == errno.ENOENT:
+            self._absent(index, start)
         elif code == errno.ESRCH:
             self._end(index, task)
         elif code == errno.EAGAIN:
@@ -557,9 +621,14 @@ class Pager:
 
     def _end(self, index: int, task: Task) -> None:
         self._journal.note(Kind.ENDED, index)
-        fd, task.fd = task.fd, -1
-        task.space = Space()
+        fd = task.fd
+        self._ended(index)
         self.close(fd)
+
+    def _ended(self, index: int) -> None:
+        task = self._tasks[index]
+        self._count(index, Fate.ENDED, 0, task.space.missing)
+        task.fd, task.space = -1, Space()
 
     # -- CRIU ------------------------------------------------------------------------------
 
@@ -598,8 +667,6 @@ class Pager:
     def _said(self, number: int) -> None:
         if number == criusock.FINISHED:
             if self._board[STAGE] < RUNNING:
-                missing = sum(task.space.missing for task in self._tasks)
-                self._board[TOTAL] = missing // PAGE + self._board[FILLED]
                 self._board[FINISHED_NS] = time.monotonic_ns()
                 self._board[STAGE] = RUNNING
         elif number > 0:
@@ -607,7 +674,7 @@ class Pager:
 
     def _handed(self, fd: int) -> None:
         space = Space() if self._source is None else self._source.space(self._pid)
-        self._tasks.append(Task(fd, space))
+        self._add(Task(fd, space, self._pid))
         self._pid = 0
 
     def _reset(self) -> None:
@@ -618,7 +685,7 @@ class Pager:
         for task in tasks:
             if task.fd >= 0:
                 self.close(task.fd)
-        self._board[FILLED] = self._board[FAULTS] = self._board[WORST_NS] = 0
+        self._board[FAULTS] = self._board[WORST_NS] = 0
         self.watch(self._listener, self._accept)
 
     # -- the agent -------------------------------------------------------------------------
@@ -640,6 +707,47 @@ class Pager:
         self._renew_at = time.monotonic() + _RENEW_S
         return ""
 
+    def verify(self, pids: Mapping[int, int]) -> Verified:
+        """While CRIU holds the tree: see that all that is planned can be served (`Verifying`).
+
+        Args:
+            pids: those of this host by those of the images.
+
+        Raises:
+            PhaulError: it cannot be, or no tree is held.
+        """
+        if self._connection >= 0 and self._board[STAGE] < RUNNING:
+            # Said before the tree was held, and perhaps not heard yet.
+            self._hear(self._connection)
+        if self._source is None or self._connection < 0 or self._board[STAGE] >= RUNNING:
+            raise DestinationError("no restored tree is held")
+        handed = {task.pid for task in self._tasks}
+        if left_out := sorted(self._source.pids - handed):
+            raise DestinationError(f"CRIU has not handed over the memory of process {left_out[0]}")
+        total = Verified()
+        for index, task in enumerate(self._tasks):
+            if task.forked or task.fd < 0 or not task.space:
+                continue
+            if self._journal.full:
+                total.again = True
+                break
+            host = pids.get(task.pid, 0)
+            if not host:
+                raise DestinationError(f"process {task.pid} is not below the restored root")
+            if task.host != host:
+                self._journal.note(Kind.KNOWN, index, host)
+                task.host = host
+            total.add(Verifying(task, host, self._remote, self._overwritten(index)).run())
+        self._waiting.want({(page, 1) for page in total.wants})
+        return total
+
+    def _overwritten(self, index: int) -> Callable[[int], bool]:
+        def filled(address: int) -> bool:
+            self._settle(index, address, PAGE, Fate.FILLED)
+            return not self._journal.full
+
+        return filled
+
     def stop(self) -> str:
         """End, unless a process runs; why not, or nothing."""
         if self._connection >= 0 and self._board[STAGE] < RUNNING:
@@ -651,10 +759,10 @@ class Pager:
         self._stopping = True
         return ""
 
-    def status(self) -> dict[str, object]:
-        """How far it is."""
+    def status(self, *, over: bool = False) -> dict[str, object]:
+        """How far it is; or how it will have ended, as soon as that is left behind."""
         board = self._board
-        stage = board[STAGE]
+        stage = DONE if over else board[STAGE]
         state = "restoring" if stage == LISTENING and self._connection >= 0 else _NAMES[stage]
         tasks = [] if stage >= DONE else self._tasks
         missing = sum(task.space.missing for task in tasks) // PAGE
@@ -662,10 +770,8 @@ class Pager:
         until = board[LAST_NS] or time.monotonic_ns()
         return {
             "state": state,
-            "pages": board[TOTAL],
-            "missing": missing,
+            **self._account.numbers(missing, taken_over=board[TAKEN_OVER] > 0),
             "remote_missing": 0 if remote is None else remote.missing,
-            "filled": board[FILLED],
             "tasks": sum(task.fd >= 0 for task in tasks),
             "faults": board[FAULTS],
             "worst_fault_ms": round(board[WORST_NS] / 1e6, 3),

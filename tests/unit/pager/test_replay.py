@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from phaul_runtime.pager import criusock, serve, uffd
+from phaul_runtime.pager.account import Fate
 from phaul_runtime.pager.journal import Kind
-from phaul_runtime.pager.serve import Pager, Task
+from phaul_runtime.pager.serve import Pager
 from phaul_runtime.pager.space import Space
+from phaul_runtime.pager.task import Task
 
 P = uffd.PAGE
 
@@ -46,7 +48,7 @@ def test_a_fault_that_was_read_and_not_answered_is_answered(pager: Pager) -> Non
 
 def test_all_that_the_process_did(pager: Pager) -> None:
     pager._tasks = [Task(5, Space([0], [16 * P], [0]))]
-    pager._journal.filled(0, 0, P)
+    pager._journal.settled(0, 0, P, Fate.FILLED)
     for event in (
         message(uffd.EVENT_UNMAP, 2 * P, 4 * P, 0),
         message(uffd.EVENT_REMAP, 8 * P, 32 * P, 2 * P),
