@@ -59,7 +59,7 @@ class Space:
     def first(self, start: int, end: int) -> int | None:
         """The lowest address between that is missing; None if nothing is."""
         at = bisect_right(self._ends, start)
-        if at == len(self._starts) or self._starts[at] >= end:
+        if start >= end or at == len(self._starts) or self._starts[at] >= end:
             return None
         return max(start, self._starts[at])
 
