@@ -307,7 +307,7 @@ class LazyRestore:
         """
         if self._pager is None:
             raise DestinationError("there is no pager")
-        return _filled(self._pager.status())
+        return filled_of(self._pager.status())
 
     def watch(self, tell: Callable[[Filled], object]) -> None:
         """Until the last page is in, tell how far it is.
@@ -351,7 +351,8 @@ FATES = ("filled", "present", "dropped", "ended", "unshared", "lost")
 """What became of pages: numbers of a `Filled`."""
 
 
-def _filled(status: Mapping[str, Any]) -> Filled:
+def filled_of(status: Mapping[str, Any]) -> Filled:
+    """A pager's status or result."""
     return Filled(
         over=status["state"] == "done",
         pages=int(status["pages"]),
@@ -365,4 +366,4 @@ def _filled(status: Mapping[str, Any]) -> Filled:
     )
 
 
-__all__ = ["FATES", "MODES", "Filled", "LazyRestore"]
+__all__ = ["FATES", "MODES", "Filled", "LazyRestore", "filled_of"]

@@ -91,7 +91,7 @@ class PagerClient:
         request = {"do": "verify", "pids": {str(inner): pid for inner, pid in pids.items()}}
         deadline = time.monotonic() + timeout_s
         while True:
-            answer = self._ask(request, max(0.01, deadline - time.monotonic()))
+            answer = self._ask(request, max(_ANSWER_S, deadline - time.monotonic()))
             if answer.get("verified"):
                 return answer
             if "verified" not in answer:

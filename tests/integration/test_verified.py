@@ -101,13 +101,14 @@ def test_what_a_restore_left_out_is_registered_and_right(held: Begin) -> None:
 def test_without_it_pages_are_wrong_and_it_is_told(held: Begin) -> None:
     pager, task = held("look")
     task.runs()
+    result = pager.wait(30)
     code, said = task.looks()
     assert code == 1
     assert "[0, 0, 0], not 1" in said
-    result = pager.wait(30)
     assert accounted(result)
-    # Whatever the pager came to before the end of the process.
-    assert result["lost"] + result["ended"] + result["filled"] == PAGES
+    assert (result["lost"], result["filled"]) == (2 * FIRST, PAGES - 2 * FIRST)
+    (note,) = result["notes"]
+    assert note.startswith(f"process 42: {2 * FIRST} pages from {BASE:#x} on have no place")
 
 
 @pytest.mark.parametrize("at", [0, 1])

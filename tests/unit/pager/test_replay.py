@@ -69,6 +69,7 @@ def test_all_that_the_process_did(pager: Pager) -> None:
         moved,
     ]
     assert child.fd == 77
+    assert child.forked
     assert child.space.runs() == [(4 * P, 8 * P, 4 * P), (10 * P, 16 * P, 10 * P), moved]
 
 
@@ -92,3 +93,71 @@ def test_what_ended_stays_so(pager: Pager) -> None:
     pager._journal.note(Kind.RESET, 0)
     pager._replay()
     assert pager._tasks == []
+
+
+def numbers(pager: Pager) -> dict[str, object]:
+    found = pager.status()
+    names = ("pages", "missing", "filled", "present", "dropped", "ended", "unshared", "lost")
+    return {name: found[name] for name in (*names, "notes")}
+
+
+def test_a_heir_has_counted_what_the_dead_one_had(pager: Pager, tmp_path: Path) -> None:
+    """All that can become of a page, done once and read from the journal by another."""
+
+    def give(pager: Pager) -> None:
+        for fd, pid in ((5, 42), (6, 43)):
+            pager._add(Task(fd, Space([P], [17 * P], [0]), pid))
+
+    other = Pager()
+    for each in (pager, other):
+        give(each)
+    pager._settle(0, P, 3 * P, Fate.FILLED)
+    pager._settle(0, 4 * P, P, Fate.PRESENT)
+    pager._settle(0, 5 * P, P, Fate.FILLED)
+    for event in (
+        message(uffd.EVENT_UNMAP, 8 * P, 10 * P, 0),
+        message(uffd.EVENT_FORK, 77),
+        # Over a page that is missing: that one is given up.
+        message(uffd.EVENT_REMAP, 10 * P, 16 * P, P),
+    ):
+        happens(pager, Kind.EVENT, 0, event)
+        body = bytes(pager._journal.message)
+        pager._journal.keep()
+        pager._apply(0, body)
+    pager._settle(2, 6 * P, P, Fate.UNSHARED)
+    pager._journal.note(Kind.KNOWN, 0, 4711)
+    pager._journal.note(Kind.LATE, 0, 6 * P, 9 * P)
+    pager._late(0, 6 * P, 9 * P)
+    pager._settle_present(0, 6 * P)
+    pager._settle(0, 7 * P, P, Fate.GONE)
+    pager._journal.note(Kind.ENDED, 1)
+    pager._ended(1)
+    other._journal = pager._journal
+    other._replay()
+    assert numbers(other) == numbers(pager)
+    assert numbers(other)["pages"] == 2 * 16 + 9
+    found = numbers(other)
+    found.pop("notes")
+    assert found == {
+        "pages": 41,
+        "missing": 14,
+        "filled": 4,
+        "present": 1,
+        "dropped": 3,
+        "ended": 16,
+        "unshared": 1,
+        "lost": 2,
+    }
+    assert [task.host for task in other._tasks] == [4711, 0, 0]
+    assert [task.late for task in other._tasks] == [[(6 * P, 9 * P)], [], []]
+
+
+def test_of_a_failed_attempt_nothing_is_counted(pager: Pager) -> None:
+    pager._add(Task(5, Space([P], [17 * P], [0]), 42))
+    pager._settle(0, P, 3 * P, Fate.GONE)
+    pager._journal.note(Kind.RESET, 0)
+    pager._replay()
+    assert numbers(pager) == {
+        **dict.fromkeys(numbers(pager), 0),
+        "notes": [],
+    }
