@@ -23,7 +23,7 @@ from phaul_runtime.pager.uffd import PAGE, libc
 
 if TYPE_CHECKING:
     from phaul_runtime.pager.space import Space
-    from phaul_runtime.pager.task import Task
+    from phaul_runtime.pager.tasks import Task
 
 WINDOW = 32
 """Pages that a fault asks for."""

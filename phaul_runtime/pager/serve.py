@@ -15,6 +15,13 @@ death, and then reads the journal, goes on and makes a twin anew. Why no page is
 - *A fault that was read and not answered* is the journal's last record, and is answered again.
 - *The userfaultfds stay open*, since the table lives: those that come with a fork and those that
   CRIU hands over are in it, and in the journal, by the same system call.
+- *Every missing page has somebody who waits for it, or none at all.* Before the tree runs each area
+  that is planned is seen to be registered, and no page of it to be there already (`verify`). From
+  then on an area can lose its registration only together with an announcement: a copy that says
+  ENOENT without one (`Tasks.settle_absent`) is a page that nobody will ever ask for. It is
+  registered again if it still is the process's own, and told in any case: never dropped in silence.
+- *Every page is accounted for* (`account`): filled, given up, ended, or lost by name. The numbers
+  change with the spaces and with the journal, so a death leaves none out and counts none twice.
 - *If CRIU's restore is under way*, the words that it still has to say stay in its connection, which
   is in the table too. If both are dead before CRIU says that it is finished, CRIU cannot say it and
   kills what it restored: a loud failure, nothing has run.
@@ -23,7 +30,8 @@ The one hole: both die at once after that (a SIGKILL of the whole control group,
 processes run on with zeros where pages were missing, as with `criu lazy-pages`. Both are therefore
 exempt from the out-of-memory killer and deaf to SIGINT, SIGTERM and SIGHUP. A smaller one:
 MADV_GUARD_INSTALL and MADV_GUARD_REMOVE are not announced; a page that was missing under them comes
-back with what it held.
+back with what it held. Another: a forked child's MADV_WIPEONFORK area gets what its parent missed
+there, instead of zeros.
 
 Before CRIU has finished only faults are served: the restorer may touch lazy memory, but until a
 task has registered its areas, a page of them cannot be told from one that is gone. Afterwards the
@@ -57,15 +65,15 @@ from phaul_runtime.pager import (
     twin,
     uffd,
 )
-from phaul_runtime.pager.account import Account, Fate
+from phaul_runtime.pager.account import Fate
 from phaul_runtime.pager.control import Control
 from phaul_runtime.pager.journal import Board, Journal, Kind
 from phaul_runtime.pager.remote import ASK_MS, Remote, Sweep, Waiting, found_missing
 from phaul_runtime.pager.source import Source
 from phaul_runtime.pager.space import Space
-from phaul_runtime.pager.task import Task
+from phaul_runtime.pager.tasks import Task, Tasks
 from phaul_runtime.pager.uffd import PAGE
-from phaul_runtime.pager.verify import Verified, Verifying, area_at
+from phaul_runtime.pager.verify import Verified, verify
 
 CHUNK = 128 * PAGE
 WINDOW = 32 * PAGE
@@ -105,12 +113,10 @@ class Pager:
         self._grace_s = grace_s
         self._keep = keep
         self._board = Board()
-        self._journal = Journal()
         self._source: Source | None = None
         self._plans = 0
         self._renew_at = math.inf
-        self._tasks: list[Task] = []
-        self._account = Account()
+        self._tasks = Tasks(self._look_again)
         self._pid = 0
         self._deferred: list[tuple[int, int, int]] = []
         self._waiting = Waiting()
@@ -206,21 +212,15 @@ class Pager:
                     address = uffd.ADDRESS.unpack_from(body)[0] & -PAGE
                     self._deferred.append((index, address, record.since or now))
                 else:
-                    self._apply(index, body)
-            elif kind == Kind.SETTLED:
-                self._take(index, *record.range, Fate(record.fate))
-            elif kind == Kind.ENDED:
-                self._ended(index)
-            elif kind == Kind.KNOWN:
-                self._tasks[index].host = record.range[0]
-            elif kind == Kind.LATE:
-                self._late(index, *record.range)
+                    self._tasks.apply(index, body)
             elif kind == Kind.SAID:
                 self._said(criusock.said(body))
             elif kind == Kind.HANDED:
                 self._handed(criusock.handed(body))
             elif kind == Kind.RESET:
                 self._forget()
+            else:
+                self._tasks.replay(record)
         # Who does not wait for the network was answered by the dead one, or would have been now.
         old = self._deferred + self._waiting.ended(self._tasks, self._remote)
         self._deferred = [
@@ -229,10 +229,21 @@ class Pager:
         ]
 
     def _forget(self) -> None:
-        self._tasks, self._pid, self._deferred = [], 0, []
-        self._account = Account()
+        self._tasks.forget()
+        self._pid, self._deferred = 0, []
         self._waiting.clear()
         self._sweep = Sweep()
+
+    @property
+    def _journal(self) -> Journal:
+        return self._tasks.journal
+
+    @_journal.setter
+    def _journal(self, journal: Journal) -> None:
+        self._tasks.journal = journal
+
+    def _look_again(self) -> None:
+        self._waiting.due = True
 
     @property
     def _remote(self) -> Remote | None:
@@ -416,26 +427,9 @@ class Pager:
             else:
                 body = bytes(message)
                 journal.keep()
-                fork = self._apply(index, body)
+                fork = self._tasks.apply(index, body)
                 if fork >= 0:
                     self._watch_task(fork, self._tasks[fork])
-
-    def _apply(self, index: int, body: bytes) -> int:
-        """What a process did to its memory; the index of a forked child's task, or -1."""
-        event, space = body[0], self._tasks[index].space
-        self._waiting.due = True
-        if event == uffd.EVENT_FORK:
-            (fd,) = uffd.FORK.unpack_from(body)
-            task = self._tasks[index]
-            self._add(Task(fd, space.copy(), task.pid, forked=True, late=[*task.late]))
-            return len(self._tasks) - 1
-        if event == uffd.EVENT_REMAP:
-            start, to, size = uffd.REMAP.unpack_from(body)
-            self._count(index, Fate.DROPPED, to, space.move(start, to, size))
-        elif event in (uffd.EVENT_REMOVE, uffd.EVENT_UNMAP):
-            start, end = uffd.REMOVE.unpack_from(body)
-            self._take(index, start, end, Fate.DROPPED)
-        return -1
 
     def _again(self) -> None:
         deferred, self._deferred = self._deferred, []
@@ -490,11 +484,11 @@ class Pager:
                 # The run goes on in another area, or where none is any more.
                 done, code = uffd.copy(fd, address, found[1], PAGE)
             if done:
-                self._settle(index, address, done, Fate.FILLED)
+                self._tasks.settle(index, address, done, Fate.FILLED)
                 return True
             if code == errno.EEXIST:
-                self._settle_present(index, address)
-            elif code == errno.ENOENT and not self._absent(index, address):
+                self._tasks.settle_present(index, address)
+            elif code == errno.ENOENT and not self._tasks.settle_absent(index, address):
                 return False
         if not code:
             return True
@@ -503,63 +497,11 @@ class Pager:
             uffd.wake(fd, address)
             return True
         if code == errno.ESRCH:
-            self._end(index, task)
+            self._end(index)
             return True
         if code != errno.EAGAIN:
             self._note_trouble("fault", code)
         return False
-
-    # -- what became of pages: together in the spaces, the account and the journal ----------
-
-    def _add(self, task: Task) -> None:
-        self._tasks.append(task)
-        self._account.owe(task.space.missing // PAGE)
-
-    def _settle(self, index: int, start: int, size: int, fate: Fate) -> None:
-        self._take(index, start, start + size, fate)
-        self._journal.settled(index, start, start + size, fate)
-        self._waiting.due = True
-
-    def _take(self, index: int, start: int, end: int, fate: Fate) -> None:
-        self._count(index, fate, start, self._tasks[index].space.drop(start, end))
-
-    def _count(self, index: int, fate: Fate, start: int, size: int) -> None:
-        self._account.settle(fate, size // PAGE, self._tasks[index].pid, start)
-
-    def _settle_present(self, index: int, address: int) -> None:
-        late = self._tasks[index].was_late(address)
-        self._settle(index, address, PAGE, Fate.UNSURE if late else Fate.PRESENT)
-
-    def _absent(self, index: int, address: int) -> bool:
-        """A missing page has no area that is registered, and no event has told why.
-
-        Returns:
-            Whether it is settled; otherwise its area is registered now: try again.
-        """
-        task = self._tasks[index]
-        if task.forked:
-            # Its parent may have left an area out of the fork, which nobody announces.
-            self._settle(index, address, PAGE, Fate.UNSHARED)
-            return True
-        area = None
-        if task.host and not task.was_late(address):
-            with contextlib.suppress(OSError):
-                area = area_at(task.host, address)
-        if area is not None and area.private:
-            start, end = area.start, area.end
-            # Noted before it is done: whoever goes on must know that it was.
-            self._journal.note(Kind.LATE, index, start, end)
-            self._late(index, start, end)
-            if not uffd.register(task.fd, start, end - start):
-                return False
-        self._settle(index, address, PAGE, Fate.GONE)
-        return True
-
-    def _late(self, index: int, start: int, end: int) -> None:
-        task = self._tasks[index]
-        task.late.append((start, end))
-        pages = sum(high - low for low, high in task.space.between(start, end)) // PAGE
-        self._account.late(task.pid, start, pages)
 
     def _fill(self) -> None:
         """One piece of what is missing and here."""
@@ -572,7 +514,7 @@ class Pager:
                     self._fill_task(index, start, min(CHUNK, end - start), source)
                 else:
                     # Nothing is missing: no page that it faults on from now on needs us.
-                    self._end(index, self._tasks[index])
+                    self._end(index)
                 return
         rest = self._sweep.rest(now)
         if rest:
@@ -590,7 +532,7 @@ class Pager:
                 address, _, _ = task.space.run(0)
                 _, code = uffd.copy(task.fd, address, self._remote.nowhere, PAGE)
                 if code == errno.ESRCH:
-                    self._end(index, task)
+                    self._end(index)
 
     def _fill_task(self, index: int, start: int, size: int, source: int) -> None:
         task = self._tasks[index]
@@ -601,14 +543,14 @@ class Pager:
             # The run goes on in another area: a copy must lie in one.
             size = size // 2 & -PAGE
         if done:
-            self._settle(index, start, done, Fate.FILLED)
+            self._tasks.settle(index, start, done, Fate.FILLED)
             self._back_off_ms = self._pause_ms
         elif code == errno.EEXIST:
-            self._settle_present(index, start)
+            self._tasks.settle_present(index, start)
         elif code == errno.ENOENT:
-            self._absent(index, start)
+            self._tasks.settle_absent(index, start)
         elif code == errno.ESRCH:
-            self._end(index, task)
+            self._end(index)
         elif code == errno.EAGAIN:
             self._back_off_ms = _BACK_OFF_MS
         else:
@@ -619,16 +561,8 @@ class Pager:
         self._trouble = f"{what}: {os.strerror(code)}"
         self._back_off_ms = _TROUBLE_MS
 
-    def _end(self, index: int, task: Task) -> None:
-        self._journal.note(Kind.ENDED, index)
-        fd = task.fd
-        self._ended(index)
-        self.close(fd)
-
-    def _ended(self, index: int) -> None:
-        task = self._tasks[index]
-        self._count(index, Fate.ENDED, 0, task.space.missing)
-        task.fd, task.space = -1, Space()
+    def _end(self, index: int) -> None:
+        self.close(self._tasks.end(index))
 
     # -- CRIU ------------------------------------------------------------------------------
 
@@ -674,13 +608,13 @@ class Pager:
 
     def _handed(self, fd: int) -> None:
         space = Space() if self._source is None else self._source.space(self._pid)
-        self._add(Task(fd, space, self._pid))
+        self._tasks.add(Task(fd, space, self._pid))
         self._pid = 0
 
     def _reset(self) -> None:
         """The attempt failed: nothing of it runs, and the next may come."""
         self._journal.note(Kind.RESET, 0)
-        tasks = self._tasks
+        tasks = [*self._tasks]
         self._forget()
         for task in tasks:
             if task.fd >= 0:
@@ -708,7 +642,7 @@ class Pager:
         return ""
 
     def verify(self, pids: Mapping[int, int]) -> Verified:
-        """While CRIU holds the tree: see that all that is planned can be served (`Verifying`).
+        """While CRIU holds the tree: see that all that is planned can be served (`verify`).
 
         Args:
             pids: those of this host by those of the images.
@@ -721,32 +655,11 @@ class Pager:
             self._hear(self._connection)
         if self._source is None or self._connection < 0 or self._board[STAGE] >= RUNNING:
             raise DestinationError("no restored tree is held")
-        handed = {task.pid for task in self._tasks}
-        if left_out := sorted(self._source.pids - handed):
+        if left_out := sorted(self._source.pids - {task.pid for task in self._tasks}):
             raise DestinationError(f"CRIU has not handed over the memory of process {left_out[0]}")
-        total = Verified()
-        for index, task in enumerate(self._tasks):
-            if task.forked or task.fd < 0 or not task.space:
-                continue
-            if self._journal.full:
-                total.again = True
-                break
-            host = pids.get(task.pid, 0)
-            if not host:
-                raise DestinationError(f"process {task.pid} is not below the restored root")
-            if task.host != host:
-                self._journal.note(Kind.KNOWN, index, host)
-                task.host = host
-            total.add(Verifying(task, host, self._remote, self._overwritten(index)).run())
-        self._waiting.want({(page, 1) for page in total.wants})
-        return total
-
-    def _overwritten(self, index: int) -> Callable[[int], bool]:
-        def filled(address: int) -> bool:
-            self._settle(index, address, PAGE, Fate.FILLED)
-            return not self._journal.full
-
-        return filled
+        found = verify(self._tasks, pids, self._remote)
+        self._waiting.want({(page, 1) for page in found.wants})
+        return found
 
     def stop(self) -> str:
         """End, unless a process runs; why not, or nothing."""
@@ -765,12 +678,12 @@ class Pager:
         stage = DONE if over else board[STAGE]
         state = "restoring" if stage == LISTENING and self._connection >= 0 else _NAMES[stage]
         tasks = [] if stage >= DONE else self._tasks
-        missing = sum(task.space.missing for task in tasks) // PAGE
+        missing = self._tasks.missing if tasks else 0
         remote = self._remote if stage < DONE else None
         until = board[LAST_NS] or time.monotonic_ns()
         return {
             "state": state,
-            **self._account.numbers(missing, taken_over=board[TAKEN_OVER] > 0),
+            **self._tasks.account.numbers(missing, taken_over=board[TAKEN_OVER] > 0),
             "remote_missing": 0 if remote is None else remote.missing,
             "tasks": sum(task.fd >= 0 for task in tasks),
             "faults": board[FAULTS],

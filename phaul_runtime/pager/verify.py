@@ -19,19 +19,20 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phaul_runtime.errors import DestinationError
 from phaul_runtime.pager import uffd
+from phaul_runtime.pager.account import Fate
 from phaul_runtime.pager.uffd import PAGE
 
 if TYPE_CHECKING:
     from phaul_runtime.pager.remote import Remote
     from phaul_runtime.pager.space import Space
-    from phaul_runtime.pager.task import Task
+    from phaul_runtime.pager.tasks import Task, Tasks
 
 PROC = Path("/proc")
 _ENTRY = 8
@@ -257,4 +258,45 @@ class Verifying:
                 os.close(memory)
 
 
-__all__ = ["Area", "Verified", "Verifying", "area_at", "areas", "missing_and_there", "present"]
+def verify(tasks: Tasks, pids: Mapping[int, int], remote: Remote | None) -> Verified:
+    """See that all that is planned for the tasks of a held tree can be served, or make it so.
+
+    Args:
+        tasks: as CRIU handed them over.
+        pids: those of this host by those of the images.
+        remote: what of the plan's pages is here.
+
+    Raises:
+        DestinationError: it cannot be.
+    """
+    total = Verified()
+    for index, task in enumerate(tasks):
+        if task.forked or task.fd < 0 or not task.space:
+            continue
+        if tasks.journal.full:
+            # The twin is made anew between two goes.
+            total.again = True
+            break
+        host = pids.get(task.pid, 0)
+        if not host:
+            raise DestinationError(f"process {task.pid} is not below the restored root")
+        tasks.know(index, host)
+
+        def filled(address: int, index: int = index) -> bool:
+            tasks.settle(index, address, PAGE, Fate.FILLED)
+            return not tasks.journal.full
+
+        total.add(Verifying(task, host, remote, filled).run())
+    return total
+
+
+__all__ = [
+    "Area",
+    "Verified",
+    "Verifying",
+    "area_at",
+    "areas",
+    "missing_and_there",
+    "present",
+    "verify",
+]

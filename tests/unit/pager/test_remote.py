@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from phaul_runtime.pager.remote import SWEEP, Remote, Sweep, found_missing
 from phaul_runtime.pager.space import Space
-from phaul_runtime.pager.task import Task
+from phaul_runtime.pager.tasks import Task
 
 P = 4096
 BASE = 1 << 40

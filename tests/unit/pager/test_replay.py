@@ -13,7 +13,7 @@ from phaul_runtime.pager.account import Fate
 from phaul_runtime.pager.journal import Kind
 from phaul_runtime.pager.serve import Pager
 from phaul_runtime.pager.space import Space
-from phaul_runtime.pager.task import Task
+from phaul_runtime.pager.tasks import Task
 
 P = uffd.PAGE
 
@@ -40,14 +40,14 @@ def message(event: int, *values: int) -> bytes:
 
 
 def test_a_fault_that_was_read_and_not_answered_is_answered(pager: Pager) -> None:
-    pager._tasks = [Task(5, Space([P], [9 * P], [0]))]
+    pager._tasks.add(Task(5, Space([P], [9 * P], [0])))
     happens(pager, Kind.EVENT, 0, message(uffd.EVENT_PAGEFAULT, 0, 3 * P + 17, 0))
     pager._replay()
     assert [fault[:2] for fault in pager._deferred] == [(0, 3 * P)]
 
 
 def test_all_that_the_process_did(pager: Pager) -> None:
-    pager._tasks = [Task(5, Space([0], [16 * P], [0]))]
+    pager._tasks.add(Task(5, Space([0], [16 * P], [0])))
     pager._journal.settled(0, 0, P, Fate.FILLED)
     for event in (
         message(uffd.EVENT_UNMAP, 2 * P, 4 * P, 0),
@@ -85,7 +85,7 @@ def test_what_criu_had_said(pager: Pager) -> None:
 
 
 def test_what_ended_stays_so(pager: Pager) -> None:
-    pager._tasks = [Task(5, Space([0], [P], [0]))]
+    pager._tasks.add(Task(5, Space([0], [P], [0])))
     pager._journal.note(Kind.ENDED, 0)
     pager._replay()
     assert pager._tasks == [Task(-1, pager._tasks[0].space)]
@@ -106,14 +106,14 @@ def test_a_heir_has_counted_what_the_dead_one_had(pager: Pager, tmp_path: Path) 
 
     def give(pager: Pager) -> None:
         for fd, pid in ((5, 42), (6, 43)):
-            pager._add(Task(fd, Space([P], [17 * P], [0]), pid))
+            pager._tasks.add(Task(fd, Space([P], [17 * P], [0]), pid))
 
     other = Pager()
     for each in (pager, other):
         give(each)
-    pager._settle(0, P, 3 * P, Fate.FILLED)
-    pager._settle(0, 4 * P, P, Fate.PRESENT)
-    pager._settle(0, 5 * P, P, Fate.FILLED)
+    pager._tasks.settle(0, P, 3 * P, Fate.FILLED)
+    pager._tasks.settle(0, 4 * P, P, Fate.PRESENT)
+    pager._tasks.settle(0, 5 * P, P, Fate.FILLED)
     for event in (
         message(uffd.EVENT_UNMAP, 8 * P, 10 * P, 0),
         message(uffd.EVENT_FORK, 77),
@@ -123,15 +123,14 @@ def test_a_heir_has_counted_what_the_dead_one_had(pager: Pager, tmp_path: Path) 
         happens(pager, Kind.EVENT, 0, event)
         body = bytes(pager._journal.message)
         pager._journal.keep()
-        pager._apply(0, body)
-    pager._settle(2, 6 * P, P, Fate.UNSHARED)
-    pager._journal.note(Kind.KNOWN, 0, 4711)
+        pager._tasks.apply(0, body)
+    pager._tasks.settle(2, 6 * P, P, Fate.UNSHARED)
+    pager._tasks.know(0, 4711)
     pager._journal.note(Kind.LATE, 0, 6 * P, 9 * P)
-    pager._late(0, 6 * P, 9 * P)
-    pager._settle_present(0, 6 * P)
-    pager._settle(0, 7 * P, P, Fate.GONE)
-    pager._journal.note(Kind.ENDED, 1)
-    pager._ended(1)
+    pager._tasks._late(0, 6 * P, 9 * P)
+    pager._tasks.settle_present(0, 6 * P)
+    pager._tasks.settle(0, 7 * P, P, Fate.GONE)
+    assert pager._tasks.end(1) == 6
     other._journal = pager._journal
     other._replay()
     assert numbers(other) == numbers(pager)
@@ -153,8 +152,8 @@ def test_a_heir_has_counted_what_the_dead_one_had(pager: Pager, tmp_path: Path) 
 
 
 def test_of_a_failed_attempt_nothing_is_counted(pager: Pager) -> None:
-    pager._add(Task(5, Space([P], [17 * P], [0]), 42))
-    pager._settle(0, P, 3 * P, Fate.GONE)
+    pager._tasks.add(Task(5, Space([P], [17 * P], [0]), 42))
+    pager._tasks.settle(0, P, 3 * P, Fate.GONE)
     pager._journal.note(Kind.RESET, 0)
     pager._replay()
     assert numbers(pager) == {
