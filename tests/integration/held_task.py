@@ -65,11 +65,13 @@ def replace(base: int, size: int) -> int:
     return base
 
 
-def fork(base: int, memory: Memory, told: int) -> list[int]:
+def fork(base: int, memory: Memory, told: int, telling: int) -> list[int]:
     assert not libc.madvise(base, FIRST * PAGE, MADV_DONTFORK)
     pid = os.fork()
     if pid:
         return [pid]
+    # Its parent's end is told, too.
+    os.close(telling)
     # Something of its own where its parent has the area.
     assert libc.mmap(base, FIRST * PAGE, 3, 0x32, -1, 0) == base
     memory.expected.update((base + page * PAGE, 0) for page in range(FIRST))
@@ -97,7 +99,7 @@ def main() -> None:
         replace(base, FIRST * PAGE)
         memory.expected.update((base + page * PAGE, 0) for page in range(FIRST))
     elif act == "fork":
-        children = fork(base, memory, mine)
+        children = fork(base, memory, mine, theirs)
     print("did", flush=True)
     sys.stdin.readline()
     os.write(theirs, b"!")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from phaul_runtime.pager.space import Space
@@ -76,6 +76,7 @@ def test_as_the_model(pages: set[int], steps: list[tuple[str, int, int, int]]) -
 
 
 @given(st.sets(st.integers(0, SPAN)), places, sizes)
+@example({0, 1}, 1, 0)
 def test_what_is_missing_between(pages: set[int], start: int, size: int) -> None:
     space, model = build(pages)
     inside = sorted(model.keys() & range(start, start + size))
