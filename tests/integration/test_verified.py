@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,17 @@ def held(place: Place) -> Begin:
         return pager, Held(place, act)
 
     return begin
+
+
+@pytest.fixture(autouse=True)
+def over(place: Place) -> Iterator[None]:
+    """A copy that never ran keeps no pager waiting."""
+    yield
+    for task in place.tasks:
+        task.kill()
+    for client in place.clients:
+        with contextlib.suppress(DestinationError):
+            client.stop()
 
 
 def until(client: PagerClient, condition: Callable[[dict[str, Any]], bool]) -> None:
