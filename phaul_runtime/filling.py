@@ -6,6 +6,7 @@ import time
 
 from phaul_runtime.errors import DestinationError, PhaulError
 from phaul_runtime.events import Filled, Filling, Listener
+from phaul_runtime.lazy import FATES
 from phaul_runtime.remote import RemoteAgent
 from phaul_runtime.report import MigrationReport
 
@@ -51,5 +52,7 @@ def await_filled(
         "pages": now.pages,
         "faults": now.faults,
         "worst_fault_ms": now.worst_fault_ms,
+        **{name: getattr(now, name) for name in FATES},
     }
+    report.warnings += [f"lazy restore: {note}" for note in now.notes]
     listener(Filled(now.pages, now.faults, now.ms))

@@ -412,7 +412,7 @@ class Incoming:
 
     def _lazy_handed(self) -> bool:
         try:
-            return self._lazy.handed()
+            return self._lazy.handed(self._pid)
         except PhaulError:
             self._engine.discard()
             raise

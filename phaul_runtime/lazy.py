@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from phaul_runtime.pager.client import PagerClient
 from phaul_runtime.postcopy import store
 from phaul_runtime.postcopy.pages import RemotePages
 from phaul_runtime.postcopy.store import PageStore
+from phaul_runtime.restored import by_image
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,8 @@ PLACE = "pager"
 _PLAN = "plan"
 _START_S = 60.0
 _ANSWER_S = 10.0
+# Pages may have to come from the source for it.
+_VERIFY_S = 60.0
 # A pager whose agent is gone and that nothing needs ends after that.
 _GRACE_S = 5.0
 STALLED_S = 120.0
@@ -48,6 +51,10 @@ class Filled:
     """How far a pager is: `ms` from the moment when the copy ran, to the last page or to now.
 
     `remote_missing` pages have not come from the source; the process may not need all of them.
+
+    All `pages`, those that forked children missed among them, are `missing` yet, or were `filled`,
+    or were there already (`present`), or were given up (`dropped`), or ended with their process
+    (`ended`), or were left out of a fork (`unshared`), or are `lost`. `notes` say what went wrong.
     """
 
     over: bool
@@ -57,6 +64,13 @@ class Filled:
     worst_fault_ms: float
     ms: float
     remote_missing: int = 0
+    filled: int = 0
+    present: int = 0
+    dropped: int = 0
+    ended: int = 0
+    unshared: int = 0
+    lost: int = 0
+    notes: list[str] = field(default_factory=list)
 
 
 class LazyRestore:
@@ -207,17 +221,42 @@ class LazyRestore:
         except PhaulError as error:
             self._not_handed = error
 
-    def handed(self) -> bool:
-        """After the restore: whether the pager has its plan; otherwise the copy has no memory.
+    def handed(self, root: int) -> bool:
+        """While the copy is held: whether its pager can give it all of its memory.
+
+        Args:
+            root: of the restored tree, its pid on this host.
+
+        Returns:
+            False: it must not run, and is to be restored in full.
 
         Raises:
-            DestinationError: `restore: lazy`, or pages are still at the source, and it has not.
+            DestinationError: the pager cannot, and `restore: lazy`, or pages are still at the
+                source.
         """
         if self._handing is not None:
             self._handing.join()
-        if self._not_handed is not None:
-            self._fall_back(self._not_handed)
+        try:
+            if self._not_handed is not None:
+                raise self._not_handed
+            if not self._why_not:
+                self._verify(root)
+        except PhaulError as error:
+            self._fall_back(error)
         return not self._why_not
+
+    def _verify(self, root: int) -> None:
+        if self._pager is None:
+            raise DestinationError("there is no pager")
+        found = self._pager.verify(by_image(root), timeout_s=_VERIFY_S)
+        if found["registered"] or found["overwritten"]:
+            log.info(
+                "%s: CRIU had left out %d areas, which the pager has registered; %d pages were "
+                "touched before, and have been overwritten",
+                self._name,
+                found["registered"],
+                found["overwritten"],
+            )
 
     def _fall_back(self, error: Exception) -> None:
         if self._must:
@@ -268,7 +307,7 @@ class LazyRestore:
         """
         if self._pager is None:
             raise DestinationError("there is no pager")
-        return _filled(self._pager.status())
+        return filled_of(self._pager.status())
 
     def watch(self, tell: Callable[[Filled], object]) -> None:
         """Until the last page is in, tell how far it is.
@@ -289,6 +328,8 @@ class LazyRestore:
             elif time.monotonic() - since > STALLED_S:
                 raise DestinationError(f"{missing} pages are missing, and the pager does nothing")
             time.sleep(_POLL_S)
+        for note in now.notes:
+            log.error("%s: %s", self._name, note)
         if self._pager is not None:
             self._pager.close()
         cgroup.remove_once_empty(self._name)
@@ -306,7 +347,12 @@ class LazyRestore:
         cgroup.remove_once_empty(self._name)
 
 
-def _filled(status: Mapping[str, Any]) -> Filled:
+FATES = ("filled", "present", "dropped", "ended", "unshared", "lost")
+"""What became of pages: numbers of a `Filled`."""
+
+
+def filled_of(status: Mapping[str, Any]) -> Filled:
+    """A pager's status or result."""
     return Filled(
         over=status["state"] == "done",
         pages=int(status["pages"]),
@@ -315,7 +361,9 @@ def _filled(status: Mapping[str, Any]) -> Filled:
         worst_fault_ms=float(status["worst_fault_ms"]),
         ms=float(status["ms"]),
         remote_missing=int(status.get("remote_missing", 0)),
+        **{name: int(status.get(name, 0)) for name in FATES},
+        notes=[str(note) for note in status.get("notes", ())],
     )
 
 
-__all__ = ["MODES", "Filled", "LazyRestore"]
+__all__ = ["FATES", "MODES", "Filled", "LazyRestore", "filled_of"]

@@ -51,7 +51,9 @@ class MigrationReport:
         restore: lazy, or `full:` and why.
         lazy_complete_ms: from the moment when the copy ran to its last page, after a lazy restore.
         lazy: `pages` that came after that moment, `faults` that waited for one, and the longest
-            of those waits, `worst_fault_ms`.
+            of those waits, `worst_fault_ms`. What became of those pages: `filled`, `present`
+            already, `dropped` by their process, `ended` with it, `unshared` with a forked child,
+            or `lost`, which a warning explains.
         mode: pre-copy, post-copy or hybrid.
         post_copy: of a post-copy or hybrid move whose last page came: `pages` that came once the
             copy ran, `faults` that waited for one, the longest of those waits, `worst_fault_ms`,

@@ -14,6 +14,9 @@ error. Here two processes hold what the pages hang on, and either goes on withou
     journal  what was read and done since the other was born, in shared memory
     source   the plan's files, mapped
     space    which pages of a process are missing yet
+    tasks    the processes, and what becomes of each page that one of them misses
+    account  in numbers, and in words where something went wrong
+    verify   before the tree runs: whether all that is planned can be served
     uffd     the kernel's userfaultfd
     remote   pages that are not on this host yet, and faults that wait for them
 """

@@ -9,7 +9,7 @@ import select
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,34 @@ class PagerClient:
         """
         self._ask({"do": "plan", "path": str(path)}, timeout_s)
 
+    def verify(self, pids: Mapping[int, int], *, timeout_s: float = _ANSWER_S) -> dict[str, Any]:
+        """While CRIU holds the tree: see that every page of the plan can be served, or make it so.
+
+        Args:
+            pids: those of this host by those of the images.
+            timeout_s: for pages, too, that have to come from the source for that.
+
+        Returns:
+            A status, and how many areas were `registered` and pages `overwritten` at last.
+
+        Raises:
+            DestinationError: it cannot be: the copy must not run with this pager.
+        """
+        request = {"do": "verify", "pids": {str(inner): pid for inner, pid in pids.items()}}
+        deadline = time.monotonic() + timeout_s
+        while True:
+            answer = self._ask(request, max(_ANSWER_S, deadline - time.monotonic()))
+            if answer.get("verified"):
+                return answer
+            if "verified" not in answer:
+                raise DestinationError("the pager has ended")
+            if time.monotonic() >= deadline:
+                raise DestinationError(
+                    f"{answer['pages_awaited']} pages that the restore has touched have not come "
+                    f"within {timeout_s:g} s"
+                )
+            time.sleep(_AGAIN_S)
+
     def status(self, *, timeout_s: float = _ANSWER_S) -> dict[str, Any]:
         """How far it is (`Pager.status`); the result once it has ended.
 
@@ -116,7 +144,7 @@ class PagerClient:
             self._socket.close()
             self._socket = None
 
-    def _ask(self, request: dict[str, str], timeout_s: float) -> dict[str, Any]:
+    def _ask(self, request: Mapping[str, object], timeout_s: float) -> dict[str, Any]:
         deadline = time.monotonic() + timeout_s
         while True:
             try:
@@ -138,7 +166,7 @@ class PagerClient:
                 raise DestinationError(f"the pager says: {answer['error']}")
             return answer
 
-    def _once(self, request: dict[str, str], deadline: float) -> dict[str, Any]:
+    def _once(self, request: Mapping[str, object], deadline: float) -> dict[str, Any]:
         if self._socket is None:
             self._socket = self._connect()
         self._socket.settimeout(max(0.01, deadline - time.monotonic()))

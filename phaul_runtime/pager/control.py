@@ -3,12 +3,16 @@
 ::
 
     {"do": "plan", "path": "..."}   take a plan, listen for CRIU
+    {"do": "verify", "pids": {}}    in the hold: see that every page can be served (`verify`);
+                                    the pids of this host by those of the images
     {"do": "status"}                how far it is
     {"do": "wait"}                  answered when the last page is in
     {"do": "stop"}                  end, unless a restored process needs it
 
-An answer has `error`, or what `Pager.status` says. A connection that ends without an answer was cut
-by the death of one of the two processes: connect again and ask again, all requests may be repeated.
+An answer has `error`, or what `Pager.status` says. That to `verify` has `verified` too: ask again
+until it is true; `pages_awaited` of the source keep it from being so, or there is more to do.
+A connection that ends without an answer was cut by the death of one of the two processes: connect
+again and ask again, all requests may be repeated.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from phaul_runtime.errors import PhaulError
@@ -25,7 +30,9 @@ from phaul_runtime.pager.criusock import accept, listen
 if TYPE_CHECKING:
     from phaul_runtime.pager.serve import Pager
 
-_MOST = 1 << 16
+# Twenty bytes for each process of a tree.
+_MOST = 1 << 22
+_READ = 1 << 16
 
 
 class Control:
@@ -57,24 +64,24 @@ class Control:
             self._clients[client] = bytearray()
             self._pager.watch(client, self._hear)
 
-    def leave_result(self, name: str) -> None:
+    def leave_result(self, name: str, result: str) -> None:
         """Write the result."""
-        answer = self._pager.status()
         with contextlib.suppress(OSError):
             fd = os.open(f"{name}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            os.write(fd, json.dumps(answer).encode() + b"\n")
+            os.write(fd, result.encode() + b"\n")
             os.close(fd)
             os.replace(f"{name}.new", name)  # noqa: PTH105 - relative to the current directory
 
-    def tell_waiting(self) -> None:
+    def tell_waiting(self, result: str) -> None:
         """Answer those who wait for the last page."""
+        answer = json.loads(result) if result else self._pager.status()
         for client in self._waiting:
-            self._send(client, self._pager.status())
+            self._send(client, answer)
 
     def _hear(self, fd: int) -> None:
         kept = self._clients[fd]
         try:
-            data = os.read(fd, _MOST)
+            data = os.read(fd, _READ)
         except BlockingIOError:
             return
         except OSError:
@@ -100,6 +107,8 @@ class Control:
                 self._waiting.add(fd)
                 return None
             error = ""
+            if what == "verify":
+                return self._verify(asked["pids"])
             if what == "plan":
                 error = self._pager.plan(str(asked["path"]))
             elif what == "stop":
@@ -109,6 +118,16 @@ class Control:
         except (PhaulError, OSError, ValueError, LookupError, TypeError) as failure:
             error = str(failure)
         return {"error": error} if error else self._pager.status()
+
+    def _verify(self, pids: Mapping[str, Any]) -> dict[str, Any]:
+        found = self._pager.verify({int(inner): int(pid) for inner, pid in pids.items()})
+        return {
+            **self._pager.status(),
+            "verified": not found.pending,
+            "pages_awaited": len(found.wants),
+            "registered": found.registered,
+            "overwritten": found.overwritten,
+        }
 
     def _send(self, fd: int, answer: dict[str, Any]) -> None:
         # One that does not read its answers loses them.

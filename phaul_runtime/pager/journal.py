@@ -33,9 +33,12 @@ _SIZE = 64
 _BODY = 16
 _HEAD = struct.Struct("=IIQ")
 _RANGE = struct.Struct("=QQ")
+_NOTE = struct.Struct("=QQQ")
+_FATE = struct.Struct("=16xQ")
 _SINCE = struct.Struct("=32xQ")
 _BODY_SIZE = _SIZE - _BODY
 _FRONT = _MOST_PATH = mmap.PAGESIZE
+_MOST_RESULT = 4 * mmap.PAGESIZE
 
 _mlock = libc.mlock
 _mlock.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
@@ -53,10 +56,14 @@ class Kind(IntEnum):
     """A control message of CRIU's with a userfaultfd."""
     RESET = 4
     """The attempt failed, nothing of it runs."""
-    FILLED = 5
-    """Nothing of a range is missing any more."""
+    SETTLED = 5
+    """Nothing of a range is missing any more, and why (`account.Fate`)."""
     ENDED = 6
     """Nothing more to do for a task."""
+    KNOWN = 7
+    """A task's pid on this host, in the place of a range's start."""
+    LATE = 8
+    """An area is about to be registered that nobody served while its process ran."""
 
 
 class Record(NamedTuple):
@@ -68,9 +75,15 @@ class Record(NamedTuple):
 
     @property
     def range(self) -> tuple[int, int]:
-        """Start and end, of FILLED."""
+        """Start and end, of SETTLED and LATE."""
         start, end = _RANGE.unpack_from(self.body)
         return start, end
+
+    @property
+    def fate(self) -> int:
+        """What became of it, of SETTLED."""
+        (fate,) = _FATE.unpack_from(self.body)
+        return int(fate)
 
     @property
     def since(self) -> int:
@@ -80,23 +93,35 @@ class Record(NamedTuple):
 
 
 class Board:
-    """Numbers, and the path of the plan, that both see for as long as either lives."""
+    """Numbers, the path of the plan and the result: what both see for as long as either lives."""
 
     def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, _FRONT + _MOST_PATH)
+        self._memory = mmap.mmap(-1, _FRONT + _MOST_PATH + _MOST_RESULT)
         self._words = memoryview(self._memory)[:_FRONT].cast("q")
 
     @property
     def path(self) -> str:
         """Of the plan that was taken last."""
-        return os.fsdecode(self._memory[_FRONT:].rstrip(b"\0"))
+        return os.fsdecode(self._memory[_FRONT : _FRONT + _MOST_PATH].rstrip(b"\0"))
 
     @path.setter
     def path(self, path: str) -> None:
         data = os.fsencode(path)
         if len(data) > _MOST_PATH:
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
-        self._memory[_FRONT:] = data.ljust(_MOST_PATH, b"\0")
+        self._memory[_FRONT : _FRONT + _MOST_PATH] = data.ljust(_MOST_PATH, b"\0")
+
+    @property
+    def result(self) -> str:
+        """What is left behind once the last page is in, as JSON; empty before."""
+        return self._memory[_FRONT + _MOST_PATH :].rstrip(b"\0").decode()
+
+    @result.setter
+    def result(self, result: str) -> None:
+        data = result.encode()
+        if len(data) > _MOST_RESULT:
+            raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
+        self._memory[_FRONT + _MOST_PATH :] = data.ljust(_MOST_RESULT, b"\0")
 
     def __getitem__(self, at: int) -> int:
         return self._words[at]
@@ -119,7 +144,7 @@ class Journal:
             self._view[:] = bytes(size)
         self._at = 0
         self._mark = (-1, -1)
-        self._filled = (-1, 0)
+        self._settled = (-1, 0, 0)
         self._slot()
 
     def _slot(self) -> None:
@@ -161,24 +186,24 @@ class Journal:
         self._at += 1
         self._count[0] = self._at
         self._mark = (-1, -1)
-        self._filled = (-1, 0)
+        self._settled = (-1, 0, 0)
         self._slot()
 
-    def note(self, kind: Kind, task: int, start: int = 0, end: int = 0) -> None:
+    def note(self, kind: Kind, task: int, start: int = 0, end: int = 0, fate: int = 0) -> None:
         """Add a record that no system call fills."""
         # First no kind at all: a half-written one must not look like the kernel's.
         _HEAD.pack_into(self._view, self._base, Kind.NOTHING, task, 0)
-        _RANGE.pack_into(self._view, self._base + _BODY, start, end)
+        _NOTE.pack_into(self._view, self._base + _BODY, start, end, fate)
         _HEAD.pack_into(self._view, self._base, kind, task, 0)
         self.keep()
 
-    def filled(self, task: int, start: int, end: int) -> None:
-        """Note that a range is filled; one that continues the last becomes one with it."""
-        if self._filled == (task, start):
+    def settled(self, task: int, start: int, end: int, fate: int) -> None:
+        """Note what became of a range; one that continues the last becomes one with it."""
+        if self._settled == (task, start, fate):
             struct.pack_into("=Q", self._view, self._base - _SIZE + _BODY + 8, end)
         else:
-            self.note(Kind.FILLED, task, start, end)
-        self._filled = (task, end)
+            self.note(Kind.SETTLED, task, start, end, fate)
+        self._settled = (task, end, fate)
 
     def __iter__(self) -> Iterator[Record]:
         """All records, the uncounted one last if a system call has filled it."""

@@ -15,15 +15,15 @@ import ctypes
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from phaul_runtime.pager import ARRIVED_SOCKET, WANTED, WANTS_SOCKET
 from phaul_runtime.pager.uffd import PAGE, libc
 
 if TYPE_CHECKING:
-    from phaul_runtime.pager.serve import Task
     from phaul_runtime.pager.space import Space
+    from phaul_runtime.pager.tasks import Task
 
 WINDOW = 32
 """Pages that a fault asks for."""
@@ -152,6 +152,10 @@ class Waiting:
             for index, address in self._faults
             if (want := found_missing(remote, tasks[index].space, address)) is not None
         }
+        self.want(wants)
+
+    def want(self, wants: Iterable[tuple[int, int]]) -> None:
+        """Ask for pages, once: number of the first, and how many."""
         words = [WANTED.pack(*want) for want in sorted(wants)]
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM, 0, fileno=self.fd)
         try:

@@ -15,6 +15,13 @@ death, and then reads the journal, goes on and makes a twin anew. Why no page is
 - *A fault that was read and not answered* is the journal's last record, and is answered again.
 - *The userfaultfds stay open*, since the table lives: those that come with a fork and those that
   CRIU hands over are in it, and in the journal, by the same system call.
+- *Every missing page has somebody who waits for it, or none at all.* Before the tree runs each area
+  that is planned is seen to be registered, and no page of it to be there already (`verify`). From
+  then on an area can lose its registration only together with an announcement: a copy that says
+  ENOENT without one (`Tasks.settle_absent`) is a page that nobody will ever ask for. It is
+  registered again if it still is the process's own, and told in any case: never dropped in silence.
+- *Every page is accounted for* (`account`): filled, given up, ended, or lost by name. The numbers
+  change with the spaces and with the journal, so a death leaves none out and counts none twice.
 - *If CRIU's restore is under way*, the words that it still has to say stay in its connection, which
   is in the table too. If both are dead before CRIU says that it is finished, CRIU cannot say it and
   kills what it restored: a loud failure, nothing has run.
@@ -23,7 +30,8 @@ The one hole: both die at once after that (a SIGKILL of the whole control group,
 processes run on with zeros where pages were missing, as with `criu lazy-pages`. Both are therefore
 exempt from the out-of-memory killer and deaf to SIGINT, SIGTERM and SIGHUP. A smaller one:
 MADV_GUARD_INSTALL and MADV_GUARD_REMOVE are not announced; a page that was missing under them comes
-back with what it held.
+back with what it held. Another: a forked child's MADV_WIPEONFORK area gets what its parent missed
+there, instead of zeros.
 
 Before CRIU has finished only faults are served: the restorer may touch lazy memory, but until a
 task has registered its areas, a page of them cannot be told from one that is gone. Afterwards the
@@ -38,24 +46,34 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import math
 import os
 import resource
 import select
 import signal
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from phaul_runtime.errors import PhaulError
-from phaul_runtime.pager import ARRIVED_SOCKET, LAZY_SOCKET, RESULT_FILE, criusock, twin, uffd
+from phaul_runtime.errors import DestinationError, PhaulError
+from phaul_runtime.pager import (
+    ARRIVED_SOCKET,
+    LAZY_SOCKET,
+    RESULT_FILE,
+    criusock,
+    twin,
+    uffd,
+)
+from phaul_runtime.pager.account import Fate
 from phaul_runtime.pager.control import Control
 from phaul_runtime.pager.journal import Board, Journal, Kind
 from phaul_runtime.pager.remote import ASK_MS, Remote, Sweep, Waiting, found_missing
 from phaul_runtime.pager.source import Source
 from phaul_runtime.pager.space import Space
+from phaul_runtime.pager.tasks import Task, Tasks
 from phaul_runtime.pager.uffd import PAGE
+from phaul_runtime.pager.verify import Verified, verify
 
 CHUNK = 128 * PAGE
 WINDOW = 32 * PAGE
@@ -72,21 +90,13 @@ _RENEW_S = 1.0
 
 # Words of the board.
 STAGE, HEIR, WORKER, KEEPER, CLEAN = range(5)
-FINISHED_NS, LAST_NS, TOTAL, FILLED, FAULTS, WORST_NS, PLANS = range(5, 12)
+FINISHED_NS, LAST_NS, FAULTS, WORST_NS, PLANS, TAKEN_OVER = range(5, 11)
 WAITING, LISTENING, RUNNING, DONE, STOPPED = range(5)
 _NAMES = ("waiting", "listening", "filling", "done", "stopped")
 
 
 class _Inherited(Exception):
     """Raised in the twin when the other is dead: the work is its own now."""
-
-
-@dataclass
-class Task:
-    """A process that gets pages; `fd` is -1 once there is nothing more to do for it."""
-
-    fd: int
-    space: Space
 
 
 class Pager:
@@ -103,11 +113,10 @@ class Pager:
         self._grace_s = grace_s
         self._keep = keep
         self._board = Board()
-        self._journal = Journal()
         self._source: Source | None = None
         self._plans = 0
         self._renew_at = math.inf
-        self._tasks: list[Task] = []
+        self._tasks = Tasks(self._look_again)
         self._pid = 0
         self._deferred: list[tuple[int, int, int]] = []
         self._waiting = Waiting()
@@ -155,6 +164,7 @@ class Pager:
         self._poll = select.poll()
         known = self._control.forget()
         if inherited:
+            self._board[TAKEN_OVER] += 1
             # Of the one before this one: ended and closed long since.
             self._keeper_fd = -1
             self._know_plan()
@@ -202,17 +212,15 @@ class Pager:
                     address = uffd.ADDRESS.unpack_from(body)[0] & -PAGE
                     self._deferred.append((index, address, record.since or now))
                 else:
-                    self._apply(index, body)
-            elif kind == Kind.FILLED:
-                self._tasks[index].space.drop(*record.range)
-            elif kind == Kind.ENDED:
-                self._tasks[index] = Task(-1, Space())
+                    self._tasks.apply(index, body)
             elif kind == Kind.SAID:
                 self._said(criusock.said(body))
             elif kind == Kind.HANDED:
                 self._handed(criusock.handed(body))
             elif kind == Kind.RESET:
                 self._forget()
+            else:
+                self._tasks.replay(record)
         # Who does not wait for the network was answered by the dead one, or would have been now.
         old = self._deferred + self._waiting.ended(self._tasks, self._remote)
         self._deferred = [
@@ -221,9 +229,21 @@ class Pager:
         ]
 
     def _forget(self) -> None:
-        self._tasks, self._pid, self._deferred = [], 0, []
+        self._tasks.forget()
+        self._pid, self._deferred = 0, []
         self._waiting.clear()
         self._sweep = Sweep()
+
+    @property
+    def _journal(self) -> Journal:
+        return self._tasks.journal
+
+    @_journal.setter
+    def _journal(self, journal: Journal) -> None:
+        self._tasks.journal = journal
+
+    def _look_again(self) -> None:
+        self._waiting.due = True
 
     @property
     def _remote(self) -> Remote | None:
@@ -316,15 +336,17 @@ class Pager:
         board = self._board
         if board[STAGE] == RUNNING:
             board[LAST_NS] = time.monotonic_ns()
+            # The twin, if it has to go on from here, does not read the journal any more.
+            board.result = json.dumps(self.status(over=True))
         if board[STAGE] < DONE:
             board[STAGE] = DONE if board[STAGE] == RUNNING else STOPPED
         if not board[CLEAN]:
             if board[STAGE] == DONE:
-                self._control.leave_result(RESULT_FILE)
+                self._control.leave_result(RESULT_FILE, board.result)
             for name in (LAZY_SOCKET, ARRIVED_SOCKET, self._control.name):
                 with contextlib.suppress(OSError):
                     os.unlink(name)  # noqa: PTH108 - relative to the current directory
-            self._control.tell_waiting()
+            self._control.tell_waiting(board.result)
             # The twin, which ends last, leaves alone what a next pager may have put there.
             board[CLEAN] = 1
         # No clean-up of Python's: the table of descriptors is the twin's too.
@@ -405,23 +427,9 @@ class Pager:
             else:
                 body = bytes(message)
                 journal.keep()
-                fork = self._apply(index, body)
+                fork = self._tasks.apply(index, body)
                 if fork >= 0:
                     self._watch_task(fork, self._tasks[fork])
-
-    def _apply(self, index: int, body: bytes) -> int:
-        """What a process did to its memory; the index of a forked child's task, or -1."""
-        event, space = body[0], self._tasks[index].space
-        self._waiting.due = True
-        if event == uffd.EVENT_FORK:
-            (fd,) = uffd.FORK.unpack_from(body)
-            self._tasks.append(Task(fd, space.copy()))
-            return len(self._tasks) - 1
-        if event == uffd.EVENT_REMAP:
-            space.move(*uffd.REMAP.unpack_from(body))
-        elif event in (uffd.EVENT_REMOVE, uffd.EVENT_UNMAP):
-            space.drop(*uffd.REMOVE.unpack_from(body))
-        return -1
 
     def _again(self) -> None:
         deferred, self._deferred = self._deferred, []
@@ -476,28 +484,24 @@ class Pager:
                 # The run goes on in another area, or where none is any more.
                 done, code = uffd.copy(fd, address, found[1], PAGE)
             if done:
-                self._fills(index, task, address, done, done)
+                self._tasks.settle(index, address, done, Fate.FILLED)
                 return True
             if code == errno.EEXIST:
-                self._fills(index, task, address, PAGE, 0)
+                self._tasks.settle_present(index, address)
+            elif code == errno.ENOENT and not self._tasks.settle_absent(index, address):
+                return False
         if not code:
             return True
         if code in (errno.EEXIST, errno.ENOENT):
-            # There already, or the area went: trying again tells who waits.
+            # There already, or the area is gone: trying again tells who waits.
             uffd.wake(fd, address)
             return True
         if code == errno.ESRCH:
-            self._end(index, task)
+            self._end(index)
             return True
         if code != errno.EAGAIN:
             self._note_trouble("fault", code)
         return False
-
-    def _fills(self, index: int, task: Task, start: int, size: int, copied: int) -> None:
-        task.space.drop(start, start + size)
-        self._journal.filled(index, start, start + size)
-        self._board[FILLED] += copied // PAGE
-        self._waiting.due = True
 
     def _fill(self) -> None:
         """One piece of what is missing and here."""
@@ -510,7 +514,7 @@ class Pager:
                     self._fill_task(index, start, min(CHUNK, end - start), source)
                 else:
                     # Nothing is missing: no page that it faults on from now on needs us.
-                    self._end(index, self._tasks[index])
+                    self._end(index)
                 return
         rest = self._sweep.rest(now)
         if rest:
@@ -528,7 +532,7 @@ class Pager:
                 address, _, _ = task.space.run(0)
                 _, code = uffd.copy(task.fd, address, self._remote.nowhere, PAGE)
                 if code == errno.ESRCH:
-                    self._end(index, task)
+                    self._end(index)
 
     def _fill_task(self, index: int, start: int, size: int, source: int) -> None:
         task = self._tasks[index]
@@ -539,12 +543,14 @@ class Pager:
             # The run goes on in another area: a copy must lie in one.
             size = size // 2 & -PAGE
         if done:
-            self._fills(index, task, start, done, done)
+            self._tasks.settle(index, start, done, Fate.FILLED)
             self._back_off_ms = self._pause_ms
-        elif code in (errno.EEXIST, errno.ENOENT):
-            self._fills(index, task, start, PAGE, 0)
+        elif code == errno.EEXIST:
+            self._tasks.settle_present(index, start)
+        elif code == errno.ENOENT:
+            self._tasks.settle_absent(index, start)
         elif code == errno.ESRCH:
-            self._end(index, task)
+            self._end(index)
         elif code == errno.EAGAIN:
             self._back_off_ms = _BACK_OFF_MS
         else:
@@ -555,11 +561,8 @@ class Pager:
         self._trouble = f"{what}: {os.strerror(code)}"
         self._back_off_ms = _TROUBLE_MS
 
-    def _end(self, index: int, task: Task) -> None:
-        self._journal.note(Kind.ENDED, index)
-        fd, task.fd = task.fd, -1
-        task.space = Space()
-        self.close(fd)
+    def _end(self, index: int) -> None:
+        self.close(self._tasks.end(index))
 
     # -- CRIU ------------------------------------------------------------------------------
 
@@ -598,8 +601,6 @@ class Pager:
     def _said(self, number: int) -> None:
         if number == criusock.FINISHED:
             if self._board[STAGE] < RUNNING:
-                missing = sum(task.space.missing for task in self._tasks)
-                self._board[TOTAL] = missing // PAGE + self._board[FILLED]
                 self._board[FINISHED_NS] = time.monotonic_ns()
                 self._board[STAGE] = RUNNING
         elif number > 0:
@@ -607,18 +608,18 @@ class Pager:
 
     def _handed(self, fd: int) -> None:
         space = Space() if self._source is None else self._source.space(self._pid)
-        self._tasks.append(Task(fd, space))
+        self._tasks.add(Task(fd, space, self._pid))
         self._pid = 0
 
     def _reset(self) -> None:
         """The attempt failed: nothing of it runs, and the next may come."""
         self._journal.note(Kind.RESET, 0)
-        tasks = self._tasks
+        tasks = [*self._tasks]
         self._forget()
         for task in tasks:
             if task.fd >= 0:
                 self.close(task.fd)
-        self._board[FILLED] = self._board[FAULTS] = self._board[WORST_NS] = 0
+        self._board[FAULTS] = self._board[WORST_NS] = 0
         self.watch(self._listener, self._accept)
 
     # -- the agent -------------------------------------------------------------------------
@@ -640,6 +641,26 @@ class Pager:
         self._renew_at = time.monotonic() + _RENEW_S
         return ""
 
+    def verify(self, pids: Mapping[int, int]) -> Verified:
+        """While CRIU holds the tree: see that all that is planned can be served (`verify`).
+
+        Args:
+            pids: those of this host by those of the images.
+
+        Raises:
+            PhaulError: it cannot be, or no tree is held.
+        """
+        if self._connection >= 0 and self._board[STAGE] < RUNNING:
+            # Said before the tree was held, and perhaps not heard yet.
+            self._hear(self._connection)
+        if self._source is None or self._connection < 0 or self._board[STAGE] >= RUNNING:
+            raise DestinationError("no restored tree is held")
+        if left_out := sorted(self._source.pids - {task.pid for task in self._tasks}):
+            raise DestinationError(f"CRIU has not handed over the memory of process {left_out[0]}")
+        found = verify(self._tasks, pids, self._remote)
+        self._waiting.want({(page, 1) for page in found.wants})
+        return found
+
     def stop(self) -> str:
         """End, unless a process runs; why not, or nothing."""
         if self._connection >= 0 and self._board[STAGE] < RUNNING:
@@ -651,21 +672,19 @@ class Pager:
         self._stopping = True
         return ""
 
-    def status(self) -> dict[str, object]:
-        """How far it is."""
+    def status(self, *, over: bool = False) -> dict[str, object]:
+        """How far it is; or how it will have ended, as soon as that is left behind."""
         board = self._board
-        stage = board[STAGE]
+        stage = DONE if over else board[STAGE]
         state = "restoring" if stage == LISTENING and self._connection >= 0 else _NAMES[stage]
         tasks = [] if stage >= DONE else self._tasks
-        missing = sum(task.space.missing for task in tasks) // PAGE
+        missing = self._tasks.missing if tasks else 0
         remote = self._remote if stage < DONE else None
         until = board[LAST_NS] or time.monotonic_ns()
         return {
             "state": state,
-            "pages": board[TOTAL],
-            "missing": missing,
+            **self._tasks.account.numbers(missing, taken_over=board[TAKEN_OVER] > 0),
             "remote_missing": 0 if remote is None else remote.missing,
-            "filled": board[FILLED],
             "tasks": sum(task.fd >= 0 for task in tasks),
             "faults": board[FAULTS],
             "worst_fault_ms": round(board[WORST_NS] / 1e6, 3),

@@ -88,6 +88,11 @@ class Source:
         bases = [self._maps[file][0] for file in files]
         return Space(starts, ends, list(map(add, bases, offsets)))
 
+    @property
+    def pids(self) -> set[int]:
+        """The processes that miss something at their start."""
+        return {pid for pid, space in self._spaces.items() if space}
+
     def space(self, pid: int) -> Space:
         """What a process misses: a copy, as another attempt may begin anew."""
         space = self._spaces.get(pid)

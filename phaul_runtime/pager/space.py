@@ -7,6 +7,7 @@ fork) is applied here, so that no page is filled with what it must not hold any 
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterator
 
 
 class Space:
@@ -55,28 +56,51 @@ class Space:
         """(start, end, source) of one run."""
         return self._starts[at], self._ends[at], self._sources[at]
 
-    def drop(self, start: int, end: int) -> None:
-        """Nothing between is missing any more: it was filled, or the process gave it up."""
+    def first(self, start: int, end: int) -> int | None:
+        """The lowest address between that is missing; None if nothing is."""
+        at = bisect_right(self._ends, start)
+        if start >= end or at == len(self._starts) or self._starts[at] >= end:
+            return None
+        return max(start, self._starts[at])
+
+    def between(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """(start, end) of what is missing between."""
+        at = bisect_right(self._ends, start)
+        while at < len(self._starts) and self._starts[at] < end:
+            yield max(start, self._starts[at]), min(end, self._ends[at])
+            at += 1
+
+    def drop(self, start: int, end: int) -> int:
+        """Nothing between is missing any more: it was filled, or the process gave it up.
+
+        Returns:
+            Bytes that were missing.
+        """
         starts, ends = self._starts, self._ends
         at = bisect_right(starts, start) - 1
         if at >= 0 and starts[at] == start and start < end < ends[at]:
             # By far the most frequent: the front of a run was filled.
             starts[at] = end
             self._sources[at] += end - start
-            return
-        self._cut(start, end)
+            return end - start
+        return _bytes(self._cut(start, end))
 
-    def move(self, start: int, to: int, size: int) -> None:
-        """The process moved a piece of its memory; what was there before is gone."""
+    def move(self, start: int, to: int, size: int) -> int:
+        """The process moved a piece of its memory; what was there before is gone.
+
+        Returns:
+            Bytes that were missing where it is now.
+        """
         pieces = self._cut(start, start + size)
-        self._cut(to, to + size)
+        gone = _bytes(self._cut(to, to + size))
         if not pieces:
-            return
+            return gone
         by = to - start
         at = bisect_right(self._starts, to)
         self._starts[at:at] = [piece[0] + by for piece in pieces]
         self._ends[at:at] = [piece[1] + by for piece in pieces]
         self._sources[at:at] = [piece[2] for piece in pieces]
+        return gone
 
     def _cut(self, start: int, end: int) -> list[tuple[int, int, int]]:
         """Take out what lies between; returns it."""
@@ -102,3 +126,7 @@ class Space:
         ends[first:stop] = [piece[1] for piece in kept]
         sources[first:stop] = [piece[2] for piece in kept]
         return taken
+
+
+def _bytes(pieces: list[tuple[int, int, int]]) -> int:
+    return sum(end - start for start, end, _ in pieces)

@@ -26,12 +26,13 @@ REMAP = struct.Struct("=8xQQQ")
 REMOVE = struct.Struct("=8xQQ")
 """Start, end; of an unmap too."""
 
-_UNREGISTER, _WAKE = 0x8010AA01, 0x8010AA02
+_REGISTER, _WAKE = 0xC020AA00, 0x8010AA02
 _COPY, _ZEROPAGE = 0xC028AA03, 0xC020AA04
 
 libc = ctypes.CDLL(None, use_errno=True)
 _ioctl = libc.ioctl
 _ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
+_REGISTER_MISSING = 1
 _argument = (ctypes.c_int64 * 5)()
 _pointer = ctypes.addressof(_argument)
 
@@ -55,6 +56,17 @@ def zero(fd: int, to: int) -> int:
     argument = _argument
     argument[0], argument[1], argument[2], argument[3] = to, PAGE, 0, 0
     return ctypes.get_errno() if _ioctl(fd, _ZEROPAGE, _pointer) else 0
+
+
+def register(fd: int, start: int, size: int) -> int:
+    """Have missing pages announced from now on; the errno, 0 if done.
+
+    Of the process that the descriptor came from; harmless where it is so already. EINVAL: there is
+    nothing, or nothing of a kind that could be registered; ENOMEM: the process is ending.
+    """
+    argument = _argument
+    argument[0], argument[1], argument[2], argument[3] = start, size, _REGISTER_MISSING, 0
+    return ctypes.get_errno() if _ioctl(fd, _REGISTER, _pointer) else 0
 
 
 def wake(fd: int, address: int) -> None:

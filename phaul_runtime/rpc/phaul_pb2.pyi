@@ -325,7 +325,7 @@ class CommitReply(_message.Message):
     def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., pid: _Optional[int] = ..., since_resume_ms: _Optional[float] = ..., resume_ms: _Optional[float] = ...) -> None: ...
 
 class FilledReply(_message.Message):
-    __slots__ = ("error", "over", "pages", "missing", "faults", "worst_fault_ms", "ms", "full_because", "remote_missing")
+    __slots__ = ("error", "over", "pages", "missing", "faults", "worst_fault_ms", "ms", "full_because", "remote_missing", "filled", "present", "dropped", "ended", "unshared", "lost", "notes")
     ERROR_FIELD_NUMBER: _ClassVar[int]
     OVER_FIELD_NUMBER: _ClassVar[int]
     PAGES_FIELD_NUMBER: _ClassVar[int]
@@ -335,6 +335,13 @@ class FilledReply(_message.Message):
     MS_FIELD_NUMBER: _ClassVar[int]
     FULL_BECAUSE_FIELD_NUMBER: _ClassVar[int]
     REMOTE_MISSING_FIELD_NUMBER: _ClassVar[int]
+    FILLED_FIELD_NUMBER: _ClassVar[int]
+    PRESENT_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
+    UNSHARED_FIELD_NUMBER: _ClassVar[int]
+    LOST_FIELD_NUMBER: _ClassVar[int]
+    NOTES_FIELD_NUMBER: _ClassVar[int]
     error: Error
     over: bool
     pages: int
@@ -344,7 +351,14 @@ class FilledReply(_message.Message):
     ms: float
     full_because: str
     remote_missing: int
-    def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., over: bool = ..., pages: _Optional[int] = ..., missing: _Optional[int] = ..., faults: _Optional[int] = ..., worst_fault_ms: _Optional[float] = ..., ms: _Optional[float] = ..., full_because: _Optional[str] = ..., remote_missing: _Optional[int] = ...) -> None: ...
+    filled: int
+    present: int
+    dropped: int
+    ended: int
+    unshared: int
+    lost: int
+    notes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, error: _Optional[_Union[Error, _Mapping]] = ..., over: bool = ..., pages: _Optional[int] = ..., missing: _Optional[int] = ..., faults: _Optional[int] = ..., worst_fault_ms: _Optional[float] = ..., ms: _Optional[float] = ..., full_because: _Optional[str] = ..., remote_missing: _Optional[int] = ..., filled: _Optional[int] = ..., present: _Optional[int] = ..., dropped: _Optional[int] = ..., ended: _Optional[int] = ..., unshared: _Optional[int] = ..., lost: _Optional[int] = ..., notes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class BeatReply(_message.Message):
     __slots__ = ("error", "bytes", "state", "failure", "trees")

@@ -446,7 +446,7 @@ class _Lazy:
     def plan(self, _images_dir: Path) -> bool:
         return not self.why_not
 
-    def handed(self) -> bool:
+    def handed(self, _root: int) -> bool:
         return True
 
     def stop(self, *_: object) -> None: ...

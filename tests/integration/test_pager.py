@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -110,6 +111,12 @@ def gone(pids: list[int], within_s: float = 60) -> bool:
     return True
 
 
+def accounted(result: dict[str, Any]) -> bool:
+    """Whether exactly one thing became of every page."""
+    fates = ("filled", "present", "dropped", "ended", "unshared", "lost", "missing")
+    return bool(result["pages"] == sum(result[fate] for fate in fates))
+
+
 def kill_one(client: PagerClient, at: int) -> bool:
     """Kill the worker (0) or the keeper (1), and wait for a new pair; False if it was over."""
     before = client.status()
@@ -154,7 +161,10 @@ def test_what_the_process_does_to_its_memory(place: Place, seed: int) -> None:
     task = place.task(seed)
     said, _ = task.communicate(timeout=60)
     assert (task.returncode, said) == (0, "runs\n")
-    assert pager.wait(30)["state"] == "done"
+    result = pager.wait(30)
+    assert accounted(result)
+    assert (result["state"], result["present"], result["notes"]) == ("done", 0, [])
+    assert result["pages"] >= PAGES
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -171,7 +181,9 @@ def test_kills_of_either_process(place: Place, seed: int) -> None:
         time.sleep(rng.random() * 0.02)
     said, _ = task.communicate(timeout=60)
     assert (task.returncode, said) == (0, "")
-    assert pager.wait(30)["state"] == "done"
+    result = pager.wait(30)
+    assert accounted(result)
+    assert (result["state"], result["notes"]) == ("done", [])
     assert kills > 2
 
 
@@ -294,4 +306,5 @@ def test_a_process_that_is_killed_ends_its_part(place: Place) -> None:
     task.kill()
     result = pager.wait(10)
     assert result["state"] == "done"
-    assert result["filled"] < PAGES
+    assert result["filled"] + result["ended"] == PAGES
+    assert result["ended"] > 0

@@ -32,7 +32,15 @@ from phaul_runtime.postcopy.arrival import Arrival
 from phaul_runtime.postcopy.pages import RemotePages
 from phaul_runtime.postcopy.serving import PageSource
 from phaul_runtime.postcopy.store import PageStore
-from tests.integration.test_pager import BASE, PAGES, alive, gone, kill_one, pytestmark  # noqa: F401
+from tests.integration.test_pager import (  # noqa: F401
+    BASE,
+    PAGES,
+    accounted,
+    alive,
+    gone,
+    kill_one,
+    pytestmark,
+)
 
 ROOT = Path(__file__).parents[2]
 TASK = [sys.executable, "-m", "tests.integration.remote_task"]
@@ -121,6 +129,18 @@ class Place:
         self.clients.append(client)
         return client
 
+    def held(self) -> subprocess.Popen[str]:
+        """One that waits for a line before it runs."""
+        argv = [sys.executable, "-m", "tests.integration.held_task", str(self.workdir)]
+        task = subprocess.Popen(
+            [*argv, str(BASE), str(PAGES), "look"],
+            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.tasks.append(task)
+        assert task.stdout is not None
+        assert task.stdout.readline() == "held\n"
+        return task
+
     def begin(self, *, early: int) -> subprocess.Popen[str]:
         return self._start(str(self.workdir), *map(str, (BASE, PAGES, 1, 50, 4, early)))
 
@@ -196,7 +216,11 @@ class Place:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[Place]:
-    place = Place(tmp_path)
+    yield from kept_place(tmp_path)
+
+
+def kept_place(tmp_path: Path, *, local: bool = True) -> Iterator[Place]:
+    place = Place(tmp_path, local=local)
     yield place
     for task in place.tasks:
         if task.poll() is None:
@@ -281,7 +305,9 @@ def test_kills_of_either_process_and_of_the_agent(place: Place, seed: int) -> No
             assert agent.returncode in (0, -signal.SIGKILL)
     said, _ = task.communicate(timeout=60)
     assert (task.returncode, said) == (0, "")
-    assert pager.wait(30)["state"] == "done"
+    result = pager.wait(30)
+    assert accounted(result)
+    assert (result["state"], result["notes"]) == ("done", [])
     assert kills > 2
     place.all_came()
 
@@ -303,6 +329,32 @@ def test_the_restore_itself_waits_for_a_page(place: Place, killed: int | None) -
     said, _ = task.communicate(timeout=60)
     assert (task.returncode, said) == (0, "runs\n")
     assert pager.wait(30)["state"] == "done"
+
+
+def test_what_the_restore_touched_comes_before_the_copy_runs(tmp_path: Path) -> None:
+    """Areas that are not registered, with pages that are there and that are still at the source."""
+    with contextlib.contextmanager(kept_place)(tmp_path, local=False) as place:
+        pager = place.pager()
+        task = place.held()
+        with pytest.raises(DestinationError, match="3 pages that the restore has touched have not"):
+            pager.verify({PID: task.pid}, timeout_s=0.5)
+        with place.asked() as agent:
+            with pytest.raises(DestinationError, match="have not come"):
+                pager.verify({PID: task.pid}, timeout_s=0.5)
+            assert list(WANTED.iter_unpack(agent.recv(1000))) == [(0, 1), (1, 1), (8, 1)]
+        with place.channel(0) as channel:
+            arriving = threading.Thread(
+                target=Arrival(place.store, place.workdir).serve, args=(channel.destination,)
+            )
+            arriving.start()
+            found = pager.verify({PID: task.pid})
+            assert (found["registered"], found["overwritten"]) == (2, 3)
+            said, _ = task.communicate("\n\n", timeout=60)
+            assert (task.returncode, said) == (0, "runs\ndid\n")
+            arriving.join(30)
+        result = pager.wait(30)
+        assert accounted(result)
+        assert (result["lost"], result["notes"]) == (0, [])
 
 
 @pytest.mark.parametrize("at", [0, 1])

@@ -13,8 +13,10 @@ from phaul_runtime.errors import DestinationError
 from phaul_runtime.lazy import AUTO_FROM, LazyRestore
 from phaul_runtime.lazyplan import PAGE, LazyPlan, Run, Runs
 from phaul_runtime.postcopy.pages import RemotePages
+from phaul_runtime.restored import by_image
 
 MIB = 1 << 20
+ROOT = 4711
 
 
 class Pager:
@@ -39,6 +41,12 @@ class Pager:
         if self.broken == "plan":
             raise DestinationError("both are dead")
         self.said.append(f"plan {LazyPlan.load(path).pages}")
+
+    def verify(self, pids: dict[int, int], **_: Any) -> dict[str, Any]:
+        if self.broken == "verify":
+            raise DestinationError("the area at 0x1000 of process 1 does not exist")
+        self.said.append(f"verify {pids}")
+        return {"verified": True, "registered": 1, "overwritten": 0}
 
     def status(self, **_: Any) -> dict[str, Any]:
         if self.broken == "status":
@@ -81,6 +89,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> type[Pager]:
     monkeypatch.setattr(lazy, "plan_lazy", plan)
     monkeypatch.setattr(lazy, "PagerClient", Fresh)
     monkeypatch.setattr(lazy, "_POLL_S", 0)
+    monkeypatch.setattr(lazy, "by_image", lambda root: {1: root})
     return Fresh
 
 
@@ -108,12 +117,46 @@ def test_without_a_pager_auto_is_full_and_lazy_fails(
     auto = begun("auto", tmp_path / "auto")
     # CRIU starts while the pager is given its plan.
     assert auto.plan(tmp_path / "auto/3") == (broken == "plan")
-    assert not auto.handed()
+    assert not auto.handed(ROOT)
     assert "no python" in auto.why_not or "both are dead" in auto.why_not
     (tmp_path / "lazy").mkdir()
     must = begun("lazy", tmp_path / "lazy")
     with pytest.raises(DestinationError, match="no lazy restore"):
-        _ = must.plan(tmp_path / "lazy/3") and must.handed()
+        _ = must.plan(tmp_path / "lazy/3") and must.handed(ROOT)
+
+
+def test_the_copy_is_verified_while_it_is_held(tmp_path: Path, planned: type[Pager]) -> None:
+    restore = begun("auto", tmp_path)
+    assert restore.plan(tmp_path / "3")
+    assert restore.handed(ROOT)
+    pager: Any = restore._pager
+    assert pager.said == [f"plan {AUTO_FROM // PAGE}", f"verify {{1: {ROOT}}}"]
+
+
+def test_what_cannot_be_verified_is_restored_in_full_or_fails(
+    tmp_path: Path, planned: type[Pager]
+) -> None:
+    planned.broken = "verify"
+    for mode in ("auto", "lazy"):
+        (tmp_path / mode).mkdir()
+        restore = begun(mode, tmp_path / mode)
+        assert restore.plan(tmp_path / mode / "3")
+        if mode == "auto":
+            assert not restore.handed(ROOT)
+            assert "area at 0x1000 of process 1 does not exist" in restore.why_not
+        else:
+            with pytest.raises(DestinationError, match=r"no lazy restore: .*not exist"):
+                restore.handed(ROOT)
+
+
+def test_a_tree_that_has_ended_meanwhile_is_no_lazy_restore(
+    tmp_path: Path, planned: type[Pager], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lazy, "by_image", by_image)
+    restore = begun("lazy", tmp_path)
+    assert restore.plan(tmp_path / "3")
+    with pytest.raises(DestinationError, match=f"the restored process {1 << 30} has ended"):
+        restore.handed(1 << 30)
 
 
 def test_little_memory_is_restored_at_once(
@@ -195,7 +238,7 @@ def test_little_memory_that_is_at_the_source_is_lazy_too(tmp_path: Path, far: ty
     for attempt in ("3", "4"):
         (tmp_path / attempt).mkdir(exist_ok=True)
         assert restore.plan(tmp_path / attempt)
-        assert restore.handed()
+        assert restore.handed(ROOT)
         assert restore.place == tmp_path / "pager"
         assert restore.store is not None
         assert restore.store.missing() == [(0, 3)]
@@ -213,14 +256,14 @@ def test_what_is_at_the_source_is_never_restored_in_full(
         restore.plan(tmp_path / "3")
 
 
-@pytest.mark.parametrize("broken", ["start", "plan"])
+@pytest.mark.parametrize("broken", ["start", "plan", "verify"])
 def test_without_a_pager_what_is_at_the_source_fails(
     tmp_path: Path, far: type[Pager], broken: str
 ) -> None:
     far.broken = broken
     restore = begun("auto", tmp_path)
-    with pytest.raises(DestinationError, match=r"still at the source: .*(no python|both are dead)"):
-        _ = restore.plan(tmp_path / "3") and restore.handed()
+    with pytest.raises(DestinationError, match=r"still at the source: .*(no python|both|exist)"):
+        _ = restore.plan(tmp_path / "3") and restore.handed(ROOT)
 
 
 def test_a_plan_that_fails_is_no_full_restore(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from phaul_runtime.pager.account import Fate
 from phaul_runtime.pager.journal import Journal, Kind
 from phaul_runtime.pager.uffd import EVENT_PAGEFAULT, EVENT_UNMAP
 
@@ -38,19 +39,19 @@ def test_the_last_fault_stays_and_an_earlier_one_does_not() -> None:
 
 def test_filled_ranges_grow_and_others_stand_alone() -> None:
     journal = Journal()
-    journal.filled(0, 0, 4096)
-    journal.filled(0, 4096, 8192)
-    journal.filled(1, 8192, 12288)
+    journal.settled(0, 0, 4096, Fate.FILLED)
+    journal.settled(0, 4096, 8192, Fate.FILLED)
+    journal.settled(1, 8192, 12288, Fate.FILLED)
     read(journal, 1, EVENT_UNMAP)
     journal.keep()
-    journal.filled(1, 12288, 16384)
+    journal.settled(1, 12288, 16384, Fate.FILLED)
     journal.note(Kind.ENDED, 1)
     found = [(record.kind, record.task) for record in journal]
     assert found == [
-        (Kind.FILLED, 0),
-        (Kind.FILLED, 1),
+        (Kind.SETTLED, 0),
+        (Kind.SETTLED, 1),
         (Kind.EVENT, 1),
-        (Kind.FILLED, 1),
+        (Kind.SETTLED, 1),
         (Kind.ENDED, 1),
     ]
     assert next(iter(journal)).range == (0, 8192)

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from phaul_runtime.pager import criusock, serve, uffd
+from phaul_runtime.pager.account import Fate
 from phaul_runtime.pager.journal import Kind
-from phaul_runtime.pager.serve import Pager, Task
+from phaul_runtime.pager.serve import Pager
 from phaul_runtime.pager.space import Space
+from phaul_runtime.pager.tasks import Task
 
 P = uffd.PAGE
 
@@ -38,15 +40,15 @@ def message(event: int, *values: int) -> bytes:
 
 
 def test_a_fault_that_was_read_and_not_answered_is_answered(pager: Pager) -> None:
-    pager._tasks = [Task(5, Space([P], [9 * P], [0]))]
+    pager._tasks.add(Task(5, Space([P], [9 * P], [0])))
     happens(pager, Kind.EVENT, 0, message(uffd.EVENT_PAGEFAULT, 0, 3 * P + 17, 0))
     pager._replay()
     assert [fault[:2] for fault in pager._deferred] == [(0, 3 * P)]
 
 
 def test_all_that_the_process_did(pager: Pager) -> None:
-    pager._tasks = [Task(5, Space([0], [16 * P], [0]))]
-    pager._journal.filled(0, 0, P)
+    pager._tasks.add(Task(5, Space([0], [16 * P], [0])))
+    pager._journal.settled(0, 0, P, Fate.FILLED)
     for event in (
         message(uffd.EVENT_UNMAP, 2 * P, 4 * P, 0),
         message(uffd.EVENT_REMAP, 8 * P, 32 * P, 2 * P),
@@ -67,6 +69,7 @@ def test_all_that_the_process_did(pager: Pager) -> None:
         moved,
     ]
     assert child.fd == 77
+    assert child.forked
     assert child.space.runs() == [(4 * P, 8 * P, 4 * P), (10 * P, 16 * P, 10 * P), moved]
 
 
@@ -82,7 +85,7 @@ def test_what_criu_had_said(pager: Pager) -> None:
 
 
 def test_what_ended_stays_so(pager: Pager) -> None:
-    pager._tasks = [Task(5, Space([0], [P], [0]))]
+    pager._tasks.add(Task(5, Space([0], [P], [0])))
     pager._journal.note(Kind.ENDED, 0)
     pager._replay()
     assert pager._tasks == [Task(-1, pager._tasks[0].space)]
@@ -90,3 +93,70 @@ def test_what_ended_stays_so(pager: Pager) -> None:
     pager._journal.note(Kind.RESET, 0)
     pager._replay()
     assert pager._tasks == []
+
+
+def numbers(pager: Pager) -> dict[str, object]:
+    found = pager.status()
+    names = ("pages", "missing", "filled", "present", "dropped", "ended", "unshared", "lost")
+    return {name: found[name] for name in (*names, "notes")}
+
+
+def test_a_heir_has_counted_what_the_dead_one_had(pager: Pager, tmp_path: Path) -> None:
+    """All that can become of a page, done once and read from the journal by another."""
+
+    def give(pager: Pager) -> None:
+        for fd, pid in ((5, 42), (6, 43)):
+            pager._tasks.add(Task(fd, Space([P], [17 * P], [0]), pid))
+
+    other = Pager()
+    for each in (pager, other):
+        give(each)
+    pager._tasks.settle(0, P, 3 * P, Fate.FILLED)
+    pager._tasks.settle(0, 4 * P, P, Fate.PRESENT)
+    pager._tasks.settle(0, 5 * P, P, Fate.FILLED)
+    for event in (
+        message(uffd.EVENT_UNMAP, 8 * P, 10 * P, 0),
+        message(uffd.EVENT_FORK, 77),
+        # Over a page that is missing: that one is given up.
+        message(uffd.EVENT_REMAP, 10 * P, 16 * P, P),
+    ):
+        happens(pager, Kind.EVENT, 0, event)
+        body = bytes(pager._journal.message)
+        pager._journal.keep()
+        pager._tasks.apply(0, body)
+    pager._tasks.settle(2, 6 * P, P, Fate.UNSHARED)
+    pager._tasks.know(0, 4711)
+    pager._journal.note(Kind.LATE, 0, 6 * P, 9 * P)
+    pager._tasks._late(0, 6 * P, 9 * P)
+    pager._tasks.settle_present(0, 6 * P)
+    pager._tasks.settle(0, 7 * P, P, Fate.GONE)
+    assert pager._tasks.end(1) == 6
+    other._journal = pager._journal
+    other._replay()
+    assert numbers(other) == numbers(pager)
+    assert numbers(other)["pages"] == 2 * 16 + 9
+    found = numbers(other)
+    found.pop("notes")
+    assert found == {
+        "pages": 41,
+        "missing": 14,
+        "filled": 4,
+        "present": 1,
+        "dropped": 3,
+        "ended": 16,
+        "unshared": 1,
+        "lost": 2,
+    }
+    assert [task.host for task in other._tasks] == [4711, 0, 0]
+    assert [task.late for task in other._tasks] == [[(6 * P, 9 * P)], [], []]
+
+
+def test_of_a_failed_attempt_nothing_is_counted(pager: Pager) -> None:
+    pager._tasks.add(Task(5, Space([P], [17 * P], [0]), 42))
+    pager._tasks.settle(0, P, 3 * P, Fate.GONE)
+    pager._journal.note(Kind.RESET, 0)
+    pager._replay()
+    assert numbers(pager) == {
+        **dict.fromkeys(numbers(pager), 0),
+        "notes": [],
+    }

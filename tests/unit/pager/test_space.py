@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from phaul_runtime.pager.space import Space
@@ -55,9 +55,10 @@ def test_as_the_model(pages: set[int], steps: list[tuple[str, int, int, int]]) -
         child, before = space.copy(), dict(model)
         moved = {page: model.pop(page) for page in range(start, start + size) if page in model}
         if kind == "drop":
-            space.drop(start * P, (start + size) * P)
+            assert space.drop(start * P, (start + size) * P) == len(moved) * P
         elif to + size <= start or start + size <= to:
-            space.move(start * P, to * P, size * P)
+            gone = space.move(start * P, to * P, size * P)
+            assert gone == P * len(model.keys() & range(to, to + size))
             for page in range(to, to + size):
                 model.pop(page, None)
             model.update((page + to - start, source) for page, source in moved.items())
@@ -72,3 +73,18 @@ def test_as_the_model(pages: set[int], steps: list[tuple[str, int, int, int]]) -
         assert (found is not None) == (page in model)
         if found is not None:
             assert found[1] == model[page] * P
+
+
+@given(st.sets(st.integers(0, SPAN)), places, sizes)
+@example({0, 1}, 1, 0)
+def test_what_is_missing_between(pages: set[int], start: int, size: int) -> None:
+    space, model = build(pages)
+    inside = sorted(model.keys() & range(start, start + size))
+    first = space.first(start * P, (start + size) * P)
+    assert first == (inside[0] * P if inside else None)
+    found = [
+        page
+        for low, high in space.between(start * P, (start + size) * P)
+        for page in range(low // P, high // P)
+    ]
+    assert found == inside
