@@ -12,8 +12,9 @@
     prepared
     committing  answers true: CRIU kills the tree
                 sees its copy dead ── commit ───▶ committing  answers true: the tree runs
-                          ◀────── running ─────── done
-    done
+                          ◀────── running ───────
+    hooks told, cleaned                           hooks told, put in order
+    done                                          done
 
 Each host writes a state to its journal, and waits until it is on the disk, *before* it takes the
 step that the state names. From this and four facts follows that at most one copy ever runs, and
@@ -30,6 +31,11 @@ that one can always be brought back:
    heard a "no" and will hear nothing else: discard; dead: the destination's copy is the one, and if
    it is no longer held it is rebuilt from the images. With the destination at *committing* the
    source is dead.
+
+What was let run is never discarded, whether its journal could say so or not: the images are kept
+until it says *done*, and show that it runs (`images.was_resumed`). *Done* comes last on each host,
+after its hooks: a recovery does what nobody lived to do. A process counts as dead once it can run
+nothing any more (`member`), and a time-out is neither alive nor dead: unknown.
 
 `aborting > aborted` is the way back from anything before committing; from committing only the
 source has it, and only when its tree was seen alive after CRIU's end (fact 4).

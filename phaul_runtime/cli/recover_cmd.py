@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import click
 
 from phaul_runtime.cli.logoptions import set_up_logs
 from phaul_runtime.cli.outlet import echo, tell
-from phaul_runtime.cli.views import make_view
+from phaul_runtime.cli.views import Aside, move_view
 from phaul_runtime.config import load_config
 from phaul_runtime.errors import ExitCode, OutcomeUnknown, PhaulError
 from phaul_runtime.events import nobody
@@ -64,20 +65,32 @@ def recover_command(
         raise click.UsageError("--source-is-dead is about one migration: name its ID")
     config = load_config(config_path, {"transport.to": to} if to else None)
     set_up_logs(config)
-    listener = make_view("text") if output == "text" else nobody
-    recovery = Recovery(config, source_is_dead=source_is_dead, listener=listener)
-    if migration_id is not None:
-        _show(recovery.recover(migration_id), output)
-        return 0
+    # Its session may drop: what it does is the same without anybody who looks on.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with move_view("text") as view:
+        listener = view if output == "text" else nobody
+        recovery = Recovery(config, source_is_dead=source_is_dead, listener=listener)
+        if migration_id is None:
+            return _all(recovery, view, output)
+        recovered = recovery.recover(migration_id)
+        view.flush()
+        _show(recovered, output)
+    return 0
+
+
+def _all(recovery: Recovery, view: Aside, output: str) -> int:
+    """Each that is not settled; returns the exit code."""
     worst = 0
     damaged = recovery.damaged()
     for each, damage in damaged:
-        click.echo(f"phaul-runtime: {each}: {damage}", err=True)
+        tell(f"phaul-runtime: {each}: {damage}")
         worst = int(ExitCode.UNKNOWN)
     waiting = [each for each in recovery.waiting() if each not in dict(damaged)]
     for each in waiting:
         try:
-            _show(recovery.recover(each), output)
+            recovered = recovery.recover(each)
+            view.flush()
+            _show(recovered, output)
         except PhaulError as error:
             tell(f"phaul-runtime: {each}: {error}")
             unknown = isinstance(error, OutcomeUnknown)

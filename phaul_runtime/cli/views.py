@@ -211,7 +211,7 @@ def make_view(output: str) -> View:
     return TerminalView() if terminal else PlainView()
 
 
-def move_view(output: str) -> View:
+def move_view(output: str) -> Aside:
     """The same for a move, which must not wait for it."""
     return Aside(make_view(output))
 
@@ -219,7 +219,7 @@ def move_view(output: str) -> View:
 class Aside(View):
     """Shows events in a thread: a terminal that is stopped, or a full pipe, holds up no move.
 
-    `__exit__` does not wait until everything is shown, `report` does.
+    `__exit__` does not wait until everything is shown, `report` and `flush` do.
 
     Args:
         view: that shows them.
@@ -227,10 +227,10 @@ class Aside(View):
 
     def __init__(self, view: View) -> None:
         self._view = view
-        self._events: queue.SimpleQueue[ev.Event | None] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[ev.Event | threading.Event | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._show_all, name="view", daemon=True)
 
-    def __enter__(self) -> View:
+    def __enter__(self) -> Aside:
         self._thread.start()
         return self
 
@@ -251,7 +251,16 @@ class Aside(View):
         show = ev.guarded(self._view)
         with contextlib.suppress(OSError), self._view:
             while (event := self._events.get()) is not None:
-                show(event)
+                if isinstance(event, threading.Event):
+                    event.set()
+                else:
+                    show(event)
+
+    def flush(self) -> None:
+        """Wait until all that came so far is shown; within the context only."""
+        shown = threading.Event()
+        self._events.put(shown)
+        shown.wait()
 
     def report(self, report: MigrationReport) -> None:
         """Show what is not shown yet, then the report."""

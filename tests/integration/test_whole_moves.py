@@ -275,7 +275,7 @@ def test_a_restart_leaves_what_was_restored_running(
         for pid in restored:
             # Neither a zombie nor stopped.
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-            assert state in "RS"
+            assert state in "RSD"
     finally:
         assert again.end(signal.SIGTERM) == 0
         for pid in restored:
