@@ -57,14 +57,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from phaul_runtime.errors import DestinationError, PhaulError
-from phaul_runtime.pager import (
-    ARRIVED_SOCKET,
-    LAZY_SOCKET,
-    RESULT_FILE,
-    criusock,
-    twin,
-    uffd,
-)
+from phaul_runtime.pager import ARRIVED_SOCKET, LAZY_SOCKET, RESULT_FILE, criusock, twin, uffd
 from phaul_runtime.pager.account import Fate
 from phaul_runtime.pager.control import Control
 from phaul_runtime.pager.journal import Board, Journal, Kind

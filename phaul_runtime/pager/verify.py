@@ -22,7 +22,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from phaul_runtime.errors import DestinationError
 from phaul_runtime.pager import uffd
@@ -35,6 +35,14 @@ if TYPE_CHECKING:
     from phaul_runtime.pager.tasks import Task, Tasks
 
 PROC = Path("/proc")
+# Of smaps: the first line of an area, "Rss", "Swap" and "VmFlags"; no other line has a V in front.
+_ENTRIES = re.compile(
+    rb"^([0-9a-f]+)-([0-9a-f]+) ...(.) [0-9a-f]+ [0-9a-f:]+ ([0-9]+).*\n"
+    rb"(?:[^V].*\n)*?Rss: +([0-9]+) kB\n"
+    rb"(?:[^V].*\n)*?Swap: +([0-9]+) kB\n"
+    rb"(?:[^V].*\n)*VmFlags:(.*)",
+    re.MULTILINE,
+)
 _ENTRY = 8
 _AT_ONCE = 1 << 20
 # The highest byte of an entry: bit 63, present, or bit 62, swapped.
@@ -44,8 +52,7 @@ _NEAR = 2 << 20
 _ALL = 1 << 64
 
 
-@dataclass(frozen=True)
-class Area:
+class Area(NamedTuple):
     """An area of a process's memory.
 
     Attributes:
@@ -96,28 +103,18 @@ def areas(pid: int) -> list[Area]:
     Raises:
         OSError: it has ended, or may not be looked at.
     """
-    head, *rest = (PROC / str(pid) / "smaps").read_bytes().split(b"\nVmFlags:")
-    found = []
-    for piece in rest:
-        flags, _, following = piece.partition(b"\n")
-        place, rights, _, _, inode, *_ = head[: head.index(b"\n")].split(None, 5)
-        start, _, end = place.partition(b"-")
-        found.append(
-            Area(
-                int(start, 16),
-                int(end, 16),
-                registered=b"um" in flags.split(),
-                private=rights.endswith(b"p") and inode == b"0",
-                touched=_size(head, b"\nRss:") + _size(head, b"\nSwap:") > 0,
-            )
+    text = (PROC / str(pid) / "smaps").read_bytes()
+    # It happens while the tree is held, and areas may be thousands: one expression for all.
+    return [
+        Area(
+            int(start, 16),
+            int(end, 16),
+            registered=b"um" in flags.split(),
+            private=kind == b"p" and inode == b"0",
+            touched=resident != b"0" or swapped != b"0",
         )
-        head = following
-    return found
-
-
-def _size(entry: bytes, name: bytes) -> int:
-    at = entry.find(name)
-    return 0 if at < 0 else int(entry[at + len(name) : entry.index(b"kB", at)])
+        for start, end, kind, inode, resident, swapped, flags in _ENTRIES.findall(text)
+    ]
 
 
 def area_at(pid: int, address: int) -> Area | None:

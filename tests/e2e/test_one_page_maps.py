@@ -67,13 +67,14 @@ def wrong_after(read: Callable[[], str]) -> tuple[int, int]:
     return first, wrong
 
 
-def test_of_a_process(installed: Hosts, addresses: list[str]) -> None:
+@pytest.mark.parametrize("how", [("--restore", "lazy"), ("--mode", "post-copy")], ids=" ".join)
+def test_of_a_process(installed: Hosts, addresses: list[str], how: tuple[str, str]) -> None:
     hosts, status = installed, f"/var/tmp/{NAME}.status"
     start = '"$@" </dev/null >/dev/null 2>&1 & echo $!'
     pid = int(hosts.sh("a", start, NAME, status, str(AREAS), *addresses))
     try:
         wait_until("it runs", lambda: hosts.sh("a", 'cat "$1"', status, check=False) != "")
-        moved = hosts.migrate("a", pid, "ssh://root@b", "--files", "copy", "--restore", "lazy")
+        moved = hosts.migrate("a", pid, "ssh://root@b", "--files", "copy", *how)
         assert moved.code == 0, moved.stderr
         assert wrong_after(lambda: hosts.sh("b", 'cat "$1"; echo', status)) == (-1, 0)
         whole(moved.report)

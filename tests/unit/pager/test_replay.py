@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 from pathlib import Path
@@ -160,3 +161,29 @@ def test_of_a_failed_attempt_nothing_is_counted(pager: Pager) -> None:
         **dict.fromkeys(numbers(pager), 0),
         "notes": [],
     }
+
+
+def test_a_twin_that_only_has_to_leave_the_result_has_all_of_it(
+    pager: Pager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other had filled the last page, and died before it could leave the result."""
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    board = pager._board
+    board[serve.STAGE] = serve.RUNNING
+    pager._tasks.add(Task(-1, Space([P], [4 * P], [0]), 42))
+    pager._tasks.settle(0, P, 3 * P, Fate.GONE)
+    with pytest.raises(SystemExit):
+        pager._finish()
+    left = Path("pager.json").read_text()
+    assert (json.loads(left)["lost"], json.loads(left)["state"]) == (3, "done")
+    Path("pager.json").unlink()
+    board[serve.CLEAN] = 0
+    # It was born before anything was restored, and reads no journal any more.
+    pager._tasks.forget()
+    with pytest.raises(SystemExit):
+        pager._finish()
+    assert Path("pager.json").read_text() == left
