@@ -9,7 +9,7 @@ import click
 
 from phaul_runtime import __version__
 from phaul_runtime.cli.logoptions import log_options
-from phaul_runtime.cli.outlet import open_standard, tell
+from phaul_runtime.cli.outlet import flush, open_standard, tell
 from phaul_runtime.errors import ExitCode, PhaulError
 
 PROGRAM = "phaul-runtime"
@@ -62,16 +62,24 @@ def main() -> None:
     """Run the command line and end with the exit code of errors.py."""
     open_standard()
     try:
+        code = _main()
+    finally:
+        flush()
+    sys.exit(code)
+
+
+def _main() -> int:
+    try:
         code = cli.main(prog_name=PROGRAM, standalone_mode=False)
     except click.exceptions.Abort:
         tell("phaul-runtime: cancelled")
-        sys.exit(ExitCode.CANCELLED)
+        return ExitCode.CANCELLED
     except click.ClickException as error:
         error.show()
-        sys.exit(ExitCode.USAGE)
+        return ExitCode.USAGE
     except PhaulError as error:
         tell(f"phaul-runtime: {error}")
-        sys.exit(error.exit_code)
+        return error.exit_code
     except BrokenPipeError:
-        sys.exit(ExitCode.INTERNAL)
-    sys.exit(code if isinstance(code, int) else 0)
+        return ExitCode.INTERNAL
+    return code if isinstance(code, int) else 0

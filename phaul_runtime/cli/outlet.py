@@ -32,11 +32,22 @@ def tell(text: str) -> None:
         _give_up(sys.stderr.fileno())
 
 
-def _give_up(fd: int) -> None:
-    """What is in Python's buffer still, and what comes, goes nowhere.
+def flush() -> None:
+    """Before the interpreter ends: what cannot be written any more is given up.
 
-    Otherwise the interpreter would end with an error of its own, exit code 120.
+    It would end with an error of its own otherwise, exit code 120.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            try:
+                stream.flush()
+            except (OSError, ValueError):
+                with contextlib.suppress(OSError, ValueError):
+                    _give_up(stream.fileno())
+
+
+def _give_up(fd: int) -> None:
+    """What is in Python's buffer still, and what comes, goes nowhere."""
     with contextlib.suppress(OSError):
         nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
         os.dup2(nowhere, fd)

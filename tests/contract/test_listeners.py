@@ -15,7 +15,7 @@ from phaul_runtime import events as ev
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.cli import outlet
 from phaul_runtime.cli.options import cancel_on_signals
-from phaul_runtime.cli.views import Aside, JsonView, PlainView, View
+from phaul_runtime.cli.views import Aside, JsonView, PlainView, TerminalView, View
 from phaul_runtime.errors import Cancelled
 from phaul_runtime.migration import Migration
 from phaul_runtime.report import MigrationReport
@@ -132,6 +132,35 @@ def test_a_full_disk_under_stdout_from(
     with shown:
         report = moved(whole, listener)
     shown.report(report)
+    assert report.result == "moved"
+    runs_there(whole)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_terminal_that_is_gone_from(
+    whole: WholeMove, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    master, slave = os.openpty()
+    terminal = open(slave, "w")  # noqa: PTH123, SIM115
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(f"sys.{name}", terminal)
+    shown = Aside(TerminalView())
+    gone: list[str] = []
+
+    def listener(event: ev.Event) -> None:
+        if event.name == moment and not gone:
+            os.close(master)
+            gone.append(moment)
+        shown(event)
+
+    with shown:
+        report = moved(whole, listener)
+    shown.report(report)
+    assert gone
+    with pytest.raises(OSError, match="Input/output error"):
+        os.write(slave, b"x")
+    outlet.flush()
+    terminal.close()
     assert report.result == "moved"
     runs_there(whole)
 
