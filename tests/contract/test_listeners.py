@@ -67,6 +67,15 @@ def test_one_guard_is_enough() -> None:
     assert ev.guarded(ev.nobody) is ev.nobody
 
 
+@pytest.fixture
+def session() -> Iterator[None]:
+    """SIGHUP means what it does by default, however these tests were started."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("session")
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_the_end_of_the_session_at(whole: WholeMove, moment: str) -> None:
     """SIGHUP: as SIGTERM before the point of no return, nothing after it."""
