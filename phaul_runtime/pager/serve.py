@@ -643,9 +643,12 @@ class Pager:
         Raises:
             PhaulError: it cannot be, or no tree is held.
         """
-        if self._connection >= 0 and self._board[STAGE] < RUNNING:
-            # Said before the tree was held, and perhaps not heard yet.
-            self._hear(self._connection)
+        # All of it was said before the tree was held, and perhaps not heard yet: a restore may
+        # begin before the plan is here.
+        if self._board[STAGE] == LISTENING:
+            self._accept(self._listener)
+            if self._connection >= 0:
+                self._hear(self._connection)
         if self._source is None or self._connection < 0 or self._board[STAGE] >= RUNNING:
             raise DestinationError("no restored tree is held")
         if left_out := sorted(self._source.pids - {task.pid for task in self._tasks}):

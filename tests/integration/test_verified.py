@@ -25,8 +25,8 @@ TASK = [sys.executable, "-m", "tests.integration.held_task"]
 PID = 42
 # Of held_task.py: pages of the first area that is left out, and those that are there already.
 FIRST, STAINED = 8, 3
-# Pages of one piece of the filling last: the areas that are left out are the lowest.
-SLOWLY = ("--pause", "40")
+# The areas that are left out are filled last, and by then must have been acted on.
+SLOWLY = ("--pause", "150")
 
 
 class Held:
@@ -71,7 +71,7 @@ Begin = Callable[[str], tuple[PagerClient, Held]]
 @pytest.fixture
 def held(place: Place) -> Begin:
     def begin(act: str) -> tuple[PagerClient, Held]:
-        pager = place.pager(*SLOWLY)
+        pager = place.pager(*(() if act == "look" else SLOWLY))
         pager.plan(place.plan)
         return pager, Held(place, act)
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import struct
 from pathlib import Path
 
 import pytest
 
+from phaul_runtime.errors import DestinationError
+from phaul_runtime.lazyplan import LazyPlan, Run, Runs
 from phaul_runtime.pager import criusock, serve, uffd
 from phaul_runtime.pager.account import Fate
 from phaul_runtime.pager.journal import Kind
@@ -187,3 +190,21 @@ def test_a_twin_that_only_has_to_leave_the_result_has_all_of_it(
     with pytest.raises(SystemExit):
         pager._finish()
     assert Path("pager.json").read_text() == left
+
+
+def test_what_criu_said_before_the_plan_is_heard_before_it_is_verified(pager: Pager) -> None:
+    """Whoever asks may be heard before the connection that has waited for the plan."""
+    runs = Runs()
+    runs.append(Run(P, 1, 0, 0))
+    Path("pages").write_bytes(bytes(P))
+    LazyPlan([str(Path("pages").absolute())], {42: runs}).save(Path("plan"))
+    ours, theirs = os.pipe()
+    with socket.socket(socket.AF_UNIX) as criu:
+        criu.connect("lazy-pages.socket")
+        criu.send(struct.pack("=i", 42))
+        socket.send_fds(criu, [b"\0"], [ours])
+        assert pager.plan("plan") == ""
+        with pytest.raises(DestinationError, match="process 42 is not below the restored root"):
+            pager.verify({})
+    for fd in (ours, theirs):
+        os.close(fd)
