@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from importlib import import_module
 
@@ -13,6 +14,8 @@ from phaul_runtime.cli.outlet import flush, open_standard, tell
 from phaul_runtime.errors import ExitCode, PhaulError
 
 PROGRAM = "phaul-runtime"
+# Of a command whose output is what it is for; a move goes on without (`outlet.echo`).
+_UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 # Loaded when used: an agent starts without what only the client needs.
 _COMMANDS = {
     "migrate": ("phaul_runtime.cli.migrate_cmd", "migrate_command"),
@@ -81,5 +84,10 @@ def _main() -> int:
         tell(f"phaul-runtime: {error}")
         return error.exit_code
     except BrokenPipeError:
+        return ExitCode.INTERNAL
+    except OSError as error:
+        if error.errno not in _UNWRITTEN:
+            raise
+        tell(f"phaul-runtime: the output cannot be written: {error.strerror}")
         return ExitCode.INTERNAL
     return code if isinstance(code, int) else 0
