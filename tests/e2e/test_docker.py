@@ -22,6 +22,7 @@ RICH = (
 
 
 @pytest.mark.needs("docker-networks", "controllers")
+@pytest.mark.thorough
 def test_a_container_moves_with_its_configuration_and_comes_back(docker_hosts: DockerHosts) -> None:
     """Dirtier, volumes, limits, restart policy: the same there; docker can do all with it."""
     docker_hosts.volumes.append("rich-data")

@@ -130,6 +130,7 @@ def assert_nothing_is_left(network: DockerHosts, redis: DockerContainer, host: s
 
 
 @pytest.mark.timeout(1200)
+@pytest.mark.thorough
 def test_redis_moves_there_and_back_with_its_connection(network: DockerHosts) -> None:
     """One connection, no write lost; docker can do all with it, and its volume came along."""
     redis = run_redis(network)
