@@ -127,16 +127,20 @@ def strike(stage: Stage, cell: Cell, victim: Victim) -> Any:
         case "kill-pager-b" | "kill-pagers-b":
             assert stage.b.do("kill", what=cell.fault[5:-2])["killed"]
         case "kill-criu-b":
+            # There may be none just then: it is killed as soon as there is one.
+            killed: list[int] = []
 
-            def killed() -> bool:
-                return bool(stage.b.do("kill", what="criu")["killed"])
+            def kill() -> None:
+                killed.extend(stage.b.do("kill", what="criu", seconds=ENDS_WITHIN_S)["killed"])
 
-            if cell.moment in ("between", "copy"):
-                # There may be none just then: it is killed as soon as there is one.
-                late = threading.Thread(target=wait_until, args=("a criu is killed", killed))
-                late.start()
-                return late.join
-            wait_until("a criu is killed", killed)
+            late = threading.Thread(target=kill)
+            late.start()
+
+            def was_killed() -> None:
+                late.join()
+                assert killed, "there was no criu"
+
+            return was_killed
         case "cut-5s":
             lab.cut()
             threading.Timer(5, lab.mend).start()
