@@ -43,6 +43,7 @@ _VERIFY_S = 60.0
 # A pager whose agent is gone and that nothing needs ends after that.
 _GRACE_S = 5.0
 STALLED_S = 120.0
+_ENDS_S = 10.0
 _POLL_S = 0.2
 
 
@@ -316,6 +317,13 @@ class LazyRestore:
             DestinationError: nobody knows any more, or nothing has come for `STALLED_S` seconds.
                 What is still at the source may take as long as it takes.
         """
+        try:
+            self._watch(tell)
+        finally:
+            # Of a pager that has ended, however it did; one that goes on keeps it.
+            cgroup.remove_once_empty(self._name, within_s=_ENDS_S)
+
+    def _watch(self, tell: Callable[[Filled], object]) -> None:
         missing, since = -1, time.monotonic()
         while True:
             now = self.filled()
@@ -332,7 +340,6 @@ class LazyRestore:
             log.error("%s: %s", self._name, note)
         if self._pager is not None:
             self._pager.close()
-        cgroup.remove_once_empty(self._name)
 
     def stop(self, why: str = "the pager was stopped") -> None:
         """Nothing that needs it runs: end it; idempotent, never raises."""

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 # Twenty bytes for each process of a tree.
 _MOST = 1 << 22
 _READ = 1 << 16
+_RESULT = 8 << 10
 
 
 class Control:
@@ -64,12 +65,26 @@ class Control:
             self._clients[client] = bytearray()
             self._pager.watch(client, self._hear)
 
-    def leave_result(self, name: str, result: str) -> None:
-        """Write the result."""
+    def reserve_result(self, name: str) -> None:
+        """Have room for the result while there is some: the images may fill the file system."""
         with contextlib.suppress(OSError):
-            fd = os.open(f"{name}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            os.write(fd, result.encode() + b"\n")
-            os.close(fd)
+            fd = os.open(f"{name}.new", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(fd, 0, _RESULT)
+            finally:
+                os.close(fd)
+
+    def leave_result(self, name: str, result: str) -> None:
+        """Write the result, all of it or none."""
+        data = result.encode() + b"\n"
+        with contextlib.suppress(OSError):
+            fd = os.open(f"{name}.new", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                if os.pwrite(fd, data, 0) != len(data):
+                    return
+                os.ftruncate(fd, len(data))
+            finally:
+                os.close(fd)
             os.replace(f"{name}.new", name)  # noqa: PTH105 - relative to the current directory
 
     def tell_waiting(self, result: str) -> None:

@@ -129,6 +129,7 @@ class Pager:
         self._poll = select.poll()
         self._handlers: dict[int, Callable[[int], None]] = {}
         self._control = Control(self)
+        self._control.reserve_result(RESULT_FILE)
 
     # -- life ------------------------------------------------------------------------------
 
