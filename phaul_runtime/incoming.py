@@ -670,6 +670,9 @@ class Incoming:
         self._trees.stop()
         # Not before a step that takes its time has ended can anything be discarded.
         self._giving_up.request()
+        if self.state is State.FROZEN and self.journal.facts.get("post_copy"):
+            # A restore that waits for pages which nobody brings any more would last for minutes.
+            self._lazy.cut()
         with self._step:
             if self.given_up or self.state.settled:
                 return

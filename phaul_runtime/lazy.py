@@ -341,6 +341,17 @@ class LazyRestore:
         if self._pager is not None:
             self._pager.close()
 
+    def cut(self) -> None:
+        """From another thread: a restore that waits for pages, which will not come, is to fail now.
+
+        Never raises. CRIU cannot say to a pager that has ended that it is finished, so nothing of
+        what it restored runs.
+        """
+        if self._pager is not None:
+            # A connection of its own: the other thread may wait for an answer on the pager's.
+            with contextlib.suppress(PhaulError, OSError):
+                PagerClient(self._place).stop()
+
     def stop(self, why: str = "the pager was stopped") -> None:
         """Nothing that needs it runs: end it; idempotent, never raises."""
         for thread in (self._starting, self._handing):

@@ -451,6 +451,8 @@ class _Lazy:
 
     def stop(self, *_: object) -> None: ...
 
+    def cut(self) -> None: ...
+
     def lost(self) -> bool:
         return False
 
