@@ -115,7 +115,8 @@ class Hold:
         """Freeze the tree, then end who traces it; on return nothing can make it run.
 
         Raises:
-            MigrationFailed: it cannot be frozen; CRIU still has it.
+            MigrationFailed: it cannot be frozen, and CRIU still has it; or CRIU has not: it has run
+                since it was dumped, and its memory is not what belongs to the images any more.
         """
         try:
             if self.back:
@@ -129,6 +130,12 @@ class Hold:
                 f"the cgroup {self.group} cannot freeze the target: {error.strerror}"
             ) from error
         self._await_frozen()
+        ours = {pid for pid, start in self.tracers if _stat(pid)[1] == start}
+        for pid, start, _ in self.pids:
+            if _is(pid, start) and _tracer(pid) not in ours:
+                raise MigrationFailed(
+                    f"CRIU ended before the target was held: process {pid} has run since its dump"
+                )
         self.cut_loose()
 
     def _await_frozen(self) -> None:

@@ -342,3 +342,15 @@ def test_a_debugger_of_the_operator_is_let_be(kernel: Kernel) -> None:
     again.cut_loose()
     assert kernel.killed == [CRIU]
     assert again.frozen()
+
+
+def test_a_tree_that_criu_has_lost_before_is_not_held(kernel: Kernel) -> None:
+    """It has run since its dump: its memory does not belong to the images any more."""
+    kernel.process(70, "box/five")
+    (kernel.root / "box/five/cgroup.procs").write_text("70\n")
+    taken = Hold.plan("7b-held", [70])
+    status = kernel.proc / "70/status"
+    status.write_text(status.read_text().replace(f"TracerPid:\t{CRIU}", "TracerPid:\t0"))
+    with pytest.raises(MigrationFailed, match="process 70 has run since its dump"):
+        taken.take()
+    assert kernel.killed == []
