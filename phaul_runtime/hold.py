@@ -22,7 +22,7 @@ from phaul_runtime import cgroup
 from phaul_runtime.engine import OK, REFUSED, Finding
 from phaul_runtime.errors import MigrationFailed
 from phaul_runtime.hostfacts import boot_id
-from phaul_runtime.member import Member
+from phaul_runtime.member import Member, start_time, status_words
 
 FACT = "hold"
 _ROOT = Path("/sys/fs/cgroup")
@@ -62,9 +62,9 @@ class Hold:
             MigrationFailed: it has ended.
         """
         depth = len(_inner_pids(pids[0]))
-        facts = [(pid, _stat(pid)[1], _inner_pids(pid)[depth - 1]) for pid in pids]
+        facts = [(pid, _start(pid), _inner_pids(pid)[depth - 1]) for pid in pids]
         tracing = sorted({_tracer(pid) for pid in pids} - {0})
-        tracers = [(pid, _stat(pid)[1]) for pid in tracing]
+        tracers = [(pid, _start(pid)) for pid in tracing]
         group, back = _own_group(pids), {}
         if group is None:
             group = _ROOT / cgroup.GROUP / name
@@ -130,7 +130,7 @@ class Hold:
                 f"the cgroup {self.group} cannot freeze the target: {error.strerror}"
             ) from error
         self._await_frozen()
-        ours = {pid for pid, start in self.tracers if _stat(pid)[1] == start}
+        ours = self._criu()
         for pid, start, _ in self.pids:
             if _is(pid, start) and _tracer(pid) not in ours:
                 raise MigrationFailed(
@@ -154,7 +154,7 @@ class Hold:
             MigrationFailed: it does not end.
         """
         deadline = time.monotonic() + _WITHIN_S
-        ours = {pid for pid, start in self.tracers if _stat(pid)[1] == start}
+        ours = self._criu()
         while tracers := {_tracer(pid) for pid, _, _ in self.pids} & ours:
             if time.monotonic() > deadline:
                 raise MigrationFailed(f"pid {min(tracers)} does not let go of the target")
@@ -162,6 +162,10 @@ class Hold:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(tracer, signal.SIGKILL)
             time.sleep(_POLL_S)
+
+    def _criu(self) -> set[int]:
+        """What traced the tree when this was planned, as far as it lives."""
+        return {pid for pid, start in self.tracers if _start(pid) == start}
 
     # -- looking ---------------------------------------------------------------------------
 
@@ -259,37 +263,19 @@ def _group_of(pid: int) -> Path:
     return _ROOT / path.lstrip("/")
 
 
-def _status(pid: int, name: str) -> list[int]:
-    try:
-        text = (_PROC / str(pid) / "status").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return []
-    for line in text.splitlines():
-        if line.startswith(f"{name}:"):
-            return [int(word) for word in line.split()[1:]]
-    return []
-
-
 def _tracer(pid: int) -> int:
-    return next(iter(_status(pid, "TracerPid")), 0)
+    return int(next(iter(status_words(_PROC / str(pid), "TracerPid")), 0))
 
 
 def _inner_pids(pid: int) -> list[int]:
-    pids = _status(pid, "NSpid")
+    pids = [int(word) for word in status_words(_PROC / str(pid), "NSpid")]
     if not pids:
         raise MigrationFailed(f"pid {pid} of the target has ended")
     return pids
 
 
-def _stat(pid: int) -> tuple[str, int]:
-    """State and start time; "" and 0 of a process that has ended."""
-    try:
-        text = (_PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return "", 0
-    # The third and the 22nd field; the second, a name in brackets, may hold anything.
-    fields = text.rpartition(")")[2].split()
-    return fields[0], int(fields[19])
+def _start(pid: int) -> int:
+    return start_time(_PROC / str(pid))
 
 
 def _is(pid: int, start: int) -> bool:

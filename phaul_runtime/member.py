@@ -116,6 +116,12 @@ def _stat(home: Path) -> list[str]:
     return text.rpartition(")")[2].split()
 
 
+def start_time(home: Path) -> int:
+    """When a process was started, clock ticks since boot; 0 if it has ended."""
+    fields = _stat(home)
+    return int(fields[_START]) if fields else 0
+
+
 def _threads(home: Path) -> Iterator[Path]:
     """The process itself first: mostly it is the only one, or says enough."""
     yield home
@@ -137,14 +143,19 @@ def _life(thread: Path) -> Life:
 
 def _is_killed(thread: Path) -> bool:
     """Whether a SIGKILL waits for it; the kernel gives each thread its own."""
+    return any(int(word, 16) & _SIGKILL for word in status_words(thread, "SigPnd"))
+
+
+def status_words(home: Path, name: str) -> list[str]:
+    """What /proc/PID/status says under a name; nothing if there is no such process or thread."""
     try:
-        text = (thread / "status").read_text(encoding="utf-8", errors="replace")
+        text = (home / "status").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return False
+        return []
     for line in text.splitlines():
-        if line.startswith("SigPnd:"):
-            return bool(int(line.split()[1], 16) & _SIGKILL)
-    return False
+        if line.startswith(f"{name}:"):
+            return line.split()[1:]
+    return []
 
 
-__all__ = ["Life", "Member"]
+__all__ = ["Life", "Member", "start_time", "status_words"]

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from phaul_runtime.errors import DestinationError
+from phaul_runtime.member import status_words
 
 _PROC = Path("/proc")
 
@@ -36,11 +37,7 @@ def by_image(root: int) -> dict[int, int]:
 
 def _pids(pid: int) -> list[int]:
     """A process's pids, in each pid namespace from /proc's inwards; none if it has ended."""
-    try:
-        lines = (_PROC / str(pid) / "status").read_text(errors="replace").splitlines()
-    except OSError:
-        return []
-    return [int(word) for line in lines if line.startswith("NSpid:") for word in line.split()[1:]]
+    return [int(word) for word in status_words(_PROC / str(pid), "NSpid")]
 
 
 def _children(pid: int) -> list[int]:
