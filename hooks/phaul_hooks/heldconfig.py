@@ -26,6 +26,7 @@ class HeldConfig:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._part = path.with_name(f"{path.name}.part")
 
     def hold(self) -> None:
         """From now on whoever reads it waits.
@@ -35,8 +36,9 @@ class HeldConfig:
         """
         self.release()
         try:
-            self._path.unlink(missing_ok=True)
-            os.mkfifo(self._path, 0o600)
+            self._part.unlink(missing_ok=True)
+            os.mkfifo(self._part, 0o600)
+            self._part.replace(self._path)  # a reader finds one or the other, at any moment
         except OSError as error:
             raise MigrationFailed(f"cannot make {self._path}: {error.strerror}") from error
 
@@ -94,6 +96,5 @@ class HeldConfig:
             return -1
 
     def _become(self, text: str) -> None:
-        part = self._path.with_name(f"{self._path.name}.part")
-        part.write_text(text, encoding="utf-8")
-        part.replace(self._path)
+        self._part.write_text(text, encoding="utf-8")
+        self._part.replace(self._path)

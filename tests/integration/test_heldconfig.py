@@ -75,3 +75,26 @@ def test_it_can_be_held_again(path: Path) -> None:
     config.release()
     assert first.ended()
     assert first.got == ["", ""]
+
+
+def test_a_reader_finds_a_file_at_any_moment(path: Path) -> None:
+    config = HeldConfig(path)
+    config.hold()
+    over = threading.Event()
+    missed: list[OSError] = []
+
+    def look() -> None:
+        while not over.is_set():
+            try:
+                path.lstat()
+            except OSError as error:
+                missed.append(error)
+
+    looker = threading.Thread(target=look)
+    looker.start()
+    for _ in range(2000):
+        config.hold()
+        config.release()
+    over.set()
+    looker.join()
+    assert missed == []
