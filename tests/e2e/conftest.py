@@ -20,6 +20,11 @@ from tests.e2e.table import pytest_terminal_summary
 __all__ = ["pytest_terminal_summary"]
 
 WITHIN_S = 120.0
+# Each way takes a minute or two where hosts are emulated: `make test-all` goes them all.
+WAYS = [
+    pytest.param(("ab",), id="there"),
+    pytest.param(("ab", "ba", "ab"), id="there-and-back-and-there", marks=pytest.mark.thorough),
+]
 
 
 def wait_until(what: str, condition: Callable[[], bool], within_s: float = WITHIN_S) -> None:
