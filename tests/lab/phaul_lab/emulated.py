@@ -107,8 +107,8 @@ class EmulatedHost(Host):
         # anew, and a page of a program that has run a few hundred times takes the emulator
         # milliseconds to clear once it is freed (qemu 7.2: 32 us for each piece of code in it).
         append = (
-            f"console=ttyS0 quiet norandmaps net.ifnames=0 root=/dev/vda rw init=/sbin/labinit "
-            f"lab.host={self.name} lab.addr={ADDRESSES[self.name]}/24"
+            "console=ttyS0 quiet norandmaps mitigations=off net.ifnames=0 root=/dev/vda rw "
+            f"init=/sbin/labinit lab.host={self.name} lab.addr={ADDRESSES[self.name]}/24"
         )
         argv = [
             "qemu-system-x86_64",
