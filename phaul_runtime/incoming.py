@@ -56,6 +56,7 @@ log = logging.getLogger(__name__)
 _IMAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.(img|json)")
 MEMORY_WITHIN_S = 30.0
 _AHEAD = "ahead.img"
+_LATE_ROOM = "late.img"
 CANNOT_BE_LAZY = "this engine, as configured, cannot restore lazily"
 
 
@@ -102,6 +103,7 @@ class Incoming:
         self._memory_here = threading.Event()
         self._server: PhaulServer | None = None
         self._ahead: Ahead | None = None
+        self._late_room: Ahead | None = None
         self._log_level = int(facts["log_level"])
         self._stage = FileStage(journal)
         self._trees = TreeServer(journal)
@@ -151,24 +153,28 @@ class Incoming:
                 page_format=request.page_format,
             )
             incoming = cls(journal, criu, hooks)
-            incoming._begin(manifest, request.memory)
+            incoming._begin(manifest, request.memory, request.late_memory)
         except BaseException:
             journal.close()
             raise
         return incoming
 
-    def _begin(self, manifest: dict[str, Any], memory: int) -> None:
+    def _begin(self, manifest: dict[str, Any], memory: int, late_memory: int) -> None:
         try:
             self._dir.mkdir(mode=0o700)
             self._dir_lock = lock_directory(self._dir)
             if self.journal.facts["page_server"] == "phaul":
                 self._ahead = Ahead(self._dir / _AHEAD, memory)
                 self._ahead.begin()
+            if late_memory:
+                self._late_room = Ahead(self._dir / _LATE_ROOM, late_memory)
+                self._late_room.begin()
             self._engine.prepare(manifest, self.id)
             self._trees.place(self._engine.trees())
             self._lazy = LazyRestore(
-                str(self.journal.facts["restore"]), self._dir, f"{self.id}-pager", self._cannot
-            )
+                str(self.journal.facts["restore"]), self._dir, f"{self.id}-pager", self._cannot,
+                room=self._late_room,
+            )  # fmt: skip
             if self.journal.facts["restore"] == "lazy" and not self._engine.can_be_lazy:
                 raise DestinationError(CANNOT_BE_LAZY, hint="--restore auto")
             self._lazy.begin()
@@ -727,8 +733,8 @@ class Incoming:
             self._lazy.store.close()
         if self._server is not None:
             self._server.abort()
-        if self._ahead is not None:
-            self._ahead.drop()
+        for room in filter(None, (self._ahead, self._late_room)):
+            room.drop()
         if self._memory is not None:
             self._memory.close()
         if self._dir_lock >= 0:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from phaul_runtime import cgroup
+from phaul_runtime.ahead import Ahead
 from phaul_runtime.chainindex import ChainIndex
 from phaul_runtime.errors import DestinationError, PhaulError
 from phaul_runtime.lazyimages import MAP, plan_lazy
@@ -83,6 +84,7 @@ class LazyRestore:
         name: of the pager's cgroup: it outlives the agent's.
         cannot: asked, beside the first iterations, why engine or host cannot; empty if they can.
         place: the pager's directory in the migration's: one pager, one place.
+        room: for pages that come after the commit, if any was made; its maker drops it.
     """
 
     def __init__(
@@ -92,10 +94,13 @@ class LazyRestore:
         name: str,
         cannot: Callable[[], str] = str,
         place: str = PLACE,
+        *,
+        room: Ahead | None = None,
     ) -> None:
         self._mode = mode
         self._cannot = cannot
         self._place = directory / place
+        self._room = room
         self._name = name
         self._why_not = "restore: full" if mode == "full" else ""
         self._index = ChainIndex()
@@ -203,7 +208,8 @@ class LazyRestore:
             earlier, self._store = self._store, None
             if earlier is not None:
                 earlier.close()
-            self._store = PageStore.create(self._place, plan.remote_pages)
+            room, self._room = self._room, None
+            self._store = PageStore.create(self._place, plan.remote_pages, room)
         plan.save(self._place / _PLAN)
         if self._pager is None:
             raise DestinationError("there is no pager")

@@ -365,6 +365,7 @@ class Migration:
             restore=config.restore,
             post_copy=config.mode != PRE_COPY,
             memory=0 if config.mode == POST_COPY else inspection.memory,
+            late_memory=inspection.memory if config.mode == POST_COPY else 0,
             page_server=config.criu.page_server,
             page_format=self._here.page_format,
         )

@@ -165,9 +165,14 @@ class RemoteAgent(PhaulRemote):
         page_format: int,
         post_copy: bool = False,
         memory: int = 0,
+        late_memory: int = 0,
         page_server: str = "",
     ) -> dict[str, str]:
         """Begin a migration; from now on the agent expects a heartbeat (`beat_every`).
+
+        Args:
+            memory: bytes that will come before the freeze and in it, about.
+            late_memory: bytes that will come after the commit, about.
 
         Returns:
             Where each tree lies there, by name.
@@ -185,6 +190,7 @@ class RemoteAgent(PhaulRemote):
             restore=restore,
             post_copy=post_copy,
             memory=memory,
+            late_memory=late_memory,
             page_server=page_server,
             page_format=page_format,
         )

@@ -10,6 +10,7 @@ import mmap
 import os
 from pathlib import Path
 
+from phaul_runtime.ahead import Ahead
 from phaul_runtime.errors import DestinationError
 from phaul_runtime.lazyimages import MAP
 from phaul_runtime.lazyplan import PAGE
@@ -30,25 +31,25 @@ class PageStore:
         self._missing = self._total - (0 if flags is None else flags[:].count(_HERE))
 
     @classmethod
-    def create(cls, directory: Path, pages: int) -> PageStore:
+    def create(cls, directory: Path, pages: int, room: Ahead | None = None) -> PageStore:
         """Make the files, with nothing in them. Earlier ones go; who has them open keeps them.
+
+        There is room for every page from now on: nothing else can fill the file system after the
+        commit, when the source's pages are the only ones.
 
         Args:
             directory: where to, for as long as the pager works.
             pages: how many there will be.
+            room: what was allocated for them before the freeze, on the same file system.
 
         Raises:
-            DestinationError: they cannot be made.
+            DestinationError: they cannot be made, or there is no room for them.
         """
         try:
             # Without a map there is no store: it goes first and comes last.
             for name in (MAP, PAGES):
                 (directory / name).unlink(missing_ok=True)
-            file = _new(directory / PAGES)
-            try:
-                os.truncate(file, pages * PAGE)
-            finally:
-                os.close(file)
+            _make_room(directory / PAGES, pages * PAGE, room)
             new = directory / f"{MAP}.new"
             new.unlink(missing_ok=True)
             file = _new(new)
@@ -159,6 +160,22 @@ class PageStore:
         file, self._file = self._file, -1
         if file >= 0:
             os.close(file)
+
+
+def _make_room(path: Path, size: int, room: Ahead | None) -> None:
+    """Make a file of `size` bytes, each of them allocated; `room` is used up."""
+    there = 0
+    if room is not None and room.claim():
+        file, there = room.take(path), room.allocated
+        room.drop()
+    else:
+        file = _new(path)
+    try:
+        os.truncate(file, size)
+        if size > there:
+            os.posix_fallocate(file, there, size - there)
+    finally:
+        os.close(file)
 
 
 def _new(path: Path) -> int:

@@ -205,7 +205,7 @@ class FileVerdict(_message.Message):
     def __init__(self, path: _Optional[str] = ..., reason: _Optional[str] = ..., copyable: bool = ...) -> None: ...
 
 class OpenRequest(_message.Message):
-    __slots__ = ("id", "engine", "manifest", "options", "lost_s", "commit_s", "criu_log_level", "target", "source", "restore", "memory", "page_server", "page_format", "post_copy")
+    __slots__ = ("id", "engine", "manifest", "options", "lost_s", "commit_s", "criu_log_level", "target", "source", "restore", "memory", "page_server", "page_format", "post_copy", "late_memory")
     ID_FIELD_NUMBER: _ClassVar[int]
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
@@ -220,6 +220,7 @@ class OpenRequest(_message.Message):
     PAGE_SERVER_FIELD_NUMBER: _ClassVar[int]
     PAGE_FORMAT_FIELD_NUMBER: _ClassVar[int]
     POST_COPY_FIELD_NUMBER: _ClassVar[int]
+    LATE_MEMORY_FIELD_NUMBER: _ClassVar[int]
     id: str
     engine: str
     manifest: bytes
@@ -234,7 +235,8 @@ class OpenRequest(_message.Message):
     page_server: str
     page_format: int
     post_copy: bool
-    def __init__(self, id: _Optional[str] = ..., engine: _Optional[str] = ..., manifest: _Optional[bytes] = ..., options: _Optional[bytes] = ..., lost_s: _Optional[float] = ..., commit_s: _Optional[float] = ..., criu_log_level: _Optional[int] = ..., target: _Optional[str] = ..., source: _Optional[str] = ..., restore: _Optional[str] = ..., memory: _Optional[int] = ..., page_server: _Optional[str] = ..., page_format: _Optional[int] = ..., post_copy: bool = ...) -> None: ...
+    late_memory: int
+    def __init__(self, id: _Optional[str] = ..., engine: _Optional[str] = ..., manifest: _Optional[bytes] = ..., options: _Optional[bytes] = ..., lost_s: _Optional[float] = ..., commit_s: _Optional[float] = ..., criu_log_level: _Optional[int] = ..., target: _Optional[str] = ..., source: _Optional[str] = ..., restore: _Optional[str] = ..., memory: _Optional[int] = ..., page_server: _Optional[str] = ..., page_format: _Optional[int] = ..., post_copy: bool = ..., late_memory: _Optional[int] = ...) -> None: ...
 
 class OpenReply(_message.Message):
     __slots__ = ("error", "trees")

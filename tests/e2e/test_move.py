@@ -26,7 +26,7 @@ ITERATION_FIELDS = {"pages_written", "pages_skipped", "duration_ms", "bytes"}
 @pytest.mark.also_on("emulated-forky")
 @pytest.mark.usefixtures("random_addresses")
 @pytest.mark.parametrize("ways", WAYS)
-def test_dirtier_moves(hosts: Hosts, ways: tuple[str, ...]) -> None:
+def test_dirtier_moves(hosts: Hosts, ways: list[tuple[str, str]]) -> None:
     victim = hosts.dirtier("a", "rounds", "--mib", "64", "--hot-mib", "4", "--writes", "300")
     for source, destination in ways:
         moved = hosts.migrate(source, victim.pid, f"ssh://root@{destination}", *COPY)

@@ -26,7 +26,7 @@ def clean(hosts: Hosts) -> None:
 @pytest.mark.parametrize("ways", WAYS)
 @pytest.mark.parametrize("runtime", ["runc", pytest.param("crun", marks=pytest.mark.thorough)])
 def test_dirtier_moves(
-    hosts: Hosts, containers: Containers, runtime: str, ways: tuple[str, ...]
+    hosts: Hosts, containers: Containers, runtime: str, ways: list[tuple[str, str]]
 ) -> None:
     limits = {"memory": {"limit": 256 << 20}, "pids": {"limit": 77}}
     container = containers.dirtier(
