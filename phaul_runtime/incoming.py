@@ -301,7 +301,7 @@ class Incoming:
     def stop_iter(self) -> None:
         """The iteration's page server has ended well; a repetition changes nothing."""
         with self._step:
-            if self.state in (State.POST_COPY, State.DONE):
+            if self._ran or self.state in (State.POST_COPY, State.DONE):
                 return
             self._expect(State.ITERATING)
             server = self._require_server()

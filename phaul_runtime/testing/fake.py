@@ -352,9 +352,9 @@ class FakeDestination(DestinationHalf):
             raise DestinationError("the held copy does not run")
         resumed_at = time.monotonic()
         self._resumed = True
-        # As CRIU does. A successor's `discard` finds what was held, as in a real one's cgroup.
+        # As CRIU does. A successor may prepare, and its `discard` finds what was held, as the
+        # process engine's does in its cgroup: what keeps it from that is the core alone.
         (self._images_dir / RESUMED).touch()
-        (self.directory / MADE).unlink(missing_ok=True)
         return resumed_at
 
     def wait_let_go(self) -> None:

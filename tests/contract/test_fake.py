@@ -17,7 +17,8 @@ from phaul_runtime.cancel import Cancellation
 from phaul_runtime.criu import Criu
 from phaul_runtime.engine import DestinationHalf, Finding, Handover, Inspection, SourceHalf
 from phaul_runtime.errors import MigrationFailed, PhaulError, Refused
-from phaul_runtime.testing import CHECKS, Bench, Check, FakeCase, FakeEngine, NotConforming
+from phaul_runtime.testing import CHECKS, Bench, Check, FakeCase, FakeEngine, NotConforming, Place
+from phaul_runtime.testing.bench import Move
 from phaul_runtime.testing.fake import HELD, FakeDestination, FakeLocal, FakeSource
 
 
@@ -31,6 +32,20 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_the_fake_conforms(bench: Bench, check: Check) -> None:
     bench.run(check)
+
+
+def test_its_discard_is_as_harmful_as_that_of_a_real_engine(tmp_path: Path) -> None:
+    """An object that let nothing run ends whatever it finds, as in the cgroup of a process.
+
+    Without, no test over this engine would see a core that has what runs discarded.
+    """
+    with Bench(FakeCase(tmp_path / "victims"), tmp_path / "bench") as bench, Move(bench) as move:
+        move.run()
+        assert bench.case.alive(Place.DESTINATION)
+        successor = FakeEngine().destination(None, criu_log_level=4, hold_s=1.0)
+        successor.prepare(move.manifest, move.id)
+        successor.discard()
+        assert not bench.case.alive(Place.DESTINATION)
 
 
 # -- a broken engine is seen -------------------------------------------------------------------
@@ -196,6 +211,12 @@ class LeavesACopy(FakeDestination):
         pass
 
 
+class EndsWhatItLetRun(FakeDestination):
+    def discard(self) -> None:
+        self._resumed = False
+        super().discard()
+
+
 class LeavesItsDirectory(FakeDestination):
     def undo(self) -> None:
         pass
@@ -279,6 +300,7 @@ class BrokenEngine(FakeEngine):
         (RunsAtOnce, "it_moves", "runs while it is held"),
         (RunsAtOnce, "a_failed_hold_lets_the_source_run", "runs while it is held"),
         (NeverRuns, "it_moves", "the destination's copy goes on"),
+        (EndsWhatItLetRun, "it_moves", "discard() after resume() ended what runs"),
         (LeavesACopy, "discard_leaves_nothing", "left a copy alive"),
         (LeavesACopy, "a_failed_hold_lets_the_source_run", "lives at the destination too"),
         (LeavesHalfARestore, "a_failed_restore_leaves_nothing", "held.json"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -13,13 +15,16 @@ import pytest
 
 from phaul_runtime import events as ev
 from phaul_runtime.cancel import Cancellation
+from phaul_runtime.cli import main as entry
 from phaul_runtime.cli import outlet
 from phaul_runtime.cli.options import cancel_on_signals
-from phaul_runtime.cli.views import Aside, JsonView, PlainView, TerminalView, View
-from phaul_runtime.errors import Cancelled
+from phaul_runtime.cli.views import Aside, JsonView, PlainView, TerminalView, View, move_view
+from phaul_runtime.errors import Cancelled, MigrationFailed
 from phaul_runtime.migration import Migration
+from phaul_runtime.recovery import Recovery
 from phaul_runtime.report import MigrationReport
 from phaul_runtime.testing import Place
+from tests import commandline
 from tests.contract.wholemove import WholeMove
 
 # Of a move of the fake engine, in their order; a second of the same name is one more moment.
@@ -252,3 +257,122 @@ def test_standard_descriptors_are_there() -> None:
         outlet.open_standard()
         os._exit(0 if os.readlink("/proc/self/fd/1") == os.devnull else 1)
     assert os.waitpid(pid, 0)[1] == 0
+
+
+# -- the commands themselves -------------------------------------------------------------------
+
+
+class Hangup(PlainView):
+    """The session ends at a moment of the move, and only then."""
+
+    def __init__(self, moment: str) -> None:
+        super().__init__()
+        self.moment = moment
+        self.heard = 0
+
+    def __call__(self, event: ev.Event) -> None:
+        if event.name == self.moment:
+            self.heard += 1
+            signal.raise_signal(signal.SIGHUP)
+
+
+@pytest.fixture
+def hangups() -> Iterator[list[int]]:
+    """What of SIGHUP nobody else has taken: by default it would end the process."""
+    taken: list[int] = []
+    before = signal.signal(signal.SIGHUP, lambda number, _: taken.append(number))
+    yield taken
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(("moment", "code"), [("prepared", 6), ("source_dead", 0)])
+def test_migrate_takes_the_end_of_its_session(
+    whole: WholeMove,
+    monkeypatch: pytest.MonkeyPatch,
+    hangups: list[int],
+    moment: str,
+    code: int,
+) -> None:
+    shown = Hangup(moment)
+    monkeypatch.setattr("phaul_runtime.cli.migrate_cmd.move_view", lambda _: shown)
+    file = whole.tmp_path / "config.yaml"
+    keys = {"engine", "workdir", "state_dir", "log_dir", "restore", "transport"}
+    config = {**whole.config().model_dump(include=keys), "hooks": {"directory": "/none"}}
+    file.write_text(json.dumps(config))
+    done = commandline.run("migrate", whole.target, "--config", str(file))
+    assert (done.returncode, shown.heard, hangups) == (code, 1, [])
+    assert whole.lives(Place.SOURCE) is (code != 0)
+    assert whole.lives(Place.DESTINATION) is (code == 0)
+    said = "too late to cancel" if code == 0 else "cancelling; the source runs on"
+    assert said in done.stderr
+
+
+@pytest.mark.parametrize("argv", [["recover"], ["recover", "1f" * 8]])
+def test_recover_outlives_its_session(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hangups: list[int], argv: list[str]
+) -> None:
+    def ends(*_: object) -> Any:
+        signal.raise_signal(signal.SIGHUP)
+        raise MigrationFailed("it came to its end")
+
+    monkeypatch.setattr(Recovery, "damaged", ends)
+    monkeypatch.setattr(Recovery, "recover", ends)
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps({"state_dir": str(tmp_path / "s"), "workdir": str(tmp_path / "w")}))
+    done = commandline.run(*argv, "--config", str(file))
+    assert (done.returncode, hangups) == (4, [])
+    assert "it came to its end" in done.stderr
+
+
+def test_a_move_is_shown_aside() -> None:
+    """Else a terminal that was stopped (Ctrl-S) holds up the freeze."""
+    for output in ("json", "text"):
+        assert isinstance(move_view(output), Aside)
+
+
+def in_a_child(program: Callable[[], object]) -> int:
+    """The exit code of `main` around it, in a process whose descriptors may be spoilt."""
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    code: object = 99
+    try:
+        program()
+    except SystemExit as ended:
+        code = ended.code
+    finally:
+        os._exit(int(str(code)))
+
+
+def test_a_program_has_standard_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else what it opens first, a socket say, would be its stdout."""
+
+    def command() -> int:
+        return int(any(os.readlink(f"/proc/self/fd/{fd}") != os.devnull for fd in (0, 1, 2)))
+
+    def program() -> None:
+        for fd in (0, 1, 2):
+            os.close(fd)
+        entry.main()
+
+    monkeypatch.setattr(entry, "_main", command)
+    assert in_a_child(program) == 0
+
+
+def test_what_is_left_to_write_changes_no_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter would end with 120 of its own."""
+
+    def command() -> int:
+        sys.stdout.write("the report")
+        return 6
+
+    def program() -> None:
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+        try:
+            entry.main()
+        finally:
+            sys.stdout.flush()
+
+    monkeypatch.setattr(entry, "_main", command)
+    assert in_a_child(program) == 6

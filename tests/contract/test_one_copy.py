@@ -20,6 +20,8 @@ from phaul_runtime.hostfacts import PROTOCOL
 from phaul_runtime.incoming import Incoming
 from phaul_runtime.journal import RUNS, Journal, read_records, replay
 from phaul_runtime.lifecycle import Hooks
+from phaul_runtime.migration import Migration
+from phaul_runtime.postcopy.transfer import Transfer
 from phaul_runtime.recovery import Recovery
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.settle import Settler
@@ -269,6 +271,36 @@ def _let_go_of(whole: WholeMove, migration_id: str) -> None:
                 os.close(int(fd))
         except OSError:
             continue
+
+
+def test_a_destination_that_is_not_done_yet_is_no_warning(
+    whole: WholeMove, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its hooks and its clean-up take their time; the copy runs, and nothing is wrong."""
+    monkeypatch.setattr(Incoming, "_settle_soon", lambda self: None)
+    report = whole.run()
+    assert (report.result, report.warnings) == ("moved", [])
+    assert state_of(whole, Role.DESTINATION) is State.COMMITTING
+
+
+def test_pages_that_nobody_can_serve_are_known_of_before_the_source_is_given_up(
+    whole: WholeMove, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cut-over asks the transfer that has begun (test_hold.py has what it does then)."""
+
+    def fails(self: Transfer) -> None:
+        self._error = MigrationFailed("process 11 of the images is not known here")
+
+    monkeypatch.setattr(Transfer, "_work", fails)
+    move = Migration(whole.config(mode="post-copy", restore="auto"), whole.target)
+    with Journal.create(tmp_path / "s", move.id, Role.SOURCE) as journal:
+        agent: Any = None
+        hold: Any = None
+        is_served = move._begin_pages(agent, journal, hold, tmp_path)
+        assert move._transfer is not None
+        move._transfer.stop()
+        with pytest.raises(MigrationFailed, match="process 11"):
+            is_served()
 
 
 def test_one_that_opens_slowly_keeps_no_other_waiting(

@@ -118,6 +118,28 @@ def test_the_order_of_the_cut_over(journals: Journals) -> None:
     assert outcome.downtime_ms is not None
 
 
+def test_nobody_is_told_before_the_commit_is_sent(journals: Journals) -> None:
+    """A listener that hangs, or a process that dies in it, would leave no copy running."""
+    recorder = Recorder()
+    heard: list[str] = []
+
+    def listener(event: Event) -> None:
+        if event.name not in ("frozen", "prepared"):
+            heard.append(event.name)
+            assert recorder.calls[-1] == "commit"
+            raise KeyboardInterrupt
+
+    cut = CutOver(recorder, listener, Cancellation(), journals())
+    cut.freezing({})
+    cut.prepare(Path("/x"))
+    with pytest.raises(KeyboardInterrupt):
+        cut.commit(lambda: True)
+    assert heard == ["source_dead"]
+    assert recorder.calls[-1] == "commit"
+    # A recovery need not ask the destination.
+    assert cut.journal.facts[RUNS] is True
+
+
 def test_what_comes_before_the_freeze_is_no_downtime(journals: Journals) -> None:
     told: list[Event] = []
     journal = journals()

@@ -138,3 +138,40 @@ def test_what_keeps_it_from_serving_is_known_before_the_source_is_given_up(stand
         transfer._thread.join(20)
         with pytest.raises(MigrationFailed, match="process 10 of the images is not known"):
             transfer.check()
+
+
+def test_done_is_the_last_of_the_source(stand: Stand) -> None:
+    """What is not done yet when this process is killed, a recovery does."""
+    order: list[str] = []
+    exists = iter([True, True, False, False])
+
+    def note(what: str) -> Callable[..., Any]:
+        def do(*_: object) -> Any:
+            assert stand.journal.state is State.POST_COPY
+            order.append(what)
+            return []
+
+        return do
+
+    def still() -> bool:
+        order.append("looks")
+        return next(exists)
+
+    stand.hold.exists = still
+    stand.hold.remove = note("puts the cgroup away")
+    half: Any = SimpleNamespace(end_rest=note("ends the tree"), finish=note("cleans"))
+    assert stand.transfer(note("tells")).conclude(half) == []
+    # What the kernel still keeps is waited for.
+    assert order[:5] == ["ends the tree", "looks", "looks", "looks", "tells"]
+    assert order[5:] == ["puts the cgroup away", "cleans", "looks"]
+    assert stand.journal.state is State.DONE
+
+
+def test_a_source_that_cannot_be_cleaned_is_not_done(stand: Stand) -> None:
+    def killed() -> list[str]:
+        raise KeyboardInterrupt
+
+    half: Any = SimpleNamespace(end_rest=lambda: None, finish=killed)
+    with pytest.raises(KeyboardInterrupt):
+        stand.transfer().conclude(half)
+    assert stand.journal.state is State.POST_COPY
