@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -9,6 +10,8 @@ from typing import Any
 
 from phaul_runtime.criu import Criu, CriuNotify
 from phaul_runtime.errors import CriuError, DestinationError, PhaulError
+
+log = logging.getLogger(__name__)
 
 
 class _Discarded(Exception):
@@ -59,16 +62,21 @@ class HeldRestore(CriuNotify):
     def resume(self, timeout_s: float) -> float:
         """Let it run; returns the `time.monotonic()` at which it did.
 
+        Once CRIU has said that all of it runs, what becomes of CRIU changes nothing.
+
         Raises:
             PhaulError: it does not run; nothing of it is left.
         """
         self._verdict.put(True)
+        ended: int | Exception
         try:
             ended = self._ended.get(timeout=timeout_s)
         except queue.Empty:
-            raise DestinationError(f"CRIU did not resume the tree within {timeout_s:g} s") from None
+            ended = DestinationError(f"CRIU did not resume the tree within {timeout_s:g} s")
         if isinstance(ended, Exception):
-            raise ended
+            if not self._resumed_at:
+                raise ended
+            log.warning("it runs, but %s", ended)
         return self._resumed_at
 
     def discard(self) -> None:

@@ -122,6 +122,12 @@ def was_resumed(images_dir: Path) -> bool:
     return (images_dir / RESUMED).exists()
 
 
+def note_resumed(images_dir: Path) -> None:
+    """The copy was let run, although CRIU did not live to say so; where the disk allows it."""
+    with contextlib.suppress(OSError):
+        (images_dir / RESUMED).touch(mode=0o600)
+
+
 def forget_resumed(images_dir: Path) -> None:
     """Before a new restore of the same images."""
     (images_dir / RESUMED).unlink(missing_ok=True)

@@ -26,6 +26,7 @@ from phaul_runtime.hangup import hang_up
 from phaul_runtime.images import (
     forget_resumed,
     new_directory,
+    note_resumed,
     remove_tree,
     was_resumed,
 )
@@ -495,9 +496,9 @@ class Incoming:
         images_dir = Path(self.journal.facts["images_dir"])
         if self.state is State.COMMITTING and not self._held:
             # Told to run before, by an agent that did not live to say what came of it.
-            if not was_resumed(images_dir):
+            if not _was_let_run(self.journal):
                 self._engine.wait_let_go()
-            if was_resumed(images_dir):
+            if _was_let_run(self.journal):
                 if self.journal.facts.get("post_copy"):
                     self._resume_pager()
                 self._runs()
@@ -553,6 +554,7 @@ class Incoming:
         kept, and show to a recovery that it runs.
         """
         self._ran = True
+        note_resumed(Path(self.journal.facts["images_dir"]))
         store = self._lazy.store
         over = store is None or store.complete
         try:
@@ -752,9 +754,17 @@ def may_run(journal: Journal) -> bool:
     """Whether a destination's copy was let run, as far as its journal and its images can tell."""
     if journal.state is not State.COMMITTING:
         return journal.state in (State.POST_COPY, State.DONE)
-    images_dir = Path(str(journal.facts.get("images_dir", "")))
-    # They go only after a copy that runs; without them there is no other.
-    return was_resumed(images_dir) or not images_dir.is_dir()
+    # The images go only after a copy that runs; without them there is no other.
+    return _was_let_run(journal) or not _images_of(journal).is_dir()
+
+
+def _was_let_run(journal: Journal) -> bool:
+    """Whether that is certain."""
+    return bool(journal.facts.get(RUNS)) or was_resumed(_images_of(journal))
+
+
+def _images_of(journal: Journal) -> Path:
+    return Path(str(journal.facts.get("images_dir", "")))
 
 
 def _page_server(request: pb.OpenRequest) -> str:

@@ -15,8 +15,10 @@ from phaul_runtime import reach as reach_module
 from phaul_runtime import recovery as recovery_module
 from phaul_runtime.agent import AgentService
 from phaul_runtime.cutover import CutOver
-from phaul_runtime.errors import MigrationFailed, PhaulError
+from phaul_runtime.errors import MigrationFailed, OutcomeUnknown, PhaulError
+from phaul_runtime.events import Warned
 from phaul_runtime.hostfacts import PROTOCOL
+from phaul_runtime.images import RESUMED
 from phaul_runtime.incoming import Incoming
 from phaul_runtime.journal import RUNS, Journal, read_records, replay
 from phaul_runtime.lifecycle import Hooks
@@ -28,7 +30,7 @@ from phaul_runtime.settle import Settler
 from phaul_runtime.states import Role, State, Verdict
 from phaul_runtime.testing import Place
 from phaul_runtime.testing.bench import NoCriu
-from phaul_runtime.testing.fake import FakeDestination, FakeSource
+from phaul_runtime.testing.fake import FakeDestination, FakeLocal, FakeSource
 from tests.contract import wholemove
 from tests.contract.wholemove import WholeMove
 
@@ -105,10 +107,50 @@ def test_a_destination_that_cannot_write_done_keeps_what_runs(
     assert not (reachable.tmp_path / "there" / report.id).exists()
 
 
+@pytest.mark.parametrize("role", Role)
+def test_a_disk_that_refuses_all_from_committing_on(
+    reachable: WholeMove, monkeypatch: pytest.MonkeyPatch, role: Role
+) -> None:
+    """The copy runs all the same, and whoever moves it is told so at once."""
+    full = True
+
+    def refusing(real: Any) -> Any:
+        def write(self: Journal, *args: Any, **facts: Any) -> None:
+            if full and self.role is role and self.state is State.COMMITTING:
+                raise MigrationFailed("cannot write: Input/output error")
+            real(self, *args, **facts)
+
+        return write
+
+    for name in ("enter", "note"):
+        monkeypatch.setattr(Journal, name, refusing(getattr(Journal, name)))
+    report = reachable.run(timeouts=SOON)
+    assert report.result == "moved"
+    # Not by a recovery, after it was not known for a while.
+    assert "recovering" not in reachable.names()
+    one_lives_there(reachable)
+    assert state_of(reachable, role) is State.COMMITTING
+    said = [event.text for event in reachable.events if isinstance(event, Warned)]
+    assert (f"phaul-runtime recover {report.id} completes the record" in "\n".join(said)) is (
+        role is Role.SOURCE
+    )
+    full = False
+    if role is Role.SOURCE:
+        assert Recovery(reachable.config()).recover(report.id).verdict is Verdict.RUN
+    else:
+        settled = successor(reachable).settle(report.id, role, Verdict.RUN)
+        assert settled.pid == report.restored_pid
+    assert state_of(reachable, role) is State.DONE
+    one_lives_there(reachable)
+
+
+@pytest.mark.parametrize("noted", [True, False])
 def test_what_runs_is_not_discarded_by_any_command(
-    reachable: WholeMove, monkeypatch: pytest.MonkeyPatch
+    reachable: WholeMove, monkeypatch: pytest.MonkeyPatch, noted: bool
 ) -> None:
     refuse(monkeypatch, Role.DESTINATION, State.DONE, TRIES)
+    if not noted:
+        monkeypatch.setattr(Journal, "note", refused_there(Journal.note))
     report = reachable.run(timeouts=SOON)
     state = reachable.tmp_path / "state-there"
     with Journal.open(state, report.id, Role.DESTINATION) as journal:
@@ -118,14 +160,59 @@ def test_what_runs_is_not_discarded_by_any_command(
     with pytest.raises(MigrationFailed, match="was told to run"):
         successor(reachable).settle(report.id, Role.DESTINATION, Verdict.DISCARD)
     one_lives_there(reachable)
-    # Without its images nobody can tell: then nothing is discarded either.
+    # Without its images only its journal can tell: else nothing is discarded either.
     for path in (reachable.tmp_path / "there" / report.id).rglob("*"):
         if path.is_file():
             path.unlink()
     for path in sorted((reachable.tmp_path / "there" / report.id).rglob("*"), reverse=True):
         path.rmdir()
-    with pytest.raises(PhaulError, match="not known whether it runs"):
-        successor(reachable).settle(report.id, Role.DESTINATION, Verdict.RUN)
+    if noted:
+        settled = successor(reachable).settle(report.id, Role.DESTINATION, Verdict.RUN)
+        assert settled.pid == report.restored_pid
+    else:
+        with pytest.raises(PhaulError, match="not known whether it runs"):
+            successor(reachable).settle(report.id, Role.DESTINATION, Verdict.RUN)
+    one_lives_there(reachable)
+
+
+def refused_there(real: Any) -> Any:
+    """What the destination's disk does not take."""
+
+    def note(self: Journal, **facts: Any) -> None:
+        if self.role is Role.DESTINATION:
+            raise MigrationFailed("cannot write: Input/output error")
+        real(self, **facts)
+
+    return note
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_criu_that_did_not_live_to_say_that_it_runs(
+    reachable: WholeMove, monkeypatch: pytest.MonkeyPatch, noted: bool
+) -> None:
+    """It was killed between its word that all runs and its statistics, then the agent was."""
+    resume = FakeDestination.resume
+
+    def unsaid(self: FakeDestination) -> float:
+        resumed_at = resume(self)
+        (self._images_dir / RESUMED).unlink()
+        return resumed_at
+
+    monkeypatch.setattr(FakeDestination, "resume", unsaid)
+    monkeypatch.setattr(Incoming, "_settle_soon", lambda self: None)
+    with monkeypatch.context() as patch:
+        if not noted:
+            patch.setattr(Journal, "note", refused_there(Journal.note))
+        report = reachable.run(timeouts=SOON)
+        assert report.result == "moved"
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        "phaul_runtime.incoming.load_engine", lambda _: wholemove._Engine(reachable)
+    )
+    settled = successor(reachable).settle(report.id, Role.DESTINATION, Verdict.RUN)
+    # The same: none was ended, and none made anew.
+    assert settled.pid == report.restored_pid
+    assert state_of(reachable, Role.DESTINATION) is State.DONE
     one_lives_there(reachable)
 
 
@@ -301,6 +388,34 @@ def test_pages_that_nobody_can_serve_are_known_of_before_the_source_is_given_up(
         move._transfer.stop()
         with pytest.raises(MigrationFailed, match="process 11"):
             is_served()
+
+
+def test_a_source_of_which_nobody_knows_is_not_undone(
+    reachable: WholeMove, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is dying, say, and does not get to: neither copy may be ended, and none let run."""
+
+    def fails(*_: object) -> Any:
+        raise MigrationFailed("CRIU was killed")
+
+    def unknown(_: FakeSource) -> bool:
+        raise OutcomeUnknown("process 7 was killed and has not ended within 20 s")
+
+    monkeypatch.setattr(FakeLocal, "give_up", fails)
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeSource, "gone", unknown)
+        patch.setattr(CutOver, "end", lambda _: pytest.fail("it is undone"))
+        error = reachable.fail(timeouts={**SOON, "commit_s": 1})
+    assert isinstance(error, OutcomeUnknown)
+    assert "has not ended within 20 s" in error.message
+    assert "rolled_back" not in reachable.names()
+    assert state_of(reachable, Role.SOURCE) is State.COMMITTING
+    # The fake's victim runs again with the end of its connection: now that can be known.
+    assert reachable.migration is not None
+    found = Recovery(reachable.config(timeouts=SOON)).recover(reachable.migration.id)
+    assert found.verdict is Verdict.DISCARD
+    assert reachable.lives(Place.SOURCE)
+    assert not reachable.lives(Place.DESTINATION)
 
 
 def test_one_that_opens_slowly_keeps_no_other_waiting(
