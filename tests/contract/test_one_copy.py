@@ -151,6 +151,7 @@ def test_what_runs_is_not_discarded_by_any_command(
     refuse(monkeypatch, Role.DESTINATION, State.DONE, TRIES)
     if not noted:
         monkeypatch.setattr(Journal, "note", refused_there(Journal.note))
+    nothing_is_put_away(monkeypatch)
     report = reachable.run(timeouts=SOON)
     state = reachable.tmp_path / "state-there"
     with Journal.open(state, report.id, Role.DESTINATION) as journal:
@@ -173,6 +174,33 @@ def test_what_runs_is_not_discarded_by_any_command(
         with pytest.raises(PhaulError, match="not known whether it runs"):
             successor(reachable).settle(report.id, Role.DESTINATION, Verdict.RUN)
     one_lives_there(reachable)
+
+
+def nothing_is_put_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even by an object whose `discard` would find nothing."""
+    for name in ("discard", "undo"):
+        monkeypatch.setattr(FakeDestination, name, lambda _: pytest.fail("it is put away"))
+
+
+def test_an_agent_that_alone_knows_keeps_what_runs(
+    whole: WholeMove, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither CRIU nor the disk could say it; then the client is gone, before hooks were told."""
+    resume = FakeDestination.resume
+
+    def unsaid(self: FakeDestination) -> float:
+        resumed_at = resume(self)
+        (self._images_dir / RESUMED).unlink()
+        return resumed_at
+
+    monkeypatch.setattr(FakeDestination, "resume", unsaid)
+    monkeypatch.setattr("phaul_runtime.incoming.note_resumed", lambda _: None)
+    monkeypatch.setattr(Incoming, "_settle_soon", lambda self: None)
+    monkeypatch.setattr(Journal, "note", refused_there(Journal.note))
+    nothing_is_put_away(monkeypatch)
+    assert whole.run().result == "moved"
+    one_lives_there(whole)
+    assert state_of(whole, Role.DESTINATION) is State.COMMITTING
 
 
 def refused_there(real: Any) -> Any:
