@@ -153,6 +153,8 @@ def test_what_runs_is_not_discarded_by_any_command(
         monkeypatch.setattr(Journal, "note", refused_there(Journal.note))
     nothing_is_put_away(monkeypatch)
     report = reachable.run(timeouts=SOON)
+    # Nor is anything made for it again: a runtime would refuse, its name is taken.
+    monkeypatch.setattr(wholemove._There, "prepare", lambda *_: pytest.fail("it is prepared for"))
     state = reachable.tmp_path / "state-there"
     with Journal.open(state, report.id, Role.DESTINATION) as journal:
         incoming = Incoming.revive(journal, NoCriu(), Hooks())

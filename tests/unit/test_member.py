@@ -94,6 +94,19 @@ def test_such_a_process_is_known_to_live_and_is_killed() -> None:
     assert members.dead()
 
 
+def test_what_the_kernel_still_frees_holds_up_its_clean_up_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No commit, and so no downtime, and no recovery's decision: that grew with memory."""
+    monkeypatch.setattr(Member, "life", lambda self, proc=Path("/proc"): Life.OVER)
+    monkeypatch.setattr(Member, "exists", lambda self, proc=Path("/proc"): True)
+    members = Members([Member(10, 77), Member(11, 77)])
+    assert members.dead()
+    assert members.gone()
+    assert members.ended()
+    assert not members.await_end(0.0)
+
+
 def test_one_that_does_not_get_to_die_is_unknown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ from phaul_runtime.errors import (
     DestinationError,
     DestinationUnreachable,
     JournalDamaged,
+    MigrationFailed,
     OutcomeUnknown,
     PhaulError,
 )
@@ -65,6 +66,8 @@ class Here:
 
     def _do(self, what: str, result: Any = None) -> Callable[[], Any]:
         def do() -> Any:
+            # What is not done yet when this process is killed, the next recovery does.
+            assert self.state not in (State.DONE, State.ABORTED)
             self.done.append(what)
             return result
 
@@ -107,6 +110,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Here:
     found = Here(tmp_path / "state")
     for module in (recovery, settle):
         monkeypatch.setattr(module, "Hold", SimpleNamespace(recall=found.hold))
+        monkeypatch.setattr(module, "announce", lambda *_: found._do("announce", [])())
     monkeypatch.setattr(settle, "load_engine", lambda _: found)
     return found
 
@@ -211,7 +215,8 @@ def test_one_whose_copy_was_confirmed_needs_no_destination(
     here.journal(State.COMMITTING, **{RUNS: True}, pid=7)
     found = recover(AWAY)
     assert (found.verdict, found.pid) == (Verdict.RUN, 7)
-    assert here.done == ["end_rest", "finish"]
+    # An address leaves this host before CRIU's lock on its connections does.
+    assert here.done == ["end_rest", "announce", "finish"]
     assert here.state is State.DONE
 
 
@@ -225,6 +230,94 @@ def test_the_destination_is_settled_first(
     assert recover(there).pid == 7
     assert there.asked == [(Verdict.RUN, State.COMMITTING)]
     assert here.state is State.DONE
+
+
+class Served:
+    """The pages of a frozen tree; the last of them comes with `run`."""
+
+    def __init__(self, here: Here, journal: Journal) -> None:
+        self.here, self.journal = here, journal
+
+    def __enter__(self) -> Served:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def begin(self, _agent: object) -> None:
+        self.here.done.append("begin")
+
+    def run(self) -> None:
+        assert self.journal.state is State.POST_COPY
+        self.here.done.append("run")
+
+    def stop(self) -> None:
+        self.here.done.append("stop")
+
+    def conclude(self, _half: object) -> list[str]:
+        self.here.done.append("conclude")
+        self.here.alive = False
+        self.journal.enter(State.DONE)
+        return []
+
+
+@pytest.mark.parametrize("state", [State.COMMITTING, State.POST_COPY])
+@pytest.mark.parametrize("missing", [0, 3])
+def test_a_frozen_source_serves_its_pages_before_it_is_ended(
+    here: Here,
+    recover: Callable[..., recovery.Recovered],
+    monkeypatch: pytest.MonkeyPatch,
+    state: State,
+    missing: int,
+) -> None:
+    monkeypatch.setattr(recovery, "attend", lambda *_: None)
+    monkeypatch.setattr(recovery, "Transfer", lambda _, journal, *__, **___: Served(here, journal))
+    here.held = True
+    here.journal(State.COMMITTING, *([state] if state is State.POST_COPY else []), **HELD)
+    there = There(here, State.COMMITTING, Settled(7, missing=missing))
+    found = recover(there)
+    assert (found.verdict, found.pid) == (Verdict.RUN, 7)
+    assert there.asked == [(Verdict.RUN, state)]
+    run = ["run"] if missing else []
+    assert here.done == ["begin", "announce", *run, "stop", "conclude"]
+    assert here.state is State.DONE
+
+
+def test_a_tree_that_lives_is_not_done_by_a_verdict_alone(here: Here, tmp_path: Path) -> None:
+    """Whoever settles it: pages that are missing there, or a copy that was never given up."""
+    settler = settle.Settler(here.state_dir, tmp_path / "work", None)  # type: ignore[arg-type]
+    here.journal(State.COMMITTING, **HELD)
+    with pytest.raises(OutcomeUnknown, match="are still here"):
+        settler.settle(ID, Role.SOURCE, Verdict.RUN)
+    assert (here.state, here.done) == (State.COMMITTING, [])
+
+
+@pytest.mark.parametrize(
+    ("states", "facts", "alive", "verdict", "says"),
+    [
+        ([State.COMMITTING], {}, True, Verdict.RUN, "was not given up"),
+        ([], {}, False, Verdict.RUN, "was not given up"),
+        ([State.COMMITTING], {}, False, Verdict.DISCARD, "is dead"),
+        ([State.COMMITTING, State.POST_COPY], HELD, True, Verdict.DISCARD, "was told to run"),
+    ],
+)
+def test_a_verdict_that_does_not_fit_what_is_here(
+    here: Here,
+    tmp_path: Path,
+    states: list[State],
+    facts: Mapping[str, Any],
+    alive: bool,
+    verdict: Verdict,
+    says: str,
+) -> None:
+    """An agent may be asked for anything."""
+    settler = settle.Settler(here.state_dir, tmp_path / "work", None)  # type: ignore[arg-type]
+    here.alive = alive
+    here.journal(*states, **facts)
+    before = here.state
+    with pytest.raises(MigrationFailed, match=says):
+        settler.settle(ID, Role.SOURCE, verdict)
+    assert (here.state, here.done) == (before, [])
 
 
 def test_pages_that_are_lost_are_told_of(
