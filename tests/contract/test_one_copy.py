@@ -21,7 +21,7 @@ from phaul_runtime.hostfacts import PROTOCOL
 from phaul_runtime.images import RESUMED
 from phaul_runtime.incoming import Incoming
 from phaul_runtime.journal import RUNS, Journal, read_records, replay
-from phaul_runtime.lifecycle import Hooks
+from phaul_runtime.lifecycle import Hooks, announce
 from phaul_runtime.migration import Migration
 from phaul_runtime.postcopy.transfer import Transfer
 from phaul_runtime.recovery import Recovery
@@ -325,6 +325,21 @@ def test_a_destination_killed_before_its_hooks_has_them_run_by_a_recovery(
     assert out.read_text().split() == ["destination"]
     assert state_of(reachable, Role.DESTINATION) is State.DONE
     one_lives_there(reachable)
+
+
+def test_pages_that_are_all_there_before_the_hooks_were_told_do_not_end_it(
+    whole: WholeMove, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The channel of pages and the hooks are two threads: done is, who comes last."""
+    monkeypatch.setattr(Incoming, "_settle_soon", lambda self: None)
+    report = whole.run()
+    with Journal.open(whole.tmp_path / "state-there", report.id, Role.DESTINATION) as journal:
+        arrived = Incoming.revive(journal, NoCriu(), Hooks())
+        assert not arrived._is_done()
+        assert journal.state is State.COMMITTING
+        announce(Hooks(), journal)
+        assert arrived._is_done()
+        assert journal.state is State.DONE
 
 
 @pytest.mark.parametrize("step", ["prepare", "commit", "finish"])

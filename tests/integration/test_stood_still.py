@@ -158,7 +158,12 @@ def test_a_tree_that_changes_until_it_is_frozen(
     victim: Victim, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     released: list[list[Any]] = []
-    monkeypatch.setattr(netlock, "release", lambda found, **_: released.append(list(found)) or [])
+
+    def release(found: Sequence[Any], **_: object) -> list[str]:
+        released.append(list(found))
+        return []
+
+    monkeypatch.setattr(netlock, "release", release)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         before = int(victim.tell(f"connect {port}"))

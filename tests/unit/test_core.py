@@ -140,6 +140,19 @@ def test_nobody_is_told_before_the_commit_is_sent(journals: Journals) -> None:
     assert cut.journal.facts[RUNS] is True
 
 
+def test_a_cut_over_needs_no_listener_that_works(journals: Journals) -> None:
+    """A program that drives one by itself may hand over any."""
+
+    def full(_event: Event) -> None:
+        raise OSError(28, "No space left on device")
+
+    recorder = Recorder()
+    cut = CutOver(recorder, full, Cancellation(), journals())
+    cut.freezing({})
+    cut.prepare(Path("/x"))
+    assert cut.commit(lambda: True).restored_pid == 7
+
+
 def test_what_comes_before_the_freeze_is_no_downtime(journals: Journals) -> None:
     told: list[Event] = []
     journal = journals()
