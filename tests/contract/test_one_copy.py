@@ -17,6 +17,7 @@ from phaul_runtime.agent import AgentService
 from phaul_runtime.cutover import CutOver
 from phaul_runtime.errors import MigrationFailed, OutcomeUnknown, PhaulError
 from phaul_runtime.events import Warned
+from phaul_runtime.filecarry import FileStage
 from phaul_runtime.hostfacts import PROTOCOL
 from phaul_runtime.images import RESUMED
 from phaul_runtime.incoming import Incoming
@@ -325,6 +326,22 @@ def test_a_destination_killed_before_its_hooks_has_them_run_by_a_recovery(
     assert out.read_text().split() == ["destination"]
     assert state_of(reachable, Role.DESTINATION) is State.DONE
     one_lives_there(reachable)
+
+
+def test_what_carried_files_replaced_is_put_away_before_done(
+    whole: WholeMove, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody would do it later: no recovery looks at what is done."""
+    keep, seen = FileStage.keep, []
+
+    def kept(self: FileStage) -> None:
+        seen.append(state_of(whole, Role.DESTINATION))
+        keep(self)
+
+    monkeypatch.setattr(FileStage, "keep", kept)
+    assert whole.run().result == "moved"
+    assert seen == [State.COMMITTING]
+    assert state_of(whole, Role.DESTINATION) is State.DONE
 
 
 def test_pages_that_are_all_there_before_the_hooks_were_told_do_not_end_it(
