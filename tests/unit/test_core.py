@@ -471,6 +471,33 @@ def test_the_generated_messages_are_those_of_the_proto_file(tmp_path: Path) -> N
     assert now == committed
 
 
+def test_a_request_that_is_under_way_is_not_sealed_off() -> None:
+    """Who was told that it is cancelled finds it cancelled."""
+    racing = Cancellation()
+    sealed: list[bool] = []
+
+    def seal() -> None:
+        try:
+            racing.seal()
+        except Cancelled:
+            sealed.append(False)
+        else:
+            sealed.append(True)
+
+    class Requested(threading.Event):
+        def set(self) -> None:
+            # Between the look whether it is too late and the step after it.
+            self.racer = threading.Thread(target=seal)
+            self.racer.start()
+            self.racer.join(0.2)
+            super().set()
+
+    racing._requested = requested = Requested()
+    counts = racing.request()
+    requested.racer.join(20)
+    assert sealed == [not counts]
+
+
 @pytest.mark.parametrize("handler", [False, True])
 def test_a_request_counts_or_is_told_that_it_is_too_late(handler: bool) -> None:
     """Asking and sealing are one step each, from other threads and from a signal handler."""

@@ -341,6 +341,11 @@ def test_a_debugger_of_the_operator_is_let_be(kernel: Kernel) -> None:
     assert again is not None
     again.cut_loose()
     assert kernel.killed == [CRIU]
+    # Nor is one that has got CRIU's pid.
+    status.write_text(status.read_text().replace("TracerPid:\t4711", f"TracerPid:\t{CRIU}"))
+    kernel.process(CRIU, "system")
+    again.cut_loose()
+    assert kernel.killed == [CRIU]
     assert again.frozen()
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from phaul_engines import docker_arrival, process, runc_arrival
+from phaul_engines import runc_arrival
 from phaul_engines.docker_arrival import DockerDestination
 from phaul_engines.oci import Runtime
 from phaul_engines.process import ProcessDestination
@@ -17,6 +17,7 @@ from phaul_engines.process_options import ProcessOptions
 from phaul_engines.runc_arrival import RuncDestination
 from phaul_engines.runc_options import RuncOptions
 
+from phaul_runtime import cgroup
 from phaul_runtime.engine import DestinationHalf
 from phaul_runtime.member import Member, start_time
 
@@ -30,7 +31,7 @@ def of_process(_: Path, monkeypatch: pytest.MonkeyPatch) -> DestinationHalf:
     half.prepare({}, "id")
     held: Any = SimpleNamespace(resume=lambda _: 1.5, discard=harm)
     half._held = held
-    monkeypatch.setattr(process.cgroup, "kill", harm)
+    monkeypatch.setattr(cgroup, "kill", harm)
     return half
 
 
@@ -46,9 +47,9 @@ def of_runc(place: Path, monkeypatch: pytest.MonkeyPatch) -> DestinationHalf:
         close=lambda: None,
     )
     half._command, half._held = command, command
-    for module, name in ((runc_arrival, "apply_limits"), (runc_arrival.cgroup, "sweep")):
+    for module, name in ((runc_arrival, "apply_limits"), (cgroup, "sweep")):
         monkeypatch.setattr(module, name, lambda *_: [])
-    monkeypatch.setattr(runc_arrival.cgroup, "kill", harm)
+    monkeypatch.setattr(cgroup, "kill", harm)
     monkeypatch.setattr(Runtime, "delete", harm)
     return half
 
@@ -65,7 +66,7 @@ def of_docker(_: Path, monkeypatch: pytest.MonkeyPatch) -> DestinationHalf:
     half._gate, half._start, half._held = stand_in, start, stand_in
     monkeypatch.setattr(DockerDestination, "_settle", lambda _: None)
     monkeypatch.setattr(DockerDestination, "_end_half_built", harm)
-    monkeypatch.setattr(docker_arrival.cgroup, "kill_all", harm)
+    monkeypatch.setattr(cgroup, "kill_all", harm)
     return half
 
 
