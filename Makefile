@@ -36,8 +36,8 @@ system: .venv/.system
 venv: .venv/.ready
 .venv/.ready: .venv/.system setup.cfg pyproject.toml
 	@echo "setting up $(VENV)"
-	@python3 -m venv $(VENV)
-	@$(PYTHON) -m pip install -q -e '.[dev]'
+	@python3 -I -m venv $(VENV)
+	@$(PYTHON) -I -m pip install -q -e '.[dev]'
 	@touch $@
 
 # KIND=native or emulated: hosts of namespaces or machines; by default what this kernel can do.
@@ -113,13 +113,13 @@ build/bench/phaul-go: tests/bench/go/main.go tests/bench/go/build.sh .venv/.syst
 	@sh tests/bench/go/build.sh $@
 
 $(VENV)/.bench: .venv/.ready
-	@$(PYTHON) -m pip install -q -e '.[bench]'
+	@$(PYTHON) -I -m pip install -q -e '.[bench]'
 	@touch $@
 
 # -- the rest ----------------------------------------------------------------------------
 
 proto: venv
-	$(PYTHON) -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. \
+	$(PYTHON) -I -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. \
 		phaul_runtime/rpc/phaul.proto
 
 down:

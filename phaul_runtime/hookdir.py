@@ -16,6 +16,8 @@ from enum import Enum
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from phaul_runtime import proc
+
 _ROOT = 0
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 # Editors' and package managers' copies.
@@ -51,7 +53,7 @@ class Program:
 
 def configured(command: Sequence[str]) -> Program:
     """A command of the configuration: on PATH, or one that came with phaul-runtime."""
-    if shutil.which(command[0]) is None:
+    if proc.find(command[0]) is None:
         beside = shutil.which(command[0], path=str(Path(sys.executable).parent))
         if beside is not None:
             return Program([beside, *command[1:]])

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from phaul_runtime import __version__, leftovers
+from phaul_runtime import __version__, leftovers, proc
 from phaul_runtime.criu import Criu, criu_opts, require_pycriu
 from phaul_runtime.errors import PhaulError
 from phaul_runtime.rpc import phaul_pb2 as pb
@@ -36,7 +35,7 @@ def gather_facts(workdir: str, state_dir: str, criu: Criu) -> pb.HostFacts:
         pid_namespace=Path("/proc/self/ns/pid").readlink().name,
         state_dir=state_dir,
         leftovers=leftovers.find(Path(workdir), Path(state_dir)),
-        rsync=shutil.which("rsync") is not None,
+        rsync=proc.find("rsync") is not None,
     )
     _add_cpu(facts)
     _add_workdir(facts)

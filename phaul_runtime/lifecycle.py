@@ -29,7 +29,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -137,7 +136,7 @@ class Hooks:
             done = proc.run(
                 [*program.argv, *told],
                 timeout_s=self.timeouts.get(event, self.timeout_s),
-                env={**os.environ, **_environment(facts)},
+                env=proc.environment(_environment(facts)),
                 input=json.dumps(facts) + "\n",
             )
         except PhaulError as error:

@@ -8,8 +8,10 @@ import logging
 import os
 import selectors
 import shlex
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import IO
@@ -23,12 +25,55 @@ Expired = subprocess.TimeoutExpired
 DEVNULL, PIPE = subprocess.DEVNULL, subprocess.PIPE
 
 _KILLED_S = 2.0
+# Where the environment names none.
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+# By variables that begin so, files that are not an interpreter's own become its code.
+_INTERPRETERS = ("PYTHON", "PERL5", "RUBY", "NODE_", "BASH_ENV", "BASH_FUNC_", "SHELLOPTS")
+# The same for any program: in root's own environment they are root's wish.
+_LOADERS = ("LD_", "GCONV_", "GLIBC_", "LOCPATH", "NLSPATH", "OPENSSL_", "CRIU_", "RSYNC_")
+# sudo, doas and pkexec say who has become root.
+_BEFORE = ("SUDO_UID", "DOAS_USER", "PKEXEC_UID")
 _CANNOT_START = {
     errno.ENOENT: "install {0} or put it on PATH",
     errno.ENOTDIR: "install {0} or put it on PATH",
     errno.EACCES: "let it be executed: chmod +x {0}, on a file system without noexec",
     errno.ENOEXEC: "{0} is no program for this machine, nor a script that names its interpreter",
 }
+
+
+def interpreter(module: str, *arguments: str) -> list[str]:
+    """The command that runs a module of ours in an interpreter of its own.
+
+    Isolated (`-I`): neither the working directory, which may be anybody's, nor PYTHON* nor a
+    user's own packages are where it looks for modules.
+    """
+    return [sys.executable, "-I", "-m", module, *arguments]
+
+
+def environment(
+    more: Mapping[str, str] | None = None, own: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """What a program that we start gets: this process's environment, and `more`.
+
+    Left out is what makes other files into a program's code: PYTHON* and its like, what is not
+    absolute in PATH; and LD_* and its like where this is root by sudo, doas or pkexec.
+
+    Args:
+        more: further variables, taken as they are.
+        own: this process's environment, if it is not to be all of it.
+    """
+    own = os.environ if own is None else own
+    others = os.geteuid() == 0 and any(own.get(name) not in (None, "0", "root") for name in _BEFORE)
+    dangerous = (*_INTERPRETERS, *(_LOADERS if others else ()))
+    kept = {name: value for name, value in own.items() if not name.startswith(dangerous)}
+    path = own.get("PATH", _PATH).split(os.pathsep)
+    kept["PATH"] = os.pathsep.join(part for part in path if part.startswith("/")) or _PATH
+    return {**kept, **(more or {})}
+
+
+def find(program: str) -> str | None:
+    """Where `spawn` finds a program; None for nowhere."""
+    return shutil.which(program, path=environment()["PATH"])
 
 
 def spawn(
@@ -43,6 +88,15 @@ def spawn(
 ) -> Process:
     """Start `argv` in a session of its own, so that a Ctrl-C at the terminal does not reach it.
 
+    Args:
+        argv: the program, found in the environment's PATH, and its arguments.
+        stdin: where it reads from; with `stdout` and `stderr` as `subprocess.Popen` takes them.
+        stdout: where it writes to.
+        stderr: where it complains.
+        pass_fds: descriptors that it gets under their numbers.
+        cwd: its working directory; None for ours.
+        env: the whole environment, made by `environment`; None for just that.
+
     Raises:
         Refused: the program cannot be started (not installed, not executable).
     """
@@ -56,8 +110,11 @@ def spawn(
             pass_fds=tuple(pass_fds),
             start_new_session=True,
             cwd=cwd,
-            env=env,
+            env=environment() if env is None else env,
         )
+    except ValueError as error:
+        # A NUL, or what is no text: in an argument or a variable.
+        raise Refused(f"cannot start {argv[0]}: {error}") from error
     except OSError as error:
         hint = _CANNOT_START.get(error.errno or 0, "").format(argv[0])
         raise Refused(f"cannot start {argv[0]}: {error.strerror}", hint=hint) from error
@@ -78,7 +135,7 @@ def run(
     Args:
         argv: the program and its arguments.
         timeout_s: until it has ended and nobody holds its stdout and stderr any more.
-        env: the whole environment; None hands on this process's.
+        env: the whole environment, made by `environment`; None for just that.
         input: what it gets on stdin, which it may leave unread; None for an empty stdin.
 
     Raises:

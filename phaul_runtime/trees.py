@@ -113,8 +113,8 @@ def trees_to_carry(
 
 def rsync_environment() -> dict[str, str]:
     """Ours without what changes rsync's behaviour or its words."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RSYNC_")}
-    return {**kept, "LC_ALL": "C"}
+    own = {name: value for name, value in os.environ.items() if not name.startswith("RSYNC_")}
+    return proc.environment({"LC_ALL": "C"}, own)
 
 
 class TreeSender:

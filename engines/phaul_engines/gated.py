@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from phaul_hooks.gate import Gate, GateEvent
@@ -65,7 +65,7 @@ class GatedCommand:
             Refused: it cannot be started.
         """
         self.gate.open()
-        env: Mapping[str, str] = {**os.environ, **self.gate.environment}
+        env = proc.environment(self.gate.environment)
         with Path(os.devnull if self._quiet else self.gate.directory / OUTPUT).open("wb") as output:
             self._process = proc.spawn(
                 self._argv,

@@ -6,12 +6,11 @@ configuration is never overwritten, the unit only if it was made by this: its fi
 
 from __future__ import annotations
 
-import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from phaul_hooks.hostfile import write_whole
+from phaul_runtime import proc
 from phaul_runtime.errors import Refused
 from phaul_runtime.hosthooks import HostHook, Status
 
@@ -86,7 +85,7 @@ class AgentHost(HostHook):
 
 
 def _unit() -> str:
-    program = shutil.which("phaul-runtime") or str(Path(sys.executable).with_name("phaul-runtime"))
+    program = " ".join(proc.interpreter("phaul_runtime"))
     return (_HERE / UNIT).read_text(encoding="utf-8").replace(_PROGRAM, program)
 
 

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import selectors
-import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -63,7 +62,7 @@ class MoveRunner:
 
     def __init__(self, config: Config, local_command: list[str] | None = None) -> None:
         self._transport = config.transport
-        self._local = local_command or [sys.executable, "-m", "phaul_runtime"]
+        self._local = local_command or proc.interpreter("phaul_runtime")
 
     def argv(self, move: Move, *flags: str) -> list[str]:
         """The command of a move, with further flags."""

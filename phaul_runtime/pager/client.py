@@ -7,7 +7,6 @@ import json
 import os
 import select
 import socket
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -51,7 +50,7 @@ class PagerClient:
         Raises:
             DestinationError: it does not start.
         """
-        argv = [sys.executable, "-m", "phaul_runtime.pager", str(workdir), *extra]
+        argv = proc.interpreter("phaul_runtime.pager", str(workdir), *extra)
         with contextlib.suppress(FileNotFoundError):
             (workdir / RESULT_FILE).unlink()
         try:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
+from phaul_runtime import proc
 from phaul_runtime.errors import UsageError
 from phaul_runtime.transport import Channel, Destination, Transport, socket_directory
 from phaul_runtime.transport.agentprocess import AgentProcess
@@ -24,9 +24,7 @@ class LocalTransport(Transport):
         if destination.host or destination.user or destination.port:
             raise UsageError(f"{destination.url!r}: local: takes no host", hint="write local:")
         sockets = socket_directory(config.workdir, token)
-        argv = [
-            sys.executable,
-            "-m",
+        argv = proc.interpreter(
             "phaul_runtime",
             "agent",
             "--sockets",
@@ -37,7 +35,7 @@ class LocalTransport(Transport):
             config.state_dir,
             "--criu",
             config.criu.binary,
-        ]
+        )
         channel = AgentProcess(
             "local", argv, sockets, owned=False, by_hand="phaul-runtime agent --help"
         )

@@ -46,9 +46,9 @@ print(int(sys.argv[1]) / (time.monotonic() - begun))
 
 def raw_mib_s(hosts: Hosts) -> float:
     """What one TCP connection carries from a to b."""
-    script = 'timeout 300 python3 -c "$1" </dev/null >/dev/null 2>&1 &'
+    script = 'timeout 300 python3 -I -c "$1" </dev/null >/dev/null 2>&1 &'
     hosts.sh("b", script, _RECEIVE)
-    argv = ["python3", "-c", _SEND, str(RAW_MIB)]
+    argv = ["python3", "-I", "-c", _SEND, str(RAW_MIB)]
     return float(hosts.lab.exec("a", argv, timeout=300).stdout)
 
 

@@ -201,17 +201,15 @@ def _configure(root: Path) -> None:
 def _dependencies(root: Path, venv: str, needed: list[str]) -> None:
     """A virtual environment that sees the system's pycriu, compiled ahead: hosts are slow."""
     wheels = root / "tmp/wheels"
-    version = (
-        run(["chroot", root, "python3", "-c", "import sys; print('%d%d' % sys.version_info[:2])"])
-        .stdout.decode()
-        .strip()
-    )
+    ask = "import sys; print('%d%d' % sys.version_info[:2])"
+    version = run(["chroot", root, "python3", "-I", "-c", ask]).stdout.decode().strip()
     with tempfile.TemporaryDirectory() as tmp:
         python = Path(tmp) / "venv/bin/python"
-        run(["python3", "-m", "venv", python.parent.parent])
+        run(["python3", "-I", "-m", "venv", python.parent.parent])
         run(
             [
                 python,
+                "-I",
                 "-m",
                 "pip",
                 "-q",
@@ -239,7 +237,7 @@ def _dependencies(root: Path, venv: str, needed: list[str]) -> None:
             ],
             timeout=900,
         )
-    run(["chroot", root, "python3", "-m", "venv", "--system-site-packages", venv])
+    run(["chroot", root, "python3", "-I", "-m", "venv", "--system-site-packages", venv])
     run(
         [
             "chroot",
@@ -255,7 +253,6 @@ def _dependencies(root: Path, venv: str, needed: list[str]) -> None:
         ],
         env={"PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": "/dev/null"},
     )
-    run(
-        ["chroot", root, "python3", "-m", "compileall", "-q", venv, "/usr/lib/python3"], check=False
-    )
+    compiling = ["python3", "-I", "-m", "compileall", "-q", venv, "/usr/lib/python3"]
+    run(["chroot", root, *compiling], check=False)
     shutil.rmtree(wheels)

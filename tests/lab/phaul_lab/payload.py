@@ -24,7 +24,7 @@ _PARTS = (
     "hooks",
     "piggie",
 )
-_LAUNCHER = f"""#!{VENV}/bin/python3
+_LAUNCHER = f"""#!{VENV}/bin/python3 -I
 import sys
 from phaul_runtime.cli.main import main
 sys.exit(main())
@@ -80,11 +80,12 @@ def _make(image: Image, tar: Path) -> None:
             shutil.copy2(path, copy)
         stage = scratch / "stage"
         packages = stage / VENV.lstrip("/") / "phaul"
-        run([sys.executable, "-m", "pip", "-q", "wheel", "--no-deps", "-w", scratch, clean])
+        run([sys.executable, "-I", "-m", "pip", "-q", "wheel", "--no-deps", "-w", scratch, clean])
         wheel = next(scratch.glob("phaul_runtime-*.whl"))
         run(
             [
                 sys.executable,
+                "-I",
                 "-m",
                 "pip",
                 "-q",
@@ -107,6 +108,7 @@ def _make(image: Image, tar: Path) -> None:
                 "chroot",
                 image.root,
                 "python3",
+                "-I",
                 "-m",
                 "compileall",
                 "-q",
