@@ -29,6 +29,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import IntEnum
 
+from phaul_runtime.printable import one_line
+
 
 class ExitCode(IntEnum):
     """What the CLI ends with."""
@@ -79,9 +81,10 @@ class PhaulError(Exception):
         self.log = tuple(log)
 
     def __str__(self) -> str:
-        text = f"{self.host}: {self.message}" if self.host else self.message
-        text += "".join(f"\n    {line}" for line in self.log)
-        return f"{text}\n    hint: {self.hint}" if self.hint else text
+        """For people: what has a line of its own begins with spaces; names are made harmless."""
+        text = one_line(f"{self.host}: {self.message}" if self.host else self.message)
+        text += "".join(f"\n    {one_line(line)}" for line in self.log)
+        return f"{text}\n    hint: {one_line(self.hint)}" if self.hint else text
 
 
 class UsageError(PhaulError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import re
@@ -17,6 +16,7 @@ from typing import Any
 from phaul_runtime import logs
 from phaul_runtime.ahead import Ahead
 from phaul_runtime.api import PhaulConfig
+from phaul_runtime.boundedjson import read_json
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.criu import Criu
 from phaul_runtime.engine import DestinationHalf, load_engine
@@ -68,9 +68,9 @@ def checked_json(data: bytes, what: str) -> dict[str, Any]:
         DestinationError: it is none.
     """
     try:
-        value = json.loads(data or b"{}")
+        value = read_json(data or b"{}")
     except ValueError as error:
-        raise DestinationError(f"malformed {what}") from error
+        raise DestinationError(f"malformed {what}: {error}") from error
     if not isinstance(value, dict):
         raise DestinationError(f"malformed {what}")
     return value

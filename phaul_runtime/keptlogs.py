@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from phaul_runtime import printable
 from phaul_runtime.errors import CriuError
 
 
@@ -30,5 +31,5 @@ def keep_logs(error: BaseException, directory: Path, here: str) -> bool:
     if texts:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     for name, text in texts.items():
-        (directory / f"{name}.log").write_text(text, encoding="utf-8")
+        (directory / f"{name}.log").write_text(printable.lines(text), encoding="utf-8")
     return bool(texts)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from phaul_runtime.boundedjson import read_json
 from phaul_runtime.errors import DestinationError
 
 PAGE = 4096
@@ -184,7 +185,7 @@ class LazyPlan:
         """
         try:
             first, _, rest = path.read_bytes().partition(b"\n")
-            head = json.loads(first)
+            head = read_json(first)
             tasks = {}
             for pid, size in head["tasks"].items():
                 tasks[int(pid)] = Runs.from_bytes(rest[:size])

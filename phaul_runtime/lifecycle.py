@@ -38,6 +38,7 @@ from phaul_runtime import proc
 from phaul_runtime.errors import MigrationFailed, PhaulError
 from phaul_runtime.hookdir import Effect, HookDirectory, Program, configured
 from phaul_runtime.journal import Journal
+from phaul_runtime.printable import one_line
 from phaul_runtime.states import Role
 
 PRE_CHECK = "pre_check"
@@ -130,7 +131,7 @@ class Hooks:
         if program.effect is not Effect.RUNS:
             return
         event = facts["event"]
-        told = (facts["target"], event, facts["role"]) if program.listed else ()
+        told = (one_line(facts["target"]), event, facts["role"]) if program.listed else ()
         log.info("hook %s: running %s", event, program.argv[0])
         try:
             done = proc.run(
@@ -158,9 +159,9 @@ def _guard(program: Program, event: str) -> None:
 
 
 def _environment(facts: Mapping[str, Any]) -> dict[str, str]:
-    """The same facts as variables; a null is an empty one."""
+    """The same facts as variables; a null is an empty one. stdin has them exactly."""
     return {
-        f"PHAUL_{name.upper()}": "" if value is None else str(value)
+        f"PHAUL_{name.upper()}": "" if value is None else one_line(str(value))
         for name, value in facts.items()
         if name != "schema"
     }

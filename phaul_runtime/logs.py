@@ -16,6 +16,9 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any, Literal
 
+from phaul_runtime import printable
+from phaul_runtime.errors import PhaulError
+
 Level = Literal["debug", "info", "warning", "error"]
 Format = Literal["auto", "text", "json", "journal"]
 LEVELS: tuple[Level, ...] = ("debug", "info", "warning", "error")
@@ -53,6 +56,32 @@ def _add_migration(record: logging.LogRecord) -> bool:
     return True
 
 
+class _Harmless:
+    """What is put into a message, on one line; an error's own lines stay."""
+
+    def __init__(self, value: object) -> None:
+        self._value = value
+
+    def __str__(self) -> str:
+        text = str(self._value)
+        return text if isinstance(self._value, PhaulError) else printable.one_line(text)
+
+    def __repr__(self) -> str:
+        return printable.one_line(repr(self._value))
+
+
+def _said(record: logging.LogRecord) -> str:
+    if not isinstance(record.args, tuple):
+        return record.getMessage()
+    said = tuple(
+        value if isinstance(value, int | float) else _Harmless(value) for value in record.args
+    )
+    try:
+        return str(record.msg) % said if said else str(record.msg)
+    except (TypeError, ValueError):
+        return record.getMessage()  # a conversion that takes no such object
+
+
 class _Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return f"{_clock(record)} {self.words(record)}"
@@ -61,10 +90,11 @@ class _Text(logging.Formatter):
         """All but the time."""
         migration = getattr(record, "migration", "")
         about = f" [{migration}]" if migration else ""
-        text = f"{record.levelname.lower()} {record.name}{about}: {record.getMessage()}"
+        text = f"{record.levelname.lower()} {record.name}{about}: {_said(record)}"
         if record.exc_info:
             text += "\n" + self.formatException(record.exc_info)
-        return text
+        # Whatever has more than one line: only a record begins at a line's beginning.
+        return printable.lines(text).replace("\n", "\n    ")
 
 
 class _Journal(_Text):

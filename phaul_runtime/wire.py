@@ -11,6 +11,7 @@ from phaul_runtime.errors import (
     Refused,
     StillUnderWay,
 )
+from phaul_runtime.printable import encodable
 from phaul_runtime.rpc import phaul_pb2 as pb
 
 # The agent's two sockets, in its socket directory.
@@ -39,26 +40,36 @@ VERSION_KEY = "phaul-protocol"
 
 # gRPC's own limit for a message is 4 MiB; a log's end is enough.
 _LOG_TEXT = 256 << 10
+# What is taken of an error that the other side tells, characters and lines.
+_SENTENCE = 4 << 10
+_LOG_LINES = 32
 
 
 def to_wire(error: Exception) -> pb.Error:
     """Describe an exception; one that is not ours becomes an internal error."""
     if not isinstance(error, PhaulError):
-        return pb.Error(kind="PhaulError", message=f"internal error: {error!r}")
+        return pb.Error(kind="PhaulError", message=_sentence(f"internal error: {error!r}"))
     message = pb.Error(
-        kind=type(error).__name__, message=error.message, hint=error.hint, log=error.log
+        kind=type(error).__name__,
+        message=_sentence(error.message),
+        hint=_sentence(error.hint),
+        log=map(_sentence, error.log[:_LOG_LINES]),
     )
     if isinstance(error, CriuError):
-        message.log_text = error.log_text[-_LOG_TEXT:]
+        message.log_text = encodable(error.log_text[-_LOG_TEXT:])
     return message
 
 
+def _sentence(text: str) -> str:
+    return encodable(text[:_SENTENCE])
+
+
 def from_wire(message: pb.Error, host: str) -> PhaulError:
-    """The exception for an error that `host` reported."""
-    log = list(message.log)
+    """The exception for an error that `host` reported; of what is too long, the beginning."""
+    said, hint = _sentence(message.message), _sentence(message.hint)
+    log = [_sentence(line) for line in message.log[:_LOG_LINES]]
     if message.kind == "CriuError":
-        return CriuError(
-            message.message, hint=message.hint, host=host, log=log, log_text=message.log_text
-        )
+        log_text = message.log_text[-_LOG_TEXT:]
+        return CriuError(said, hint=hint, host=host, log=log, log_text=log_text)
     kind = _KINDS.get(message.kind, DestinationError)
-    return kind(message.message, hint=message.hint, host=host, log=log)
+    return kind(said, hint=hint, host=host, log=log)

@@ -33,6 +33,7 @@ from phaul_engines.gated import deadline_in, failure
 from phaul_engines.oci import Runtime, cgroup_pids
 from phaul_engines.proctree import PROC, ancestors
 from phaul_runtime import cgroup
+from phaul_runtime.boundedjson import read_json_file
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.criu import Criu
 from phaul_runtime.engine import REFUSED, DestinationHalf, Finding
@@ -426,7 +427,7 @@ class DockerDestination(DestinationHalf):
             # A daemon that was killed in a start knows nothing of the shim, which would stay.
             cgroup.kill_all(lambda: _shims(str(facts["Id"])), within_s=_END_S)
         with contextlib.suppress(OSError, ValueError):
-            for volume in json.loads((self._place / _MADE).read_text(encoding="utf-8")):
+            for volume in read_json_file(self._place / _MADE):
                 self._daemon.remove_volume(volume)
         self._leave()
 

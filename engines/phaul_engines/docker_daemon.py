@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ import requests
 from docker.errors import APIError, DockerException, ImageNotFound, NotFound, NullResource
 
 from phaul_engines.docker_findings import parse_api_version
+from phaul_runtime.boundedjson import read_json_file
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.errors import MigrationFailed, PhaulError, Refused
 
@@ -109,7 +109,7 @@ class Daemon:
     def kept(self, container_id: str) -> Mapping[str, Any]:
         """What it keeps of a container in its own file; empty where that cannot be read."""
         try:
-            found = json.loads((self.directory(container_id) / "config.v2.json").read_bytes())
+            found = read_json_file(self.directory(container_id) / "config.v2.json")
         except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}

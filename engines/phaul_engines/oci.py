@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from phaul_runtime import proc
+from phaul_runtime.boundedjson import read_json, read_json_file
 from phaul_runtime.errors import MigrationFailed, NoSuchTarget, Refused
 from phaul_runtime.filesystem import gather
 from phaul_runtime.images import unmount_below
@@ -95,7 +95,7 @@ class Runtime:
         if done.returncode != 0:
             return None
         try:
-            state: dict[str, Any] = json.loads(done.stdout)
+            state: dict[str, Any] = read_json(done.stdout)
         except ValueError as error:
             raise MigrationFailed(f"{self.binary} state {name} is malformed") from error
         return state
@@ -205,7 +205,7 @@ def read_container(runtime: Runtime, name: str) -> Container:
         raise NoSuchTarget(f"container {name} is {state['status']}: nothing of it runs")
     bundle = Path(state["bundle"])
     try:
-        config = json.loads((bundle / CONFIG).read_text(encoding="utf-8"))
+        config = read_json_file(bundle / CONFIG)
     except (OSError, ValueError) as error:
         raise Refused(f"cannot read {bundle / CONFIG}: {error}") from error
     return Container(name, int(state["pid"]), state["status"], bundle, config)

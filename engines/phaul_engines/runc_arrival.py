@@ -31,6 +31,7 @@ from phaul_engines.oci import (
 from phaul_engines.oci_checks import limits_finding, runtime_finding
 from phaul_engines.runc_options import RuncOptions
 from phaul_runtime import cgroup
+from phaul_runtime.boundedjson import read_json_file
 from phaul_runtime.criu import Criu
 from phaul_runtime.engine import OK, REFUSED, DestinationHalf, Finding
 from phaul_runtime.errors import DestinationError, MigrationFailed, PhaulError
@@ -354,7 +355,7 @@ def _mark_path(bundle: Path) -> Path:
 
 def _mark(bundle: Path) -> dict[str, Any]:
     try:
-        mark = json.loads(_mark_path(bundle).read_text(encoding="utf-8"))
+        mark = read_json_file(_mark_path(bundle))
     except (OSError, ValueError):
         return {}
     return mark if isinstance(mark, dict) else {}

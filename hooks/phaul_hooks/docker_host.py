@@ -19,6 +19,7 @@ from typing import Any
 
 from phaul_hooks.hostfile import write_whole
 from phaul_hooks.jsontext import members, with_member, without_member
+from phaul_runtime.boundedjson import read_json_file
 from phaul_runtime.errors import Refused
 from phaul_runtime.hosthooks import HostHook, Status
 from phaul_runtime.journal import sync_directory
@@ -333,7 +334,7 @@ class DockerHost(HostHook):
 
     def _recall(self) -> _Changed | None:
         try:
-            said: Any = json.loads(self._state.read_bytes())
+            said: Any = read_json_file(self._state)
             if said.pop("schema") != _SCHEMA:
                 raise ValueError("another version wrote it")
             return _Changed(**said)

@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from phaul_runtime.boundedjson import read_json
+
 _SPACE = " \t\r\n"
 _DECODER = json.JSONDecoder()
 
@@ -27,7 +29,7 @@ def members(text: str) -> list[Member]:
     Raises:
         ValueError: it is no JSON, no object, or names one of them twice; the message says where.
     """
-    if not isinstance(json.loads(text), dict):
+    if not isinstance(read_json(text), dict):
         raise ValueError("it is no object")
     found: list[Member] = []
     # From here on it is known to be well formed.

@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import hmac
 import http.client
-import json
 import os
 import sys
 import time
@@ -24,6 +23,7 @@ from urllib.parse import urlsplit
 
 from phaul_hooks.program import end
 from phaul_runtime import __version__
+from phaul_runtime.boundedjson import read_json
 from phaul_runtime.errors import MigrationFailed, UsageError
 
 SIGNATURE = "X-Phaul-Signature"
@@ -173,7 +173,7 @@ def run(argv: Sequence[str], body: bytes) -> None:
     if given.retries < 0:
         raise UsageError("--retries is at least 0")
     try:
-        told = json.loads(body)
+        told = read_json(body)
         delivery = f"{told['id']}-{told['event']}-{told['role']}"
     except (ValueError, TypeError, KeyError) as error:
         raise UsageError(

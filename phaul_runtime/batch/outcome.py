@@ -7,6 +7,7 @@ to have left the source's copy running is followed by another one, with an id of
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from typing import Any
@@ -19,6 +20,11 @@ _KEPT = (
     "downtime_ms", "total_ms", "bytes_transferred", "restored_pid", "restore", "source",
     "destination", "throttled_to", "expected_freeze_ms", "logs",
 )  # fmt: skip
+_NUMBERS = frozenset({
+    "downtime_ms", "total_ms", "bytes_transferred", "restored_pid", "throttled_to", "bytes",
+    "expected_freeze_ms", "number", "pages", "missing",
+})  # fmt: skip
+_TEXTS = frozenset({"event", "result", "error", "error_kind"})
 _WARNINGS = 5
 _LINE = 500
 # Refusals that may be gone a moment later: nothing was begun.
@@ -27,6 +33,25 @@ ASKED_AGAIN_KINDS = frozenset({"StillUnderWay"})
 # How often an outcome that is unknown is settled again, before that is left to the operator.
 UNKNOWN_ASKS = 4
 _SHELL_CANNOT = (126, 127)
+
+
+def as_told(found: dict[str, Any]) -> dict[str, Any]:
+    """An event or a report of a source, without what has not the type that it ought to have.
+
+    A source is another host: what it prints is read as whatever anybody might have printed.
+    """
+    kept = {}
+    for name, value in found.items():
+        if name in _NUMBERS:
+            good = isinstance(value, int | float) and not isinstance(value, bool)
+            good = good and math.isfinite(value)
+        elif name in _TEXTS:
+            good = isinstance(value, str)
+        else:
+            good = name != "warnings" or isinstance(value, list)
+        if good:
+            kept[name] = value
+    return kept
 
 
 @dataclass(frozen=True)

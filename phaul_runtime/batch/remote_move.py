@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import selectors
 import time
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from phaul_runtime import proc
 from phaul_runtime.batch.model import Move
-from phaul_runtime.batch.outcome import Answer
+from phaul_runtime.batch.outcome import Answer, as_told
+from phaul_runtime.boundedjson import read_json
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.errors import ExitCode, Refused
 from phaul_runtime.transport import Destination
@@ -160,12 +160,12 @@ class _Reading:
         self._line = bytearray(rest[-_LINE_LIMIT:])
         for line in lines:
             try:
-                found = json.loads(line)
+                found = read_json(line)
             except ValueError:
                 continue
             if not isinstance(found, dict):
                 continue
             if "schema" in found:
-                self.report = found
+                self.report = as_told(found)
             else:
-                self._told(found)
+                self._told(as_told(found))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from phaul_runtime.batch.record import BatchRecord
+from phaul_runtime.printable import one_line
 
 _COLOURS = {
     "moved": "#2e7d32",
@@ -42,11 +43,15 @@ def page(record: BatchRecord) -> str:
     states = ", ".join(f"{count} {name}" for name, count in sorted(record.counts().items()))
     duration = f", {record.ended - record.began:.1f} s" if record.ended else ", not at its end"
     return (
-        f"<!DOCTYPE html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(title)}"
-        f"</title><style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1>"
-        f"<p>{began}{duration}: {html.escape(states)}.</p>{_timeline(record)}{_table(record)}"
+        f"<!DOCTYPE html><html lang='en'><head><meta charset='utf-8'><title>{_escaped(title)}"
+        f"</title><style>{_STYLE}</style></head><body><h1>{_escaped(title)}</h1>"
+        f"<p>{began}{duration}: {_escaped(states)}.</p>{_timeline(record)}{_table(record)}"
         "</body></html>"
     )
+
+
+def _escaped(text: str) -> str:
+    return html.escape(one_line(text))
 
 
 def _timeline(record: BatchRecord) -> str:
@@ -66,10 +71,10 @@ def _timeline(record: BatchRecord) -> str:
             downtime = attempt.report.get("downtime_ms")
             bar["text"].append("" if downtime is None else f"{downtime:.0f} ms")
             bar["hover"].append(
-                f"{html.escape(move.from_)} &gt; {html.escape(move.to)}<br>attempt "
-                f"{attempt.number}, {length:.1f} s, by {html.escape(attempt.controller)}"
+                f"{_escaped(move.from_)} &gt; {_escaped(move.to)}<br>attempt "
+                f"{attempt.number}, {length:.1f} s, by {_escaped(attempt.controller)}"
                 + (f"<br>downtime {downtime:.0f} ms" if downtime is not None else "")
-                + (f"<br>{html.escape(attempt.error[:200])}" if attempt.error else "")
+                + (f"<br>{_escaped(attempt.error[:200])}" if attempt.error else "")
             )
     for state, bar in bars.items():
         figure.add_bar(
@@ -116,7 +121,7 @@ def _table(record: BatchRecord) -> str:
         ]  # fmt: skip
         rows.append(
             "<tr>"
-            + "".join(f"<td class='{kind}'>{html.escape(text)}</td>" for text, kind in cells)
+            + "".join(f"<td class='{kind}'>{_escaped(text)}</td>" for text, kind in cells)
             + "</tr>"
         )
     return f"<table>{''.join(rows)}</table>"

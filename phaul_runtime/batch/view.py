@@ -23,6 +23,7 @@ from phaul_runtime.batch.events import (
 )
 from phaul_runtime.batch.extra import require
 from phaul_runtime.events import Event, Warned
+from phaul_runtime.printable import one_line
 
 _MARKS = {
     "moved": "green",
@@ -160,16 +161,16 @@ class LiveTable(BatchView):
                 if ended.error:
                     text += f": {ended.error.splitlines()[0]}"
                 table.add_row(
-                    ended.move, "", "", str(ended.attempts), "",
+                    Text(ended.move), "", "", str(ended.attempts), "",
                     _cut(text, _MARKS.get(ended.state, "")),
                 )  # fmt: skip
             for name, (started, since, where) in self._running.items():
                 table.add_row(
-                    name, started.source, started.to, str(started.number),
+                    Text(name), Text(started.source), Text(started.to), str(started.number),
                     f"{time.monotonic() - since:.0f}",
                     _cut(where),
                 )  # fmt: skip
-            return Group(table, Text(self._line(), style="bold"), Text(self._note, style="dim"))
+            return Group(table, Text(self._line(), style="bold"), _cut(self._note, "dim"))
 
     def _line(self) -> str:
         done = sum(self._states.values())
@@ -183,7 +184,7 @@ class LiveTable(BatchView):
 def _cut(text: str, style: str = "") -> Any:
     from rich.text import Text  # noqa: PLC0415
 
-    return Text(text, style=style, overflow="ellipsis", no_wrap=True)
+    return Text(one_line(text), style=style, overflow="ellipsis", no_wrap=True)
 
 
 def stage(told: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from phaul_runtime import __version__
 from phaul_runtime.agent import Agent
 from phaul_runtime.cli.agentmetrics import agent_hooks
 from phaul_runtime.cli.logoptions import set_up_logs
+from phaul_runtime.cli.outlet import show
 from phaul_runtime.config import Config, load_config
 from phaul_runtime.criu import Criu
 from phaul_runtime.hostfacts import PROTOCOL
@@ -117,7 +118,7 @@ def _serve_one(sockets: Path, config: Config) -> None:
     )
     agent.start()
     try:
-        click.echo(_READY)
+        show(_READY)
         while True:
             readable, _, _ = select.select([0, wake_read], [], [])
             if wake_read in readable or not os.read(0, _READ):
@@ -137,7 +138,7 @@ def _serve(config: Config) -> None:
         history=config.history,
     )
     try:
-        click.echo(f"{_READY} {service.start()}")
+        show(f"{_READY} {service.start()}")
         notify("READY=1")
         select.select([wake_read], [], [])
         notify("STOPPING=1")

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from phaul_runtime.certs import HOST_DAYS, Host, add_hosts, make_fleet
+from phaul_runtime.cli.outlet import show
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -62,4 +63,4 @@ def add_command(directory: Path, hosts: tuple[str, ...], days: int) -> None:
 
 def _tell(places: list[Path]) -> None:
     for place in places:
-        click.echo(f"{place}/: copy its files to /etc/phaul-runtime/tls/ on {place.name}")
+        show(f"{place}/: copy its files to /etc/phaul-runtime/tls/ on {place.name}")

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from phaul_runtime.cli.options import chosen_target, configure, move_options
+from phaul_runtime.cli.outlet import tell
 from phaul_runtime.cli.views import make_view
 from phaul_runtime.errors import ExitCode
 from phaul_runtime.migration import Migration
@@ -25,9 +26,8 @@ def check_command(**given: Any) -> int:
     refused = Migration(config, chosen_target(given), view).check()
     if not refused:
         return 0
-    click.echo(
+    tell(
         f"phaul-runtime: {len(refused)} checks refuse: "
         + ", ".join(sorted({f.finding.check for f in refused})),
-        err=True,
     )
     return int(ExitCode.REFUSED)

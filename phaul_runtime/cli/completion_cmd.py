@@ -5,6 +5,8 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
+from phaul_runtime.cli.outlet import show
+
 PROGRAM = "phaul-runtime"
 # What click looks for in the environment of the program that is completed.
 VARIABLE = "_PHAUL_RUNTIME_COMPLETE"
@@ -24,4 +26,4 @@ def completion_command(ctx: click.Context, shell: str) -> None:
     found = get_completion_class(shell)
     if found is None:  # pragma: no cover - the choice above has only shells that click knows
         raise click.UsageError(f"unknown shell {shell}")
-    click.echo(found(ctx.find_root().command, {}, PROGRAM, VARIABLE).source())
+    show(found(ctx.find_root().command, {}, PROGRAM, VARIABLE).source(), lines=True)

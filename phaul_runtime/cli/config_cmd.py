@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from phaul_runtime.cli.outlet import show
 from phaul_runtime.config import SYSTEM_CONFIG, Config, config_schema, load_config, nearest
 from phaul_runtime.engine import engine_names, load_engine
 from phaul_runtime.errors import ConfigError, UsageError
@@ -45,7 +46,7 @@ def check_file(file: Path | None) -> None:
             load_transport(Destination.parse(config.transport.to))
     if wrong:
         raise ConfigError(wrong[0], log=wrong[1:])
-    click.echo(f"{file or SYSTEM_CONFIG}: ok")
+    show(f"{file or SYSTEM_CONFIG}: ok")
 
 
 @contextmanager
@@ -62,7 +63,7 @@ def _placed(wrong: list[str], config: Config, *key: str, name: str = "") -> Iter
 @config_group.command("schema")
 def print_schema() -> None:
     """Print the JSON Schema of the configuration, for editors and other checkers."""
-    click.echo(json.dumps(full_schema(), indent=2))
+    show(json.dumps(full_schema(), indent=2), lines=True)
 
 
 def full_schema() -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from phaul_runtime.cli.outlet import show
 from phaul_runtime.config import load_config
 from phaul_runtime.errors import NoSuchMigration
 from phaul_runtime.journal import (
@@ -56,16 +57,16 @@ def history_command(config_path: Path | None, output: str) -> None:
     rows.sort(key=lambda row: row["began"] or 0)
     if output == "json":
         for row in rows:
-            click.echo(json.dumps(row))
+            show(json.dumps(row))
         return
     if not rows:
-        click.echo(f"no migrations in {state_dir}")
+        show(f"no migrations in {state_dir}")
         return
     columns = [name for name in rows[0] if name != "damage"]
     echo_table([{name: _cell(name, row[name]) for name in columns} for row in rows])
     for row in rows:
         if "damage" in row:
-            click.echo(f"{row['id']}: {row['damage']}: phaul-runtime show {row['id']}")
+            show(f"{row['id']}: {row['damage']}: phaul-runtime show {row['id']}")
 
 
 def echo_table(rows: Sequence[Mapping[str, str]]) -> None:
@@ -74,7 +75,7 @@ def echo_table(rows: Sequence[Mapping[str, str]]) -> None:
     table = [head, *rows]
     widths = {name: max(len(line[name]) for line in table) for name in head}
     for line in table:
-        click.echo("  ".join(line[name].ljust(widths[name]) for name in head).rstrip())
+        show("  ".join(line[name].ljust(widths[name]) for name in head).rstrip())
 
 
 def _row(state_dir: Path, migration_id: str, role: Role) -> dict[str, Any] | None:
@@ -140,21 +141,21 @@ def show_command(migration_id: str, config_path: Path | None, output: str) -> No
         told = {role: each.records for role, each in ends.items()} | {"report": report}
         if damage:
             told |= {"damage": damage, "later": {role: ends[role].later for role in damage}}
-        click.echo(json.dumps({"id": migration_id, **told}))
+        show(json.dumps({"id": migration_id, **told}))
         return
     for role, each in ends.items():
-        click.echo(f"{role}:")
+        show(f"{role}:")
         _echo_steps(each.records)
         if role in damage:
-            click.echo(f"  {damage[role]}")
+            show(f"  {damage[role]}")
             if each.later:
-                click.echo("  beyond that can be read, and may be wrong:")
+                show("  beyond that can be read, and may be wrong:")
                 _echo_steps(each.later)
     if report is not None:
-        click.echo("report:")
+        show("report:")
         for name, value in report.items():
             if value not in ("", None, [], {}):
-                click.echo(f"  {name:<20} {json.dumps(value)}")
+                show(f"  {name:<20} {json.dumps(value)}")
 
 
 def _echo_steps(records: Sequence[Record]) -> None:
@@ -163,4 +164,4 @@ def _echo_steps(records: Sequence[Record]) -> None:
         step = record.get("state") or "note"
         if record.get("add"):
             facts = ", ".join(f"{len(v)} {k}" for k, v in record["add"].items())
-        click.echo(f"  {clock(record['time'])}  {step:<11} {facts}".rstrip())
+        show(f"  {clock(record['time'])}  {step:<11} {facts}".rstrip())

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from phaul_runtime.cli.outlet import show
 from phaul_runtime.config import load_config
 from phaul_runtime.errors import Refused
 from phaul_runtime.hookdir import Effect, Program
@@ -63,17 +64,17 @@ def list_hooks(config_path: Path | None, output: str) -> None:
                 for name, status in host.items()
             ],
         }
-        click.echo(json.dumps(told))
+        show(json.dumps(told))
         return
     for event, found in events.items():
-        click.echo(f"{event}:" if found else f"{event}: nothing")
+        show(f"{event}:" if found else f"{event}: nothing")
         for program in found:
-            click.echo(f"  {_MARKS[program.effect]:<4} {_text(program)}")
-    click.echo("of this host:" if host else "of this host: nothing")
+            show(f"  {_MARKS[program.effect]:<4} {_text(program)}")
+    show("of this host:" if host else "of this host: nothing")
     for name, status in host.items():
-        click.echo(f"  {name:<10} {'installed' if status.installed else 'not installed'}")
+        show(f"  {name:<10} {'installed' if status.installed else 'not installed'}")
         for line in status.lines:
-            click.echo(f"    {line}")
+            show(f"    {line}")
 
 
 def _json(program: Program) -> dict[str, Any]:
@@ -123,6 +124,6 @@ def _require_root(what: str) -> None:
 
 def _say(name: str, lines: Sequence[str], nothing: str) -> None:
     if not lines:
-        click.echo(f"{name} {nothing}")
+        show(f"{name} {nothing}")
     for line in lines:
-        click.echo(f"{name}: {line}")
+        show(f"{name}: {line}")

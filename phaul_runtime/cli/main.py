@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import sys
 from importlib import import_module
 
@@ -78,7 +79,9 @@ def _main() -> int:
         tell("phaul-runtime: cancelled")
         return ExitCode.CANCELLED
     except click.ClickException as error:
-        error.show()
+        said = io.StringIO()
+        error.show(said)
+        tell(said.getvalue().rstrip())
         return ExitCode.USAGE
     except PhaulError as error:
         tell(f"phaul-runtime: {error}")

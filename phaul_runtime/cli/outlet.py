@@ -1,14 +1,29 @@
-"""What a command prints: no full disk, closed pipe or dead terminal ends what it is about."""
+"""What a command prints: no full disk, closed pipe or dead terminal ends what it is about.
+
+All that a command prints comes by here, and here what is of others in it is made harmless.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 
 import click
 
+from phaul_runtime import printable
+
 _STANDARD = (0, 1, 2)
+
+
+def show(text: str, *, lines: bool = False) -> None:
+    """Print what a command is for on stdout: a line, or with `lines` more than one.
+
+    Raises:
+        OSError: stdout cannot be written.
+    """
+    click.echo(printable.lines(text) if lines else printable.one_line(text))
 
 
 def echo(text: str) -> None:
@@ -17,7 +32,7 @@ def echo(text: str) -> None:
     A pipe that nobody reads any more (`| head`) is no failure.
     """
     try:
-        click.echo(text)
+        show(text)
     except OSError as error:
         _give_up(sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
@@ -25,9 +40,9 @@ def echo(text: str) -> None:
 
 
 def tell(text: str) -> None:
-    """Print a line on stderr, if it can be written."""
+    """Print a line, or an error's lines, on stderr, if it can be written."""
     try:
-        click.echo(text, err=True)
+        click.echo(printable.lines(text), err=True)
     except OSError:
         _give_up(sys.stderr.fileno())
 
@@ -63,3 +78,6 @@ def open_standard() -> None:
             with contextlib.suppress(OSError):
                 # The lowest that is free is this one.
                 os.open(os.devnull, os.O_RDWR)
+    # What the terminal's character set lacks is an escape, too.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")

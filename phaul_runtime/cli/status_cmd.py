@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from phaul_runtime.cli.history_cmd import clock, config_option, echo_table, output_option
+from phaul_runtime.cli.outlet import show
 from phaul_runtime.config import load_config
 from phaul_runtime.errors import NoSuchMigration
 from phaul_runtime.journal import (
@@ -55,15 +56,15 @@ def status_command(migration_id: str | None, config_path: Path | None, output: s
     if output == "json":
         # Who names a migration is told of it however it stands.
         for row in open_rows if migration_id is None else rows:
-            click.echo(json.dumps(row))
+            show(json.dumps(row))
         return
     if open_rows:
         _show(open_rows)
     elif migration_id is None:
-        click.echo(f"no migration is under way in {state_dir}")
+        show(f"no migration is under way in {state_dir}")
     else:
         ends = ", ".join(f"{row['state']} at its {row['role']}" for row in rows)
-        click.echo(f"{migration_id} is settled: {ends}; phaul-runtime show {migration_id} has more")
+        show(f"{migration_id} is settled: {ends}; phaul-runtime show {migration_id} has more")
 
 
 def _ends(state_dir: Path, migration_id: str) -> Iterator[dict[str, Any]]:
@@ -137,9 +138,9 @@ def _show(rows: list[dict[str, Any]]) -> None:
     )
     for row in rows:
         if row["state"] == _DAMAGED:
-            click.echo(f"{row['id']}: {row['damage']}: {row['advice']}")
+            show(f"{row['id']}: {row['damage']}: {row['advice']}")
         elif row["advice"]:
-            click.echo(f"{row['id']}: nobody works on it: {row['advice']}")
+            show(f"{row['id']}: nobody works on it: {row['advice']}")
 
 
 def _missing(row: dict[str, Any]) -> str:

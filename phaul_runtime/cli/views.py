@@ -13,6 +13,7 @@ from typing import Any
 
 from phaul_runtime import events as ev
 from phaul_runtime.cli.outlet import echo
+from phaul_runtime.printable import one_line
 from phaul_runtime.report import MigrationReport
 
 _MIB = 1 << 20
@@ -107,7 +108,7 @@ class TerminalView(PlainView):
 
         self._console = Console(highlight=False)
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(pulse_style="blue"),
             DownloadColumn(True),
             TransferSpeedColumn(),
@@ -179,7 +180,7 @@ class TerminalView(PlainView):
             if not self._sent:
                 self._show("")
             self._sent[event.tree] = event.bytes
-            text = f"tree {', '.join(sorted(self._sent))}"
+            text = one_line(f"tree {', '.join(sorted(self._sent))}")
             self._progress.update(self._task, completed=sum(self._sent.values()), description=text)
         else:
             self._sent.clear()
@@ -196,11 +197,11 @@ class TerminalView(PlainView):
 
     def _show(self, text: str) -> None:
         self._hide()
-        self._task = self._progress.add_task(text, total=None)
+        self._task = self._progress.add_task(one_line(text), total=None)
 
     def line(self, text: str) -> None:
         """Print one line above the progress."""
-        self._console.print(text, markup=False, soft_wrap=True)
+        self._console.print(one_line(text), markup=False, soft_wrap=True)
 
 
 def make_view(output: str) -> View:

@@ -23,6 +23,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from phaul_runtime.boundedjson import read_json
 from phaul_runtime.errors import PhaulError
 from phaul_runtime.pager import CONTROL_SOCKET
 from phaul_runtime.pager.criusock import accept, listen
@@ -116,7 +117,7 @@ class Control:
 
     def _answer(self, fd: int, line: bytes) -> dict[str, Any] | None:
         try:
-            asked = json.loads(line)
+            asked = read_json(line)
             what = asked["do"]
             if what == "wait":
                 self._waiting.add(fd)
