@@ -6,6 +6,7 @@
 #   make table   every engine in every mode in every laboratory: moved, or refused by name
 #   make faults  every fault at every moment; make faults-random SEED=1 COUNT=100;
 #                ENGINE=runc or docker for containers, MODE=pre-copy or post-copy for one of both
+#   make fuzz    a million mutated messages; ONLY=pages SEED=1 CASE=7 repeats one
 #   make lab KIND=native SUITE=forky     hosts to work with; both words may be left out
 #   make bench   downtime beside other ways to move (METHODS=, WORKLOADS=, RUNS=)
 #
@@ -82,6 +83,15 @@ faults: venv
 faults-random: venv
 	SEED=$(SEED) COUNT=$(COUNT) ENGINE=$(ENGINE) MODE=$(MODE) $(FAULTS) -k random
 
+# A million mutated messages and files, in half an hour to an hour; not in CI, which has some
+# thousand. A finding says how it is repeated: ONLY=pages SEED=1 CASE=7.
+ONLY :=
+MESSAGES := 1000000
+fuzz: export PYTHONPATH = $(shell $(LAB) pycriu)
+fuzz: venv
+	$(PYTHON) -m tests.fuzz --messages $(MESSAGES) $(if $(ONLY),--only $(ONLY)) \
+		$(if $(filter command line,$(origin SEED)),--seed $(SEED)) $(if $(CASE),--case $(CASE))
+
 # Moves side by side with other ways (tests/bench/README.md), about an hour; RESUME=1 goes on with
 # what was interrupted. matplotlib and the driver of the Go library are needed for this only.
 RUNS := 3
@@ -129,5 +139,5 @@ clean: down
 	rm -rf $(VENV) build dist *.egg-info
 
 .PHONY: all system venv lab demo test test-all lint unit unit-forky e2e-native e2e-emulated \
-	e2e-emulated-forky table faults faults-random bench bench-docker \
+	e2e-emulated-forky table faults faults-random fuzz bench bench-docker \
 	bench-docs docs proto down clean

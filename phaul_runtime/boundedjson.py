@@ -24,7 +24,7 @@ def read_json(data: bytes | str) -> Any:
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     waiting = [value]
-    for _ in range(LEVELS + 1):
+    for _ in range(LEVELS):
         waiting = [each for one in waiting for each in _within(one)]
         if not waiting:
             return value

@@ -190,10 +190,10 @@ class LazyPlan:
             for pid, size in head["tasks"].items():
                 tasks[int(pid)] = Runs.from_bytes(rest[:size])
                 rest = rest[size:]
-            files = list(head["files"])
+            files = [str(path) for path in head["files"]]
             remote, number = str(head.get("remote", "")), int(head.get("remote_file", -1))
             if number not in (range(len(files)) if remote else (-1,)):
                 raise ValueError(f"no file {number}")
             return cls(files, tasks, remote, number, int(head.get("remote_pages", 0)))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise DestinationError(f"cannot read the plan of lazy pages {path}: {error}") from error

@@ -6,6 +6,8 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from google.protobuf.message import DecodeError
+
 from phaul_runtime.errors import MigrationFailed
 
 # criu/include/magic.h: IMG_SERVICE_MAGIC, STATS_MAGIC; then the size of one protobuf message.
@@ -50,7 +52,10 @@ def read_dump_stats(images_dir: str | Path) -> DumpStats:
     body = data[_HEAD.size : _HEAD.size + size]
     if (service, magic) != (_SERVICE_MAGIC, _STATS_MAGIC) or len(body) != size:
         raise MigrationFailed(f"{path} is not a statistics image of CRIU")
-    dump = stats_pb2.stats_entry.FromString(body).dump
+    try:
+        dump = stats_pb2.stats_entry.FromString(body).dump
+    except DecodeError as error:
+        raise MigrationFailed(f"{path} is malformed: {error}") from error
     return DumpStats(
         pages_scanned=dump.pages_scanned,
         pages_written=dump.pages_written,
