@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 _MOST = 1 << 22
 _READ = 1 << 16
 _RESULT = 8 << 10
+# What comes of a line that is something else than a request, and of one that cannot be met.
+_NO_REQUEST = (
+    PhaulError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
+)  # fmt: skip
 
 
 class Control:
@@ -131,7 +135,7 @@ class Control:
                 error = self._pager.stop()
             elif what != "status":
                 error = f"unknown request {what!r}"
-        except (PhaulError, OSError, ValueError, LookupError, TypeError) as failure:
+        except _NO_REQUEST as failure:
             error = str(failure)
         return {"error": error} if error else self._pager.status()
 

@@ -381,3 +381,13 @@ def test_output_is_compared_line_by_line() -> None:
     output = "  result         moved\n  id             1f\n"
     assert said("result moved\nid ...\n\n", output) == []
     assert said("result failed\nid ...x", output) == ["result failed", "id ...x"]
+
+
+def test_the_threat_model_names_tests_that_there_are() -> None:
+    text = (ROOT / "docs/threat-model.md").read_text()
+    rows = re.findall(r"^\| ([A-Z]\d+) \|.*\| ([^|]*) \|$", text, re.MULTILINE)
+    assert len(rows) > 35
+    assert len(rows) == len({number for number, _ in rows})
+    for number, named in rows:
+        for place in re.findall(r"(?:unit|integration|contract|e2e)/[\w./]+", named):
+            assert (ROOT / "tests" / place).exists(), f"{number}: {place}"
