@@ -3,23 +3,34 @@
 Files are staged beside their destination and renamed into place just before the restore, so
 that a move that fails leaves the destination as it was. What was sent once is sent again, in
 the freeze, only in the blocks that changed.
+
+All around them may belong to ordinary users, who may change it at any moment: `inuse` and `placing`
+say how the files themselves are reached, and as whom.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import logging
 import os
-import shutil
+import stat
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from typing import BinaryIO
 
-from phaul_runtime.errors import DestinationError
-from phaul_runtime.filesystem import changed_since
+from phaul_runtime.errors import DestinationError, MigrationFailed, PhaulError
+from phaul_runtime.inuse import changed_since, find, open_to_read
 from phaul_runtime.journal import Journal
+from phaul_runtime.placing import Place, find_place, make_directory, may_replace
 from phaul_runtime.rpc import phaul_pb2 as pb
 
+log = logging.getLogger(__name__)
+
 BLOCK = 1 << 20
+_HOW = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+# In the journal: how each of "staged" and "made" was worked on.
+_PLACES = "places"
 
 
 class FileSender:
@@ -42,7 +53,11 @@ class FileSender:
         self.bytes = 0
 
     def first(self) -> Iterator[pb.FilePart]:
-        """While the target runs: everything that differs."""
+        """While the target runs: everything that differs.
+
+        Raises:
+            MigrationFailed: a file cannot be read.
+        """
         # Directories before what lies in them.
         for path in sorted(self._differing):
             if path in self._facts:
@@ -59,21 +74,25 @@ class FileSender:
         ]
 
     def again(self, changed: Iterable[pb.FileFact]) -> Iterator[pb.FilePart]:
-        """In the freeze: the changed blocks of `changed`."""
+        """In the freeze: the changed blocks of `changed`. Raises as `first`."""
         for fact in changed:
             yield from self._parts(fact.path)
 
     def _parts(self, path: str) -> Iterator[pb.FilePart]:
         head = pb.FileFact()
         head.CopyFrom(self._facts[path])
+        head.ClearField("held_by")
         if head.directory:
             self._sent[path] = []
             yield pb.FilePart(id=self._id, head=head)
             return
         known = self._sent.get(path, [])
-        with Path(path).open("rb") as file:
+        with _file_of(self._facts[path]) as file:
             info = os.fstat(file.fileno())
             head.size, head.mtime_ns = info.st_size, info.st_mtime_ns
+            # Of the file that is read, not of the one that was looked at.
+            head.uid, head.gid, head.mode = info.st_uid, info.st_gid, stat.S_IMODE(info.st_mode)
+            head.device, head.inode = info.st_dev, info.st_ino
             yield pb.FilePart(id=self._id, head=head)
             digests = []
             for number, block in enumerate(iter(lambda: file.read(BLOCK), b"")):
@@ -84,7 +103,31 @@ class FileSender:
                 yield pb.FilePart(id=self._id, offset=number * BLOCK, data=block)
         self.files += path not in self._sent
         self._sent[path] = digests
-        self._facts[path].size, self._facts[path].mtime_ns = head.size, head.mtime_ns
+        held_by = self._facts[path].held_by
+        self._facts[path].CopyFrom(head)
+        self._facts[path].held_by.extend(held_by)
+
+
+@contextlib.contextmanager
+def _file_of(fact: pb.FileFact) -> Iterator[BinaryIO]:
+    """A target's file, to be read.
+
+    Raises:
+        MigrationFailed: it cannot be, or is not the target's to read.
+    """
+    try:
+        found = find(fact)
+        try:
+            fd = open_to_read(fact, found)
+        finally:
+            os.close(found)
+    except OSError as error:
+        raise MigrationFailed(
+            f"cannot read the target's file {fact.path}: {error.strerror}",
+            hint="it was replaced or removed while the target was moved: try again",
+        ) from error
+    with os.fdopen(fd, "rb") as file:
+        yield file
 
 
 class FileStage:
@@ -98,14 +141,18 @@ class FileStage:
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
-        self._suffix = f".phaul-{journal.id}"
-        self._staged: dict[Path, pb.FileFact] = {}
-        self._made: list[Path] = []
-        self._replaced: list[tuple[Path, Path | None]] = []
-        self._current: tuple[Path, int] | None = None
+        self._places: dict[str, Place] = {}
+        self._staged: dict[str, pb.FileFact] = {}
+        self._inodes: dict[str, tuple[int, int]] = {}
+        self._made: list[str] = []
+        self._replaced: list[tuple[str, bool]] = []
+        self._current: tuple[str, int] | None = None
 
-    def _beside(self, target: Path, kind: str) -> Path:
-        return target.with_name(f".{target.name}{self._suffix}.{kind}")
+    def _beside(self, place: Place, kind: str) -> str:
+        return place.beside(f".phaul-{self._journal.id}.{kind}")
+
+    def _place_of(self, path: str) -> Place:
+        return self._places.get(path) or Place(path)
 
     def take(self, part: pb.FilePart) -> None:
         """Take one message of a stream.
@@ -121,12 +168,10 @@ class FileStage:
             elif len(part.data) > BLOCK or part.offset < 0:
                 raise DestinationError("malformed file part")
             else:
-                os.pwrite(self._current[1], part.data, part.offset)
+                _write(self._current[1], part.data, part.offset)
         except OSError as error:
-            raise DestinationError(
-                f"cannot stage {part.head.path or self._current}: {error.strerror}",
-                hint="look at the free space and the mount options there",
-            ) from error
+            path = part.head.path or (self._current[0] if self._current else "")
+            raise _failed("stage", path, error) from error
 
     def end_stream(self) -> None:
         """A stream is over; idempotent."""
@@ -136,98 +181,178 @@ class FileStage:
 
     def _begin(self, fact: pb.FileFact) -> None:
         self.end_stream()
-        target = Path(fact.path)
-        if not target.is_absolute() or ".." in target.parts or not target.name:
-            raise DestinationError(f"unusable path {fact.path!r}")
+        path = fact.path
+        if not path.startswith("/") or path.endswith("/") or {".", ".."} & set(path.split("/")):
+            raise DestinationError(f"unusable path {path!r}")
         if fact.directory:
-            self._make_directory(target, fact)
+            self._make_directory(fact)
             return
-        self._make_directory(target.parent, None)
-        if target.is_dir():
-            raise DestinationError(f"{target} is a directory here")
-        staged = self._beside(target, "new")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        if target not in self._staged:
-            flags |= os.O_EXCL
-            self._journal.add("staged", str(target))
-        fd = os.open(staged, flags, 0o600)
-        self._current = (target, fd)
-        self._staged[target] = fact
+        again = path in self._staged
+        place = self._places[path] if again else self._find(fact)
+        if not again:
+            self._note("staged", place)
+        flags = os.O_WRONLY | os.O_CREAT | _HOW | (0 if again else os.O_EXCL)
+        with place.entered() as (directory, name):
+            may_replace(fact, directory, name)
+            fd = os.open(self._beside(place, "new"), flags, 0o600, dir_fd=directory)
+        self._current = (path, fd)
+        info = os.fstat(fd)
+        if self._inodes.setdefault(path, (info.st_dev, info.st_ino)) != (info.st_dev, info.st_ino):
+            raise OSError(errno.ESTALE, "what was staged was replaced by somebody")
+        self._staged[path] = fact
         os.ftruncate(fd, fact.size)
 
-    def _make_directory(self, path: Path, fact: pb.FileFact | None) -> None:
-        for directory in reversed((path, *path.parents)):
-            if not directory.exists():
-                self._journal.add("made", str(directory))
-                directory.mkdir(mode=0o755)
-                self._made.append(directory)
-        if fact is not None and path in self._made:
-            os.chown(path, fact.uid, fact.gid)
-            path.chmod(fact.mode)
+    def _find(self, fact: pb.FileFact) -> Place:
+        above = fact.path.rpartition("/")[0]
+        return find_place(fact, lambda made: self._note("made", made), made=above in self._made)
+
+    def _note(self, kind: str, place: Place) -> None:
+        self._journal.add(_PLACES, place.noted())
+        self._journal.add(kind, place.path)
+        self._places[place.path] = place
+        if kind == "made":
+            self._made.append(place.path)
+
+    def _make_directory(self, fact: pb.FileFact) -> None:
+        place = self._find(fact)
+        with place.entered() as (directory, name), contextlib.suppress(FileNotFoundError):
+            info = os.stat(name, dir_fd=directory, follow_symlinks=False)
+            if not stat.S_ISDIR(info.st_mode):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            return
+        make_directory(place, fact.mode, lambda made: self._note("made", made))
 
     def install(self) -> None:
-        """Rename everything into place; what was there before is kept beside until `keep`."""
+        """Rename everything into place; what was there before is kept beside until `keep`.
+
+        Raises:
+            DestinationError: one cannot be.
+        """
         self.end_stream()
-        if self._staged:
-            self._journal.add(
-                "replaced", *([str(target), target.exists()] for target in self._staged)
-            )
+        existed = {path: self._exists(fact) for path, fact in self._staged.items()}
+        if existed:
+            self._journal.add("replaced", *([path, there] for path, there in existed.items()))
             self._journal.sync()
-        for target, fact in self._staged.items():
-            staged = self._beside(target, "new")
+        for path, fact in self._staged.items():
             try:
-                os.chown(staged, fact.uid, fact.gid)
-                staged.chmod(fact.mode)
-                os.utime(staged, ns=(fact.mtime_ns, fact.mtime_ns))
-                saved = None
-                if target.exists():
-                    saved = self._beside(target, "old")
-                    os.link(target, saved)
-                staged.replace(target)
-                self._replaced.append((target, saved))
+                self._install(self._places[path], fact, replaces=existed[path])
             except OSError as error:
-                raise DestinationError(f"cannot install {target}: {error.strerror}") from error
+                raise _failed("install", path, error) from error
         self._staged.clear()
+
+    def _exists(self, fact: pb.FileFact) -> bool:
+        try:
+            with self._places[fact.path].entered() as (directory, name):
+                return may_replace(fact, directory, name)
+        except OSError as error:
+            raise _failed("install", fact.path, error) from error
+
+    def _install(self, place: Place, fact: pb.FileFact, *, replaces: bool) -> None:
+        staged, saved = self._beside(place, "new"), self._beside(place, "old")
+        with place.entered() as (directory, name):
+            fd = os.open(staged, os.O_RDONLY | _HOW, dir_fd=directory)
+            try:
+                info = os.fstat(fd)
+                if (info.st_dev, info.st_ino) != self._inodes[place.path]:
+                    raise OSError(errno.ESTALE, "what was staged was replaced by somebody")
+                os.fchown(fd, fact.uid, fact.gid)
+                os.fchmod(fd, fact.mode)
+                os.utime(fd, ns=(fact.mtime_ns, fact.mtime_ns))
+            finally:
+                os.close(fd)
+            if replaces:
+                os.link(
+                    name, saved, src_dir_fd=directory, dst_dir_fd=directory, follow_symlinks=False
+                )
+            elif may_replace(fact, directory, name):
+                raise FileExistsError(errno.EEXIST, "was made there meanwhile")
+            os.rename(staged, name, src_dir_fd=directory, dst_dir_fd=directory)
+            self._replaced.append((place.path, replaces))
 
     def recall(self) -> None:
         """Know what an earlier process did, from the journal."""
         facts = self._journal.facts
-        self._made = [Path(path) for path in facts.get("made", [])]
-        self._replaced = [
-            (Path(path), self._beside(Path(path), "old") if existed else None)
-            for path, existed in facts.get("replaced", [])
-        ]
-        self._staged = {Path(path): pb.FileFact() for path in facts.get("staged", [])}
+        for noted in facts.get(_PLACES, []):
+            place = Place.recall(noted)
+            self._places[place.path] = place
+        self._made = [str(path) for path in facts.get("made", [])]
+        self._replaced = [(str(path), bool(existed)) for path, existed in facts.get("replaced", [])]
+        self._staged = {str(path): pb.FileFact() for path in facts.get("staged", [])}
 
     def keep(self) -> None:
-        """The move succeeded: forget what was replaced; idempotent."""
-        for _target, saved in self._replaced:
-            if saved is not None:
-                saved.unlink(missing_ok=True)
+        """The move succeeded: forget what was replaced; idempotent. What stays is logged."""
+        for path, existed in self._replaced:
+            if existed:
+                with self._going_on(path, "its old version stays"):
+                    self._remove(path, "old")
         self._replaced.clear()
         self._made.clear()
 
     def undo(self) -> None:
-        """The move failed: put everything back as it was; idempotent."""
+        """The move failed: put everything back as it was; idempotent.
+
+        What cannot be is left, and logged.
+        """
         self.end_stream()
-        for target in self._staged:
-            self._beside(target, "new").unlink(missing_ok=True)
+        for path in self._staged:
+            with self._going_on(path, "what was staged stays"):
+                self._remove(path, "new")
         self._staged.clear()
-        for target, saved in reversed(self._replaced):
-            if saved is None:
-                target.unlink(missing_ok=True)
-            elif saved.exists():
-                saved.replace(target)
-                saved.unlink(missing_ok=True)  # two names of one file: replace leaves both
+        for path, existed in reversed(self._replaced):
+            with self._going_on(path, "it is not put back"):
+                self._put_back(self._place_of(path), existed=existed)
         self._replaced.clear()
-        for directory in reversed(self._made):
-            with contextlib.suppress(OSError):  # somebody else put something there
-                directory.rmdir()
+        for path in reversed(self._made):
+            with (
+                self._going_on(path, "the directory stays"),
+                self._place_of(path).entered() as (directory, name),
+                contextlib.suppress(FileNotFoundError),
+            ):
+                os.rmdir(name, dir_fd=directory)
         self._made.clear()
 
+    def _put_back(self, place: Place, *, existed: bool) -> None:
+        saved = self._beside(place, "old")
+        with place.entered() as (directory, name):
+            if not existed:
+                _unlink(name, directory)
+                return
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(saved, name, src_dir_fd=directory, dst_dir_fd=directory)
+            _unlink(saved, directory)  # two names of one file: rename leaves both
 
-def free_bytes(path: Path) -> int:
-    """Free bytes of the file system that holds `path` or its nearest existing parent."""
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
+    def _remove(self, path: str, kind: str) -> None:
+        place = self._place_of(path)
+        with place.entered() as (directory, _):
+            _unlink(self._beside(place, kind), directory)
+
+    @contextlib.contextmanager
+    def _going_on(self, path: str, left: str) -> Iterator[None]:
+        """One that fails keeps nobody from the next."""
+        try:
+            yield
+        except FileNotFoundError:
+            pass  # with its directory
+        except (OSError, PhaulError) as error:
+            log.warning("%s: %s: %s", path, left, getattr(error, "strerror", None) or error)
+
+
+def _write(fd: int, data: bytes, offset: int) -> None:
+    """All of it: one call writes less where a limit or the disk's end is near."""
+    left = memoryview(data)
+    while left:
+        written = os.pwrite(fd, left, offset)
+        left, offset = left[written:], offset + written
+
+
+def _unlink(name: str, directory: int) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=directory)
+
+
+def _failed(what: str, path: str, error: OSError) -> DestinationError:
+    where = f" ({error.filename})" if isinstance(error.filename, str) else ""
+    return DestinationError(
+        f"cannot {what} {path}: {error.strerror}{where}",
+        hint="look at the free space, the mount options, and whose the directories are there",
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
 import re
 import shutil
@@ -17,11 +18,16 @@ from pathlib import Path
 from phaul_runtime import proc
 from phaul_runtime.errors import MigrationFailed, PhaulError
 from phaul_runtime.pagemap import read_pagemap
+from phaul_runtime.pathwalk import is_ours_alone, walk
+
+log = logging.getLogger(__name__)
 
 RESUMED = "stats-restore"
 """CRIU writes this file once all tasks of a restore run (cr-restore.c, `write_stats`)."""
 _OCTAL = re.compile(rb"\\([0-7]{3})")
 _UMOUNT_S = 30.0
+# Whatever is mounted on it is its own; nothing that is a link.
+_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class ImageDirs:
@@ -134,17 +140,62 @@ def forget_resumed(images_dir: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory and what is in it; idempotent.
+    """Remove a directory of root's and what is in it; idempotent. No link is followed.
+
+    Root's it is if it belongs to root, or lies in a directory to which nobody else can write. What
+    is not, is left, and logged.
 
     What is mounted in it is unmounted, never removed: a CRIU that was killed in a restore leaves
     the host's cgroups mounted in its images directory (`.criu.cgyard.*`).
     """
-    if unmount_below(path):
-        shutil.rmtree(path, ignore_errors=True)
+    try:
+        with walk(str(path.parent.absolute())) as (above, missing):
+            if missing:
+                return
+            directory = os.open(path.name, _DIRECTORY, dir_fd=above)
+            try:
+                if not _is_ours(directory, above):
+                    log.warning("%s is left: it may be somebody else's", path)
+                elif _unmount(_real_path(directory)):
+                    shutil.rmtree(path.name, ignore_errors=True, dir_fd=above)
+            finally:
+                os.close(directory)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        log.warning("%s is left: %s", path, error.strerror)
+
+
+def _is_ours(directory: int, above: int) -> bool:
+    return os.fstat(directory).st_uid == os.geteuid() or is_ours_alone(os.fstat(above))
+
+
+def _real_path(fd: int) -> Path:
+    return Path(os.readlink(f"/proc/self/fd/{fd}"))
 
 
 def unmount_below(path: Path) -> bool:
-    """Unmount what is mounted on a directory or in it; whether nothing is any more."""
+    """Unmount what is mounted on a directory or in it; whether nothing is any more.
+
+    Raises nothing; a directory that is a link, or is reached by one of others, is left as it is.
+    """
+    try:
+        with walk(str(path.absolute().parent)) as (above, missing):
+            if missing:
+                return True
+            directory = os.open(path.name, _DIRECTORY, dir_fd=above)
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        log.warning("%s: nothing is unmounted there: %s", path, error.strerror)
+        return False
+    try:
+        return _unmount(_real_path(directory))
+    finally:
+        os.close(directory)
+
+
+def _unmount(path: Path) -> bool:
     for mounted in reversed(mounts_below(path)):
         with contextlib.suppress(PhaulError):
             proc.run(["umount", "--lazy", str(mounted)], timeout_s=_UMOUNT_S)

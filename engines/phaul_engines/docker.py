@@ -254,7 +254,7 @@ class DockerSource(OciSource):
 
     def _binds(self) -> list[Mount]:
         return [
-            Mount(mount["Source"], mount["Destination"])
+            Mount(mount["Source"], mount["Destination"], not mount.get("RW", True))
             for mount in self._facts["Mounts"]
             if mount["Type"] == "bind"
         ]

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 from phaul_runtime import proc
 from phaul_runtime.boundedjson import read_json, read_json_file
 from phaul_runtime.errors import MigrationFailed, NoSuchTarget, Refused
-from phaul_runtime.filesystem import gather
+from phaul_runtime.filesystem import InUse, Use, gather_all
+from phaul_runtime.identity import ROOT
 from phaul_runtime.images import unmount_below
 from phaul_runtime.rpc import phaul_pb2 as pb
 
@@ -129,6 +130,7 @@ class Mount:
 
     source: str
     destination: str
+    readonly: bool = False
 
     @property
     def directory(self) -> bool:
@@ -155,7 +157,7 @@ class Container:
     def binds(self) -> list[Mount]:
         """Host files and directories that are mounted in."""
         return [
-            Mount(mount["source"], mount["destination"])
+            Mount(mount["source"], mount["destination"], "ro" in (mount.get("options") or ()))
             for mount in self.config.get("mounts", [])
             if is_bind(mount)
         ]
@@ -179,8 +181,12 @@ def is_bind(mount: Mapping[str, Any]) -> bool:
 
 def single_files(mounts: Iterable[Mount]) -> list[pb.FileFact]:
     """The facts of files that are mounted in; directories are carried as trees, or not at all."""
-    facts = [gather(mount.source) for mount in mounts if not mount.directory]
-    return [fact for fact in facts if fact is not None]
+    # An administrator's, not the container's: who may mount may replace.
+    return gather_all(
+        InUse(mount.source, Use(written=not mount.readonly, user=ROOT))
+        for mount in mounts
+        if not mount.directory
+    )
 
 
 def rootfs_of(bundle: Path, config: Mapping[str, Any]) -> Path:

@@ -14,7 +14,6 @@ from phaul_engines.members import LET_GO_WITHIN_S, POLL_S, Members
 from phaul_engines.netlock import Connection
 from phaul_engines.process_options import ProcessOptions
 from phaul_engines.proctree import (
-    OpenFile,
     Process,
     Tree,
     established_connections,
@@ -45,10 +44,9 @@ from phaul_runtime.errors import (
     TargetGone,
     UsageError,
 )
-from phaul_runtime.filesystem import gather
+from phaul_runtime.filesystem import InUse, gather_all
 from phaul_runtime.held import HeldRestore
 from phaul_runtime.images import new_directory, relative_parent
-from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.stats import DumpStats, read_dump_stats
 
 DUMP_LOG = "dump.log"
@@ -114,7 +112,11 @@ class ProcessSource(TrackedSource):
         return Inspection(
             pid=self._pid,
             memory=sum(member.memory for member in tree.members),
-            files=[fact for fact in map(_fact, tree.files.values()) if fact is not None],
+            files=gather_all(
+                InUse(file.path, file.use, file.known)
+                for file in tree.files.values()
+                if _is_utf8(file.path)
+            ),
             manifest={
                 "pids": sorted({tid for member in tree.members for tid in member.threads}),
                 "own_pid_namespace": _own_pid_namespace(tree),
@@ -354,10 +356,12 @@ def _common_opts(options: ProcessOptions, shell_job: bool) -> dict[str, Any]:
     }
 
 
-def _fact(use: OpenFile) -> pb.FileFact | None:
-    return gather(
-        use.path, written=use.written, executable=use.executable, shared_map=use.shared_map
-    )
+def _is_utf8(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _own_pid_namespace(tree: Tree) -> bool:
@@ -386,6 +390,16 @@ def _findings(tree: Tree, options: ProcessOptions) -> list[Finding]:
                 REFUSED,
                 f"a terminal stays on this host: {tree.terminals[0]}",
                 "start it with setsid and its input and output in files or /dev/null",
+            )
+        )
+    if strange := [path for path in tree.files if not _is_utf8(path)]:
+        name = strange[0].encode(errors="surrogateescape").decode(errors="backslashreplace")
+        found.append(
+            Finding(
+                "files",
+                REFUSED,
+                f"the name of an open file is no UTF-8: {name}",
+                "rename it, or close it",
             )
         )
     if tree.odd:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from phaul_runtime.errors import NoSuchTarget
+from phaul_runtime.filesystem import Use
+from phaul_runtime.identity import ROOT, User
 from phaul_runtime.member import Member
 
 PROC = Path("/proc")
@@ -19,6 +21,10 @@ _DELETED = " (deleted)"
 _TCP_LISTEN = "0A"
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _O_ACCMODE = 0o3
+# Of one file: enough to find it again once some are closed.
+_LINKS = 4
+# The kernel writes some characters of paths so in /proc/PID/maps, and a backslash as it is.
+_ESCAPED = "\\"
 # Majors of tty(4): consoles, /dev/tty, and the pseudo-terminals.
 _TTY_MAJORS = frozenset({4, 5, *range(136, 144)})
 _UNDUMPABLE = (
@@ -48,6 +54,7 @@ class Process:
     inner_pids: tuple[int, ...]
     memory: int
     namespaces: dict[str, str]
+    user: User = ROOT
 
     def alive(self) -> bool:
         """It still exists (the same, not another with its pid) and is no zombie."""
@@ -56,12 +63,43 @@ class Process:
 
 @dataclass
 class OpenFile:
-    """A path that the tree uses, and how."""
+    """A path that the tree uses, and how.
+
+    Attributes:
+        path_only: by O_PATH descriptors alone.
+        user: as whom: root, if root writes to it, else the first who writes to it, or has it.
+        held_by: some of the descriptors, as `/proc/4711/fd/3`: no path leads there more surely.
+        known: device and inode of what they were.
+    """
 
     path: str
     written: bool = False
     executable: bool = False
     shared_map: bool = False
+    path_only: bool = True
+    user: User | None = None
+    held_by: list[str] = field(default_factory=list)
+    known: tuple[int, int] | None = None
+
+    def add(self, user: User, held_by: str, *, written: bool = False) -> None:
+        """One more use of it."""
+        if self.user is None or (written and (not self.written or user.uid == ROOT.uid)):
+            self.user = user
+        self.written |= written
+        if len(self.held_by) < _LINKS:
+            self.held_by.append(held_by)
+
+    @property
+    def use(self) -> Use:
+        """For `filesystem.gather`."""
+        return Use(
+            written=self.written,
+            executable=self.executable,
+            shared_map=self.shared_map,
+            path_only=self.path_only,
+            user=self.user,
+            held_by=tuple(self.held_by),
+        )
 
 
 @dataclass
@@ -161,7 +199,14 @@ def read_process(pid: int) -> Process:
         inner_pids=tuple(int(n) for n in status.get("NSpid", str(pid)).split()),
         memory=int(rest[21]) * _PAGE,
         namespaces=namespaces,
+        user=_user(status),
     )
+
+
+def _user(status: dict[str, str]) -> User:
+    """As whom the kernel lets it work on files."""
+    uid, gid = (int(status.get(name, "0").split()[-1]) for name in ("Uid", "Gid"))
+    return User(uid, gid, tuple(int(group) for group in status.get("Groups", "").split()))
 
 
 def _children(pid: int) -> Iterator[int]:
@@ -208,9 +253,9 @@ def read_tree(pid: int) -> Tree:
         if member.state in "ZX":
             continue
         try:
-            _add_links(tree, member.pid)
-            _add_descriptors(tree, member.pid)
-            _add_mappings(tree, member.pid)
+            _add_links(tree, member)
+            _add_descriptors(tree, member)
+            _add_mappings(tree, member)
         except FileNotFoundError:
             continue  # it ended meanwhile
         except ProcessLookupError:
@@ -250,21 +295,31 @@ def read_members(pid: int) -> Tree:
     return tree
 
 
-def _use(tree: Tree, path: str) -> OpenFile:
-    return tree.files.setdefault(path, OpenFile(path))
+def _use(tree: Tree, path: str, link: Path, user: User, **how: bool) -> OpenFile:
+    """Note a use of what `link` leads to."""
+    use = tree.files.setdefault(path, OpenFile(path))
+    if use.known is None:
+        with contextlib.suppress(OSError):
+            info = os.stat(link)
+            use.known = (info.st_dev, info.st_ino)
+    use.add(user, str(link), **how)
+    return use
 
 
-def _add_links(tree: Tree, pid: int) -> None:
-    home = PROC / str(pid)
-    for link in ("cwd", "root", "exe"):
-        path = os.readlink(home / link)
-        if not path.endswith(_DELETED) and path != "/":
-            use = _use(tree, path)
-            use.executable |= link == "exe"
+def _add_links(tree: Tree, member: Process) -> None:
+    home = PROC / str(member.pid)
+    for name in ("cwd", "root", "exe"):
+        link = home / name
+        path = os.readlink(link)
+        if path == "/" or (path.endswith(_DELETED) and os.stat(link).st_nlink == 0):
+            continue
+        use = _use(tree, path, link, member.user)
+        use.path_only = False
+        use.executable |= name == "exe"
 
 
-def _add_descriptors(tree: Tree, pid: int) -> None:
-    home = PROC / str(pid)
+def _add_descriptors(tree: Tree, member: Process) -> None:
+    pid, home = member.pid, PROC / str(member.pid)
     for number in os.listdir(home / "fd"):
         link = home / "fd" / number
         try:
@@ -285,9 +340,12 @@ def _add_descriptors(tree: Tree, pid: int) -> None:
             if info.st_nlink == 0:
                 tree.deleted.append((path.removesuffix(_DELETED), info.st_size))
             elif not path.startswith(("/proc/", "/sys/", "/memfd:")):
-                _use(tree, path).written |= bool(flags & _O_ACCMODE)
+                opened = not flags & os.O_PATH
+                written = opened and bool(flags & _O_ACCMODE)
+                use = _use(tree, path, link, member.user, written=written)
+                use.path_only &= not opened
         elif stat.S_ISDIR(info.st_mode) and not path.startswith(("/proc", "/sys")):
-            _use(tree, path)
+            _use(tree, path, link, member.user).path_only = False
 
 
 def _flags(fdinfo: Path) -> int:
@@ -297,19 +355,29 @@ def _flags(fdinfo: Path) -> int:
     return 0
 
 
-def _add_mappings(tree: Tree, pid: int) -> None:
-    text = (PROC / str(pid) / "maps").read_text(encoding="utf-8", errors="surrogateescape")
-    for line in text.splitlines():
+def _add_mappings(tree: Tree, member: Process) -> None:
+    home = PROC / str(member.pid)
+    text = os.fsdecode((home / "maps").read_bytes())
+    for line in text.split("\n"):
         fields = line.split(None, 5)
         if len(fields) < 6 or not fields[5].startswith("/"):
             continue
         path, rights = fields[5], fields[1]
-        if path.endswith(_DELETED) or path.startswith(("/dev/zero", "/memfd:", "/SYSV", "/proc/")):
+        link = home / "map_files" / "-".join(f"{int(end, 16):x}" for end in fields[0].split("-"))
+        if _ESCAPED in path or path.endswith(_DELETED):
+            try:
+                path = os.readlink(link)
+                if os.stat(link).st_nlink == 0:
+                    continue
+            except OSError:
+                continue  # unmapped meanwhile
+        if path.startswith(("/dev/zero", "/memfd:", "/SYSV", "/proc/")):
             continue
-        use = _use(tree, path)
+        shared = rights[3] == "s" and "w" in rights
+        use = _use(tree, path, link, member.user, written=shared)
+        use.path_only = False
         use.executable |= "x" in rights
-        if rights[3] == "s" and "w" in rights:
-            use.shared_map = use.written = True
+        use.shared_map |= shared
 
 
 def pipes_to_others(tree: Tree) -> list[str]:

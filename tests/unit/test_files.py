@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
+import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import pytest
 from hypothesis import given, settings
@@ -14,8 +17,10 @@ from hypothesis import strategies as st
 
 from phaul_runtime.errors import DestinationError
 from phaul_runtime.filecarry import BLOCK, FileSender, FileStage
-from phaul_runtime.filesystem import build_id, changed_since, compare, gather
+from phaul_runtime.filesystem import Look, Use, build_id, compare, gather
+from phaul_runtime.inuse import changed_since
 from phaul_runtime.journal import Journal
+from phaul_runtime.placing import Place
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.states import Role, State
 
@@ -23,7 +28,7 @@ NewJournal = Callable[[], Journal]
 
 
 def fact_of(path: Path, **how: bool) -> pb.FileFact:
-    fact = gather(str(path), **how)
+    fact = gather(str(path), use=Use(**how))
     assert fact is not None
     return fact
 
@@ -43,8 +48,9 @@ def program(path: Path, build: str) -> None:
 def test_build_ids_are_read_and_another_build_is_never_replaced(tmp_path: Path) -> None:
     path = tmp_path / "program"
     program(path, "deadbeef")
-    assert build_id(str(path)) == "deadbeef"
-    fact = fact_of(path)
+    with path.open("rb") as file:
+        assert build_id(file) == "deadbeef"
+    fact = fact_of(path, written=True)
     assert verdict(fact) == ("", True)
     program(path, "cafe")
     reason, copyable = verdict(fact)
@@ -57,7 +63,7 @@ def test_build_ids_are_read_and_another_build_is_never_replaced(tmp_path: Path) 
 def test_data_files_are_compared_by_contents_and_mode(tmp_path: Path) -> None:
     path = tmp_path / "data"
     path.write_text("one")
-    fact = fact_of(path)
+    fact = fact_of(path, written=True)
     assert not compare([fact])
     path.write_text("two")
     assert verdict(fact) == ("has other contents there", True)
@@ -69,6 +75,84 @@ def test_data_files_are_compared_by_contents_and_mode(tmp_path: Path) -> None:
     path.unlink()
     path.mkdir()
     assert verdict(fact) == ("is no file there", False)
+
+
+@pytest.mark.parametrize("how", [Use(), Use(path_only=True)])
+def test_what_a_target_only_reads_is_carried_where_it_is_missing_and_never_replaced(
+    tmp_path: Path, new_journal: NewJournal, how: Use
+) -> None:
+    path = tmp_path / "data"
+    path.write_text("theirs")
+    fact = gather(str(path), use=how)
+    assert fact is not None
+    parts = list(FileSender("1f", [fact], [str(path)]).first())
+    path.write_text("precious")
+    reason, copyable = verdict(fact)
+    assert "bytes there" in reason
+    assert not copyable
+    with pytest.raises(DestinationError, match="only reads it"):
+        feed(FileStage(new_journal()), parts)
+    assert path.read_text() == "precious"
+    path.unlink()
+    assert verdict(fact)[1] is not how.path_only
+
+
+@pytest.mark.parametrize(
+    "name", ["n" * 255, "\N{GREEK SMALL LETTER PHI}" * 127, "line\nfeed", "esc\x1b[31m", "a\\b"]
+)
+def test_any_name_is_carried_and_put_back(
+    tmp_path: Path, new_journal: NewJournal, name: str
+) -> None:
+    path = tmp_path / name
+    path.write_text("carried")
+    parts = list(FileSender("1f", [fact_of(path, written=True)], [str(path)]).first())
+    path.write_text("precious")
+    stage = FileStage(new_journal())
+    feed(stage, parts)
+    stage.install()
+    assert path.read_text() == "carried"
+    stage.undo()
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(name, "precious")]
+
+
+def test_two_long_names_that_begin_alike_are_staged_apart(tmp_path: Path) -> None:
+    names = {Place(str(tmp_path / ("n" * 254 + end))).beside(".phaul-1.new") for end in "ab"}
+    assert len(names) == 2
+    assert all(len(os.fsencode(name)) <= 255 for name in names)
+
+
+def test_of_many_large_files_only_so_much_is_read(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).write_bytes(bytes(10))
+    look = Look(left=15)
+    facts = [gather(str(tmp_path / name), look=look) for name in ("one", "two")]
+    assert [bool(fact and fact.digest) for fact in facts] == [True, False]
+    assert facts[1] is not None
+    assert not compare([facts[1]])  # by size and time then
+    (tmp_path / "two").write_bytes(bytes(10))
+    os.utime(tmp_path / "two", ns=(1, 1))
+    assert "too large" in verdict(facts[1])[0]
+
+
+def test_a_program_that_lies_about_its_notes_is_read_within_bounds(tmp_path: Path) -> None:
+    path = tmp_path / "program"
+    program(path, "deadbeef")
+    data = bytearray(path.read_bytes())
+    # 65,535 headers, each a note of 64 KiB without a build id.
+    header = struct.pack("<IIQQQQQQ", 4, 4, 0, 0, 0, 1 << 16, 1 << 16, 4)
+    data[32:40], data[56:58] = struct.pack("<Q", len(data)), b"\xff\xff"
+    path.write_bytes(bytes(data) + header * 0xFFFF)
+    read = 0
+
+    class Counting(io.FileIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            nonlocal read
+            read += size or 0
+            return super().read(size) or b""
+
+    with Counting(path) as file:
+        assert build_id(cast("BinaryIO", file)) == ""
+    assert read < 2 << 20
 
 
 def test_what_is_no_file_has_no_facts(tmp_path: Path) -> None:
@@ -145,7 +229,7 @@ def test_undo_restores_what_was_there_and_removes_what_was_made(
     old.write_text("carried")
     new.parent.mkdir(parents=True)
     new.write_text("carried too")
-    facts = [fact_of(old), fact_of(new), fact_of(new.parent)]
+    facts = [fact_of(old, written=True), fact_of(new), fact_of(new.parent)]
     sender = FileSender("1f", facts, [fact.path for fact in facts])
     parts = list(sender.first())
     old.write_text("precious")
@@ -173,7 +257,7 @@ def test_a_crash_between_the_two_names_of_a_file_is_undone(
 ) -> None:
     path = tmp_path / "conf"
     path.write_text("carried")
-    parts = list(FileSender("1f", [fact_of(path)], [str(path)]).first())
+    parts = list(FileSender("1f", [fact_of(path, written=True)], [str(path)]).first())
     path.write_text("precious")
     journal = new_journal()
     feed(FileStage(journal), parts)
