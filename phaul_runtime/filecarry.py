@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
 from phaul_runtime.errors import DestinationError, MigrationFailed, PhaulError
+from phaul_runtime.filemark import Mark, mark_of
 from phaul_runtime.inuse import changed_since, find, open_to_read
 from phaul_runtime.journal import Journal
 from phaul_runtime.placing import Place, find_place, make_directory, may_replace
@@ -92,7 +93,7 @@ class FileSender:
             head.size, head.mtime_ns = info.st_size, info.st_mtime_ns
             # Of the file that is read, not of the one that was looked at.
             head.uid, head.gid, head.mode = info.st_uid, info.st_gid, stat.S_IMODE(info.st_mode)
-            head.device, head.inode = info.st_dev, info.st_ino
+            head.device, head.inode, head.born_ns = mark_of(file.fileno())
             yield pb.FilePart(id=self._id, head=head)
             digests = []
             for number, block in enumerate(iter(lambda: file.read(BLOCK), b"")):
@@ -143,7 +144,7 @@ class FileStage:
         self._journal = journal
         self._places: dict[str, Place] = {}
         self._staged: dict[str, pb.FileFact] = {}
-        self._inodes: dict[str, tuple[int, int]] = {}
+        self._marks: dict[str, Mark] = {}
         self._made: list[str] = []
         self._replaced: list[tuple[str, bool]] = []
         self._current: tuple[str, int] | None = None
@@ -196,8 +197,8 @@ class FileStage:
             may_replace(fact, directory, name)
             fd = os.open(self._beside(place, "new"), flags, 0o600, dir_fd=directory)
         self._current = (path, fd)
-        info = os.fstat(fd)
-        if self._inodes.setdefault(path, (info.st_dev, info.st_ino)) != (info.st_dev, info.st_ino):
+        mark = mark_of(fd)
+        if self._marks.setdefault(path, mark) != mark:
             raise OSError(errno.ESTALE, "what was staged was replaced by somebody")
         self._staged[path] = fact
         os.ftruncate(fd, fact.size)
@@ -252,8 +253,7 @@ class FileStage:
         with place.entered() as (directory, name):
             fd = os.open(staged, os.O_RDONLY | _HOW, dir_fd=directory)
             try:
-                info = os.fstat(fd)
-                if (info.st_dev, info.st_ino) != self._inodes[place.path]:
+                if mark_of(fd) != self._marks[place.path]:
                     raise OSError(errno.ESTALE, "what was staged was replaced by somebody")
                 os.fchown(fd, fact.uid, fact.gid)
                 os.fchmod(fd, fact.mode)

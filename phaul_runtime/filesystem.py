@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import BinaryIO, TypeVar
 
 from phaul_runtime import placing
+from phaul_runtime.filemark import Mark, mark_of
 from phaul_runtime.identity import User
 from phaul_runtime.inuse import find_held
 from phaul_runtime.leases import has_lease, leased_inodes
@@ -95,12 +96,12 @@ class InUse:
     Attributes:
         path: absolute.
         use: how.
-        known: device and inode of what `use.held_by` was when that was read.
+        known: which file was at `use.held_by` when that was read.
     """
 
     path: str
     use: Use = UNUSED
-    known: tuple[int, int] | None = None
+    known: Mark | None = None
 
 
 def gather_all(files: Iterable[InUse]) -> list[pb.FileFact]:
@@ -123,7 +124,7 @@ def gather(
     *,
     use: Use = UNUSED,
     written: bool = False,
-    known: tuple[int, int] | None = None,
+    known: Mark | None = None,
     look: Look | None = None,
 ) -> pb.FileFact | None:
     """The facts of a regular file or directory; None if `path` is anything else or gone.
@@ -132,7 +133,7 @@ def gather(
         path: absolute; a link is only followed as `pathwalk` says.
         use: how the target uses it: of what it holds, the path is not gone along at all.
         written: short for a `use` that is only that.
-        known: device and inode of what `use.held_by` was, which may be something else by now.
+        known: which file was at `use.held_by`, where there may be another by now.
         look: shared by many files.
     """
     try:
@@ -142,11 +143,11 @@ def gather(
 
 
 def _gather(
-    path: str, use: Use, known: tuple[int, int] | None, look: Look, *, written: bool = False
+    path: str, use: Use, known: Mark | None, look: Look, *, written: bool = False
 ) -> pb.FileFact | None:
     look.moves(path)
     with _looked_at(path, use.held_by, known) as fd:
-        info = os.fstat(fd)
+        info, mark = os.fstat(fd), mark_of(fd)
         directory = stat.S_ISDIR(info.st_mode)
         if not directory and not stat.S_ISREG(info.st_mode):
             return None
@@ -162,8 +163,9 @@ def _gather(
             executable=use.executable,
             shared_map=use.shared_map,
             path_only=use.path_only,
-            device=info.st_dev,
-            inode=info.st_ino,
+            device=mark.device,
+            inode=mark.inode,
+            born_ns=mark.born_ns,
             held_by=use.held_by,
             owner_may_place=placing.may_place(path, User(info.st_uid, info.st_gid)),
         )
@@ -189,7 +191,7 @@ def _read_into(fact: pb.FileFact, fd: int, look: Look) -> None:
 
 
 @contextlib.contextmanager
-def _looked_at(path: str, held_by: Iterable[str], known: tuple[int, int] | None) -> Iterator[int]:
+def _looked_at(path: str, held_by: Iterable[str], known: Mark | None) -> Iterator[int]:
     fd = find_held(held_by, known) if held_by else open_path(path)
     try:
         yield fd

@@ -17,8 +17,9 @@ from pathlib import Path
 
 from phaul_runtime import proc
 from phaul_runtime.errors import MigrationFailed, PhaulError
+from phaul_runtime.filemark import Mark, mark_of
 from phaul_runtime.pagemap import read_pagemap
-from phaul_runtime.pathwalk import is_ours_alone, walk
+from phaul_runtime.pathwalk import is_ours_alone, reopen, walk
 
 log = logging.getLogger(__name__)
 
@@ -139,11 +140,11 @@ def forget_resumed(images_dir: Path) -> None:
     (images_dir / RESUMED).unlink(missing_ok=True)
 
 
-def remove_tree(path: Path) -> None:
-    """Remove a directory of root's and what is in it; idempotent. No link is followed.
+def remove_tree(path: Path, made: Mark | None = None) -> None:
+    """Remove a directory of ours and what is in it; idempotent. No link is followed.
 
-    Root's it is if it belongs to root, or lies in a directory to which nobody else can write. What
-    is not, is left, and logged.
+    Ours it is if it belongs to root, lies in a directory to which nobody else can write, or is the
+    one that `made` tells of. What is not, is left, and logged.
 
     What is mounted in it is unmounted, never removed: a CRIU that was killed in a restore leaves
     the host's cgroups mounted in its images directory (`.criu.cgyard.*`).
@@ -154,10 +155,11 @@ def remove_tree(path: Path) -> None:
                 return
             directory = os.open(path.name, _DIRECTORY, dir_fd=above)
             try:
-                if not _is_ours(directory, above):
+                if not (_is_ours(directory, above) or (made and mark_of(directory) == made)):
                     log.warning("%s is left: it may be somebody else's", path)
                 elif _unmount(_real_path(directory)):
-                    shutil.rmtree(path.name, ignore_errors=True, dir_fd=above)
+                    _empty(directory)
+                    os.rmdir(path.name, dir_fd=above)
             finally:
                 os.close(directory)
     except FileNotFoundError:
@@ -168,6 +170,19 @@ def remove_tree(path: Path) -> None:
 
 def _is_ours(directory: int, above: int) -> bool:
     return os.fstat(directory).st_uid == os.geteuid() or is_ours_alone(os.fstat(above))
+
+
+def _empty(directory: int) -> None:
+    """Remove what is in this directory, and not in another that has its name by now."""
+    fd = reopen(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for name in os.listdir(fd):
+            try:
+                os.unlink(name, dir_fd=fd)
+            except IsADirectoryError:
+                shutil.rmtree(name, ignore_errors=True, dir_fd=fd)
+    finally:
+        os.close(fd)
 
 
 def _real_path(fd: int) -> Path:

@@ -1,8 +1,8 @@
 """The very file that a target uses, whatever has its name by now.
 
-It is reached through the target's own descriptors and mappings in /proc, and recognized by device
-and inode: its path is the user's to change at any moment. Where only the path is left, it is opened
-as the target's user, so that nothing is read that the user could not read.
+It is reached through the target's own descriptors and mappings in /proc, and recognized by its mark
+(`filemark`): its path is the user's to change at any moment. Where only the path is left, it is
+opened as the target's user, so that nothing is read that the user could not read.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import stat
 from collections.abc import Iterable
 
+from phaul_runtime.filemark import Mark, mark_of
 from phaul_runtime.identity import User, acting_as
 from phaul_runtime.leases import has_lease, leased_inodes
 from phaul_runtime.pathwalk import open_path, reopen
@@ -31,12 +32,16 @@ def owner_of(fact: pb.FileFact) -> User:
     return User(fact.uid, fact.gid, tuple(fact.user.groups) if ours else ())
 
 
-def find_held(held_by: Iterable[str], known: tuple[int, int] | None = None) -> int:
+def _mark(fact: pb.FileFact) -> Mark:
+    return Mark(fact.device, fact.inode, fact.born_ns)
+
+
+def find_held(held_by: Iterable[str], known: Mark | None = None) -> int:
     """An O_PATH descriptor of what a target has at one of `held_by`; the caller closes it.
 
     Args:
         held_by: as /proc/4711/fd/3.
-        known: device and inode of the file, where they are known.
+        known: which file it is, where that is known.
 
     Raises:
         OSError: it has it no more.
@@ -46,8 +51,7 @@ def find_held(held_by: Iterable[str], known: tuple[int, int] | None = None) -> i
             fd = os.open(link, os.O_PATH | os.O_CLOEXEC)
         except OSError:
             continue
-        info = os.fstat(fd)
-        if known is None or known == (info.st_dev, info.st_ino):
+        if known is None or known == mark_of(fd):
             return fd
         os.close(fd)
     raise FileNotFoundError(errno.ENOENT, "is not in use any more")
@@ -60,7 +64,7 @@ def find(fact: pb.FileFact) -> int:
         OSError: there is none, or a link is in the way.
     """
     try:
-        return find_held(fact.held_by, (fact.device, fact.inode))
+        return find_held(fact.held_by, _mark(fact))
     except FileNotFoundError:
         pass
     return open_path(fact.path)
@@ -75,11 +79,10 @@ def changed_since(fact: pb.FileFact) -> bool:
     except OSError:
         return True
     try:
-        info = os.fstat(fd)
+        info, mark = os.fstat(fd), mark_of(fd)
     finally:
         os.close(fd)
-    known = (fact.device, fact.inode, fact.size, fact.mtime_ns)
-    return (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns) != known
+    return (mark, info.st_size, info.st_mtime_ns) != (_mark(fact), fact.size, fact.mtime_ns)
 
 
 def open_to_read(fact: pb.FileFact, found: int) -> int:
@@ -95,7 +98,7 @@ def open_to_read(fact: pb.FileFact, found: int) -> int:
         raise OSError(errno.EINVAL, "is no regular file any more")
     if info.st_ino in leased_inodes() or any(map(has_lease, fact.held_by)):
         raise OSError(errno.EAGAIN, "has a lease on it, which reading would break")
-    if (info.st_dev, info.st_ino) == (fact.device, fact.inode):
+    if mark_of(found) == _mark(fact):
         return reopen(found, os.O_RDONLY)
     with acting_as(user_of(fact)):
         return reopen(found, os.O_RDONLY)

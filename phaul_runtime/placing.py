@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
+from phaul_runtime.filemark import Mark, mark_of
 from phaul_runtime.identity import ROOT, User, acting_as
 from phaul_runtime.inuse import owner_of, user_of
 from phaul_runtime.pathwalk import walk
@@ -35,13 +36,13 @@ class Place:
 
     Attributes:
         path: absolute.
-        directory: device and inode of the directory above it, where they are known.
+        directory: which directory is above it, where that is known.
         user: as whom it is worked on.
         override: whether the permissions of that directory do not count.
     """
 
     path: str
-    directory: tuple[int, int] | None = None
+    directory: Mark | None = None
     user: User = ROOT
     override: bool = False
 
@@ -49,9 +50,11 @@ class Place:
     def recall(cls, noted: Mapping[str, Any]) -> Place:
         """What `noted` has said, out of a journal."""
         uid, gid, groups = noted["user"]
-        device, inode = noted["directory"]
         return cls(
-            noted["path"], (device, inode), User(uid, gid, tuple(groups)), bool(noted["override"])
+            noted["path"],
+            Mark(*noted["directory"]),
+            User(uid, gid, tuple(groups)),
+            bool(noted["override"]),
         )
 
     def noted(self) -> dict[str, Any]:
@@ -74,7 +77,7 @@ class Place:
         with walk(above) as (directory, missing):
             if missing:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), above)
-            if self.directory not in (None, _identity(directory)):
+            if self.directory not in (None, mark_of(directory)):
                 raise OSError(errno.ESTALE, "is another directory by now", above)
             with acting_as(self.user, override=self.override):
                 yield directory, name
@@ -130,7 +133,7 @@ def make_directory(place: Place, mode: int, note: Callable[[Place], None]) -> Pl
     with walk(above) as (directory, missing):
         if missing:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), above)
-        place = replace(place, directory=_identity(directory))
+        place = replace(place, directory=mark_of(directory))
         note(place)
         with acting_as(place.user, override=place.override):
             os.mkdir(name, 0o700, dir_fd=directory)
@@ -154,7 +157,7 @@ def _place(fact: pb.FileFact, owner: User, directory: int, *, made: bool) -> Pla
             errno.EACCES,
             f"uid {fact.uid}, to whom it belongs, may not write to its directory there",
         )
-    place = Place(fact.path, (info.st_dev, info.st_ino), owner, override)
+    place = Place(fact.path, mark_of(directory), owner, override)
     # What a target of root's may replace, its owner may not.
     if user_of(fact).uid == 0 and _owner(directory, fact.path) not in (None, owner.uid):
         return replace(place, user=ROOT, override=False)
@@ -238,11 +241,6 @@ def _may_read_and_write(info: os.stat_result, user: User) -> bool:
         return False
     bits = info.st_mode >> (3 if info.st_gid in (user.gid, *user.groups) else 0)
     return bits & 0o6 == 0o6
-
-
-def _identity(fd: int) -> tuple[int, int]:
-    info = os.fstat(fd)
-    return info.st_dev, info.st_ino
 
 
 def _split(path: str) -> tuple[str, str]:

@@ -26,6 +26,7 @@ from phaul_runtime import proc
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.errors import DestinationError, MigrationFailed, PhaulError
 from phaul_runtime.events import Listener, TreeProgress, TreeSynced
+from phaul_runtime.pathwalk import open_path
 
 TREE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,19}")
 INSTALL_RSYNC = "apt-get install rsync, on both hosts"
@@ -277,19 +278,25 @@ class TreeSender:
         """One rsync; returns files and bytes sent, and its exit code."""
         tree = run.tree
         left = None if deadline is None else max(0.1, deadline - time.monotonic())
-        with self._open_stream(tree.name) as stream, _as_file(run.paths) as listed:
+        with (
+            _directory_of(tree) as directory,
+            self._open_stream(tree.name) as stream,
+            _as_file(run.paths) as listed,
+        ):
             names = "/dev/null" if listed is None else f"/proc/self/fd/{listed}"
             argv = ["sh", str(_SHELL), "run", names, "rsync", *_OPTIONS, *run.options]
             argv += [f"--timeout={max(1, round(self._timeout_s))}", f"--rsh=sh '{_SHELL}'"]
             if listed is not None:
                 argv += ["--from0", "--files-from=-"]
-            argv += ["--", tree.path.rstrip("/") + "/", f"channel:{tree.name}"]
+            argv += ["--", "./", f"channel:{tree.name}"]
             process = proc.spawn(
                 argv,
                 stdin=stream.fileno(),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 pass_fds=() if listed is None else (listed,),
+                # The directory itself, whatever has its name by now.
+                cwd=f"/proc/self/fd/{directory}",
                 env=rsync_environment(),
             )
             try:
@@ -382,6 +389,25 @@ def _await_end(stream: socket.socket) -> None:
         stream.shutdown(socket.SHUT_WR)
         while stream.recv(1 << 16):
             pass
+
+
+@contextlib.contextmanager
+def _directory_of(tree: Tree) -> Iterator[int]:
+    """A descriptor of a tree's directory, to which no link of others leads.
+
+    Raises:
+        MigrationFailed: it cannot be reached.
+    """
+    try:
+        directory = open_path(tree.path)
+    except OSError as error:
+        raise MigrationFailed(
+            f"tree {tree.name}: {error.filename or tree.path}: {error.strerror}"
+        ) from error
+    try:
+        yield directory
+    finally:
+        os.close(directory)
 
 
 @contextlib.contextmanager

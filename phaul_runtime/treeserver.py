@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import socket
 import subprocess
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from phaul_runtime import proc
 from phaul_runtime.errors import DestinationError, PhaulError, Refused
+from phaul_runtime.filemark import Mark, mark_of
 from phaul_runtime.images import mounts_below, remove_tree
 from phaul_runtime.journal import Journal
+from phaul_runtime.pathwalk import open_path, walk
 from phaul_runtime.trees import INSTALL_RSYNC, TREE_NAME, rsync_environment
 
 log = logging.getLogger(__name__)
@@ -28,6 +31,7 @@ _ARGUMENTS_BYTES = 1024
 _ARGUMENTS_S = 10.0
 _ENDED_S = 10.0
 _POLL_S = 0.005
+_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _LOG_LINES = 5
 # `e.` begins what the client's rsync is capable of.
 _FLAGS = re.compile(r"-[AHIDSXglopRrtx]+e\.[A-Za-z]*")
@@ -127,17 +131,18 @@ class TreeServer:
         if name not in self._places:
             raise DestinationError(f"no tree {name[:40]!r} in this migration")
         options = checked_arguments(line, name)
-        self._make(self._places[name])
-        with self._lock:
+        with self._made(self._places[name]) as directory, self._lock:
             self._failures.pop(name, None)
             if name in self._running:
                 raise DestinationError(f"tree {name} has a stream already")
             try:
                 process = proc.spawn(
-                    ["rsync", *options, ".", f"{self._places[name]}/"],
+                    ["rsync", *options, ".", "./"],
                     stdin=channel.fileno(),
                     stdout=channel.fileno(),
                     stderr=subprocess.PIPE,
+                    # The directory itself, whatever has its name by now.
+                    cwd=f"/proc/self/fd/{directory}",
                     env=rsync_environment(),
                 )
             except Refused as error:
@@ -185,18 +190,35 @@ class TreeServer:
                 raise DestinationError("a tree is still being carried")
             time.sleep(_POLL_S)
 
-    def _make(self, path: Path) -> None:
-        """Make a tree's directory; its mode, owner and times are the source's, by rsync."""
+    @contextlib.contextmanager
+    def _made(self, path: Path) -> Iterator[int]:
+        """A descriptor of a tree's directory, which is made where it is missing.
+
+        Its mode, owner and times are the source's, by rsync. No link of others leads there.
+        """
         try:
-            for directory in reversed(path.parents):
-                if not directory.exists():
-                    self._journal.add("tree_parents", str(directory))
-                    directory.mkdir(mode=0o711)
-            if not path.exists():
-                self._journal.add("tree_made", str(path))
-                path.mkdir(mode=0o700)
+            self._make(path)
+            directory = open_path(str(path))
         except OSError as error:
-            raise DestinationError(f"cannot create {path}: {error.strerror}") from error
+            where = f": {error.filename}" if isinstance(error.filename, str) else ""
+            raise DestinationError(f"cannot create {path}{where}: {error.strerror}") from error
+        try:
+            yield directory
+        finally:
+            os.close(directory)
+
+    def _make(self, path: Path) -> None:
+        with walk(str(path)) as (above, missing), contextlib.ExitStack() as opened:
+            wanted = [path, *path.parents][: len(missing)]
+            at = above
+            for made in reversed(wanted):
+                last = made == path
+                self._journal.add("tree_made" if last else "tree_parents", str(made))
+                os.mkdir(made.name, 0o700 if last else 0o711, dir_fd=at)
+                at = os.open(made.name, _DIRECTORY, dir_fd=at)
+                opened.callback(os.close, at)
+                if last:
+                    self._journal.add("tree_marks", [str(path), list(mark_of(at))])
 
     def undo(self) -> None:
         """The move failed: remove the trees that were not there before; idempotent.
@@ -204,11 +226,12 @@ class TreeServer:
         One that was there keeps what was carried into it.
         """
         facts = self._journal.facts
+        marks = {path: Mark(*mark) for path, mark in facts.get("tree_marks", [])}
         for path in facts.get("tree_made", []):
             if mounts := mounts_below(Path(path)):
                 log.warning("%s is left: %s is mounted in it", path, mounts[0])
             else:
-                remove_tree(Path(path))
+                remove_tree(Path(path), marks.get(path))
         for path in reversed(facts.get("tree_parents", [])):
             with contextlib.suppress(OSError):  # somebody else put something there
                 Path(path).rmdir()

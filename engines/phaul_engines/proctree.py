@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from phaul_runtime.errors import NoSuchTarget
+from phaul_runtime.filemark import Mark, mark_of
 from phaul_runtime.filesystem import Use
 from phaul_runtime.identity import ROOT, User
 from phaul_runtime.member import Member
@@ -69,7 +70,7 @@ class OpenFile:
         path_only: by O_PATH descriptors alone.
         user: as whom: root, if root writes to it, else the first who writes to it, or has it.
         held_by: some of the descriptors, as `/proc/4711/fd/3`: no path leads there more surely.
-        known: device and inode of what they were.
+        known: which file they were of.
     """
 
     path: str
@@ -79,7 +80,7 @@ class OpenFile:
     path_only: bool = True
     user: User | None = None
     held_by: list[str] = field(default_factory=list)
-    known: tuple[int, int] | None = None
+    known: Mark | None = None
 
     def add(self, user: User, held_by: str, *, written: bool = False) -> None:
         """One more use of it."""
@@ -300,8 +301,7 @@ def _use(tree: Tree, path: str, link: Path, user: User, **how: bool) -> OpenFile
     use = tree.files.setdefault(path, OpenFile(path))
     if use.known is None:
         with contextlib.suppress(OSError):
-            info = os.stat(link)
-            use.known = (info.st_dev, info.st_ino)
+            use.known = mark_of(str(link))
     use.add(user, str(link), **how)
     return use
 

@@ -121,7 +121,7 @@ class HostFacts(_message.Message):
     def __init__(self, hostname: _Optional[str] = ..., phaul_version: _Optional[str] = ..., kernel: _Optional[str] = ..., arch: _Optional[str] = ..., page_size: _Optional[int] = ..., root: bool = ..., criu_version: _Optional[str] = ..., page_format: _Optional[int] = ..., criu_problem: _Optional[str] = ..., dirty_tracking: bool = ..., lazy_pages: bool = ..., cpu_model: _Optional[str] = ..., cpu_flags: _Optional[_Iterable[str]] = ..., cpuinfo: _Optional[bytes] = ..., memory_available: _Optional[int] = ..., workdir: _Optional[str] = ..., workdir_fs: _Optional[str] = ..., workdir_free: _Optional[int] = ..., workdir_problem: _Optional[str] = ..., boot_id: _Optional[str] = ..., state_dir: _Optional[str] = ..., state_fs: _Optional[str] = ..., state_problem: _Optional[str] = ..., leftovers: _Optional[_Iterable[str]] = ..., rsync: bool = ..., pid_namespace: _Optional[str] = ...) -> None: ...
 
 class FileFact(_message.Message):
-    __slots__ = ("path", "size", "mode", "uid", "gid", "build_id", "digest", "directory", "written", "executable", "mtime_ns", "shared_map", "path_only", "leased", "user", "owner_may_place", "device", "inode", "held_by")
+    __slots__ = ("path", "size", "mode", "uid", "gid", "build_id", "digest", "directory", "written", "executable", "mtime_ns", "shared_map", "path_only", "leased", "user", "owner_may_place", "device", "inode", "born_ns", "held_by")
     PATH_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
@@ -140,6 +140,7 @@ class FileFact(_message.Message):
     OWNER_MAY_PLACE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     INODE_FIELD_NUMBER: _ClassVar[int]
+    BORN_NS_FIELD_NUMBER: _ClassVar[int]
     HELD_BY_FIELD_NUMBER: _ClassVar[int]
     path: str
     size: int
@@ -159,8 +160,9 @@ class FileFact(_message.Message):
     owner_may_place: bool
     device: int
     inode: int
+    born_ns: int
     held_by: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, path: _Optional[str] = ..., size: _Optional[int] = ..., mode: _Optional[int] = ..., uid: _Optional[int] = ..., gid: _Optional[int] = ..., build_id: _Optional[str] = ..., digest: _Optional[bytes] = ..., directory: bool = ..., written: bool = ..., executable: bool = ..., mtime_ns: _Optional[int] = ..., shared_map: bool = ..., path_only: bool = ..., leased: bool = ..., user: _Optional[_Union[FileUser, _Mapping]] = ..., owner_may_place: bool = ..., device: _Optional[int] = ..., inode: _Optional[int] = ..., held_by: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, path: _Optional[str] = ..., size: _Optional[int] = ..., mode: _Optional[int] = ..., uid: _Optional[int] = ..., gid: _Optional[int] = ..., build_id: _Optional[str] = ..., digest: _Optional[bytes] = ..., directory: bool = ..., written: bool = ..., executable: bool = ..., mtime_ns: _Optional[int] = ..., shared_map: bool = ..., path_only: bool = ..., leased: bool = ..., user: _Optional[_Union[FileUser, _Mapping]] = ..., owner_may_place: bool = ..., device: _Optional[int] = ..., inode: _Optional[int] = ..., born_ns: _Optional[int] = ..., held_by: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class FileUser(_message.Message):
     __slots__ = ("uid", "gid", "groups")

@@ -27,8 +27,8 @@ from phaul_runtime.states import Role, State
 NewJournal = Callable[[], Journal]
 
 
-def fact_of(path: Path, **how: bool) -> pb.FileFact:
-    fact = gather(str(path), use=Use(**how))
+def fact_of(path: Path, *, written: bool = False, shared_map: bool = False) -> pb.FileFact:
+    fact = gather(str(path), use=Use(written=written, shared_map=shared_map))
     assert fact is not None
     return fact
 
