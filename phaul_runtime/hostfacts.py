@@ -13,6 +13,7 @@ from pathlib import Path
 from phaul_runtime import __version__, leftovers, proc
 from phaul_runtime.criu import Criu, criu_opts, require_pycriu
 from phaul_runtime.errors import PhaulError
+from phaul_runtime.pathwalk import who_else
 from phaul_runtime.rpc import phaul_pb2 as pb
 
 # The version of the control channel's protocol; client and agent must agree.
@@ -103,12 +104,9 @@ def _private_problem(path: Path) -> str:
     """Why a directory cannot be made, or be trusted; empty if it is private and can be used."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        info = path.stat()
     except OSError as error:
         return f"{error.strerror}"
-    if info.st_uid != os.geteuid() or info.st_mode & 0o022:
-        return "others may write to it, or own it"
-    return ""
+    return who_else(str(path))
 
 
 def filesystem_of(path: Path) -> str:

@@ -73,6 +73,64 @@ def is_ours_alone(info: os.stat_result) -> bool:
     return info.st_uid in (_ROOT, os.geteuid()) and not info.st_mode & OTHERS_WRITE
 
 
+def write_file(path: str, text: str) -> None:
+    """Write a file of ours whole, mode 0644 if it is new, in a directory that is there.
+
+    Raises:
+        OSError: it cannot be, is no regular file, or has another name, which may be anybody's.
+    """
+    above, _, name = path.rpartition("/")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with walk(above or "/") as (directory, missing):
+        if missing:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), above)
+        with os.fdopen(os.open(name, flags, 0o644, dir_fd=directory), "wb") as file:
+            info = os.fstat(file.fileno())
+            if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1:
+                raise OSError(errno.EEXIST, "is no file of its own", path)
+            file.truncate(0)
+            file.write(text.encode())
+
+
+def make_directories(path: str, mode: int) -> None:
+    """Make what is missing of a path.
+
+    Raises:
+        OSError: it cannot be made, or is no directory.
+    """
+    with walk(path) as (directory, missing), contextlib.ExitStack() as opened:
+        if not stat.S_ISDIR(os.fstat(directory).st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+        at = directory
+        for name in missing:
+            os.mkdir(name, mode, dir_fd=at)
+            at = os.open(name, _PATH | os.O_DIRECTORY, dir_fd=at)
+            opened.callback(os.close, at)
+
+
+def who_else(path: str) -> str:
+    """Where others than root could put something else in the way to a directory; empty if nowhere.
+
+    In a directory with the sticky bit (/tmp) nobody replaces what is root's.
+    """
+    place = path
+    while True:
+        try:
+            fd = open_path(place)
+        except OSError as error:
+            return f"{error.filename or place}: {error.strerror}"
+        try:
+            info = os.fstat(fd)
+        finally:
+            os.close(fd)
+        sticky = place != path and info.st_mode & stat.S_ISVTX
+        if info.st_uid not in (_ROOT, os.geteuid()) or (info.st_mode & OTHERS_WRITE and not sticky):
+            return f"others may write to {place}, or own it"
+        if place == "/":
+            return ""
+        place = place.rpartition("/")[0] or "/"
+
+
 def _walk(opened: list[int], path: str) -> list[str]:
     """Open what is on the path; returns what is missing of it."""
     links = 0

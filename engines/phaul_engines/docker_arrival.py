@@ -500,5 +500,5 @@ def _copy(source: str, target: str) -> str:
     """With the owner, which a copy by shutil does not keep."""
     shutil.copy2(source, target)
     info = os.stat(source)
-    os.chown(target, info.st_uid, info.st_gid)
+    os.chown(target, info.st_uid, info.st_gid, follow_symlinks=False)
     return target

@@ -36,6 +36,7 @@ from phaul_runtime.criu import Criu
 from phaul_runtime.engine import OK, REFUSED, DestinationHalf, Finding
 from phaul_runtime.errors import DestinationError, MigrationFailed, PhaulError
 from phaul_runtime.images import remove_tree
+from phaul_runtime.pathwalk import make_directories, write_file
 
 log = logging.getLogger(__name__)
 
@@ -145,11 +146,9 @@ class RuncDestination(DestinationHalf):
             wanted = [bundle, rootfs_of(bundle, manifest["config"])]
             made = [str(path) for path in wanted if not path.exists()]
             for path in wanted:
-                path.mkdir(mode=0o755, parents=True, exist_ok=True)
+                make_directories(str(path), 0o755)
             _write_mark(bundle, {"id": migration_id, "made": made})
-            (bundle / CONFIG).write_text(
-                json.dumps(_config_for(manifest), indent=1), encoding="utf-8"
-            )
+            write_file(str(bundle / CONFIG), json.dumps(_config_for(manifest), indent=1))
         except OSError as error:
             raise DestinationError(f"cannot make {bundle}: {error.strerror}") from error
 
@@ -366,7 +365,7 @@ def _left_by_a_move(bundle: Path) -> bool:
 
 
 def _write_mark(bundle: Path, mark: Mapping[str, Any]) -> None:
-    _mark_path(bundle).write_text(json.dumps(dict(mark)), encoding="utf-8")
+    write_file(str(_mark_path(bundle)), json.dumps(dict(mark)))
 
 
 __all__ = ["RuncDestination", "leave_bundle"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import shlex
+import socket
 import subprocess
 import sys
 import tempfile
@@ -14,15 +15,18 @@ from pathlib import Path
 import pytest
 from phaul_engines.proctree import Tree, read_tree
 
-from phaul_runtime.errors import DestinationError, MigrationFailed
+from phaul_runtime.errors import DestinationError, MigrationFailed, PhaulError
 from phaul_runtime.filecarry import FileSender, FileStage
 from phaul_runtime.filesystem import InUse, compare, gather_all
 from phaul_runtime.identity import User, acting_as
 from phaul_runtime.images import remove_tree
 from phaul_runtime.journal import Journal
-from phaul_runtime.pathwalk import open_path
+from phaul_runtime.pathwalk import make_directories, open_path, who_else, write_file
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.states import Role, State
+from phaul_runtime.trees import Tree as FileTree
+from phaul_runtime.trees import _directory_of
+from phaul_runtime.treeserver import TreeServer
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="requires root: it works as others")
 
@@ -406,6 +410,68 @@ def test_acting_as_another_is_over_with_its_block(host: Path) -> None:
         with pytest.raises(PermissionError):
             os.chown(host / "etc" / "secret", NOBODY, NOBODY)
     assert (host / "etc" / "made").stat().st_uid == NOBODY
+
+
+def test_what_root_writes_in_a_users_directory_goes_into_no_file_of_others(host: Path) -> None:
+    write_file(str(host / "home" / "mark"), "one")
+    write_file(str(host / "home" / "mark"), "2")
+    assert (host / "home" / "mark").read_text() == "2"
+    user(f"ln -s {host}/etc/secret link; ln -s {host}/etc d; mkfifo fifo; mkdir e", host / "home")
+    os.link(host / "etc" / "secret", host / "home" / "hard")
+    for name in ("link", "d/secret", "d/new", "hard", "fifo", "e"):
+        with pytest.raises(OSError):  # noqa: PT011 - each has its own
+            write_file(str(host / "home" / name), "evil")
+    with pytest.raises(OSError, match="is a link"):
+        make_directories(str(host / "home" / "d" / "made"), 0o755)
+    assert listing(host / "etc") == {"secret": "root's secret"}
+
+
+def test_a_private_directory_is_one_that_nobody_can_replace(host: Path) -> None:
+    (host / "etc" / "own").mkdir(mode=0o700)
+    (host / "home" / "own").mkdir(mode=0o700)
+    user(f"ln -s {host}/etc/own link", host / "home")
+    assert who_else(str(host / "etc" / "own")) == ""
+    assert who_else(str(host / "home" / "own")) == f"others may write to {host}/home, or own it"
+    assert "is a link" in who_else(str(host / "home" / "link"))
+
+
+@pytest.mark.parametrize("side", ["source", "destination"])
+def test_a_tree_is_not_carried_by_way_of_a_users_link(
+    host: Path, journal: Journal, side: str
+) -> None:
+    user(f"mkdir d; ln -s {host}/etc d/data", host / "home")
+    place = host / "home" / "d" / "data"
+    server = TreeServer(journal)
+    server.place({"data": place / "sub"})
+    here, there = socket.socketpair()
+
+    def carry() -> None:
+        if side == "destination":
+            server.start("data", "--server -logDtpAXrxSe.iLsfxCIvu . data", here)
+        else:
+            with _directory_of(FileTree("data", str(place))):
+                pass
+
+    with here, there, pytest.raises(PhaulError, match="is a link"):
+        carry()
+    assert listing(host / "etc") == {"secret": "root's secret"}
+
+
+def test_a_users_tree_that_a_move_made_is_removed_and_no_other_in_its_place(
+    host: Path, journal: Journal
+) -> None:
+    server = TreeServer(journal)
+    place = host / "home" / "data"
+    for swapped in (False, True):
+        server.place({"data": place})
+        server._make(place)
+        os.chown(place, NOBODY, NOBODY)  # as rsync does
+        user("echo > data/file", host / "home")
+        if swapped:
+            user("mv data was; mkdir data; echo > data/his", host / "home")
+        server.undo()
+        assert place.exists() is swapped
+    assert (place / "his").exists()
 
 
 def test_a_tree_is_removed_only_where_it_is_roots(host: Path) -> None:
