@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import select
 import signal
 import socket
 import threading
@@ -27,6 +26,7 @@ from phaul_runtime.images import ImageDirs, directory_bytes
 from phaul_runtime.pageformat import OTHER_RECEIVER, PageFormat, unknown_format
 from phaul_runtime.pagemap import convert_page_maps, page_maps, pagemap_image, read_pagemap
 from phaul_runtime.pagesink import Aborted, Listed, PageSink
+from phaul_runtime.ready import readable
 
 log = logging.getLogger(__name__)
 
@@ -337,7 +337,7 @@ class _PageServer:
         self._thread.start()
 
     def _watch(self) -> None:
-        select.select([self._pidfd], [], [])
+        readable(self._pidfd)
         status: int | PhaulError
         try:
             status = self._session.wait_pid(self._pid)

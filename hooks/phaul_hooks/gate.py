@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from phaul_runtime.errors import MigrationFailed
+from phaul_runtime.ready import readable
 
 SCRIPT = Path(__file__).with_name("criu-gate.sh")
 EVENTS = "events"
@@ -122,7 +122,7 @@ class Gate:
             left = deadline - time.monotonic()
             if over or left <= 0:
                 return None
-            ready, _, _ = select.select([self._events, command], [], [], left)
+            ready = readable(self._events, command, within_s=left)
             over = [fd for fd in ready if fd == command]
 
     def _read(self) -> GateEvent | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 from pathlib import Path
 from types import FrameType
@@ -19,6 +18,7 @@ from phaul_runtime.cli.outlet import show
 from phaul_runtime.config import Config, load_config
 from phaul_runtime.criu import Criu
 from phaul_runtime.hostfacts import PROTOCOL
+from phaul_runtime.ready import readable
 from phaul_runtime.service import Service, notify
 
 _READ = 4096
@@ -120,8 +120,8 @@ def _serve_one(sockets: Path, config: Config) -> None:
     try:
         show(_READY)
         while True:
-            readable, _, _ = select.select([0, wake_read], [], [])
-            if wake_read in readable or not os.read(0, _READ):
+            ready = readable(0, wake_read)
+            if wake_read in ready or not os.read(0, _READ):
                 break
     finally:
         agent.stop()
@@ -140,7 +140,7 @@ def _serve(config: Config) -> None:
     try:
         show(f"{_READY} {service.start()}")
         notify("READY=1")
-        select.select([wake_read], [], [])
+        readable(wake_read)
         notify("STOPPING=1")
     finally:
         service.stop()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 from phaul_runtime import proc
 from phaul_runtime.errors import DestinationError, PhaulError
 from phaul_runtime.pager import CONTROL_SOCKET, RESULT_FILE
+from phaul_runtime.ready import readable
 
 _AGAIN_S = 0.05
 _ANSWER_S = 10.0
@@ -133,7 +133,7 @@ class PagerClient:
         if self._socket is None:
             return False
         try:
-            return not select.select([self._socket], [], [], 0)[0]
+            return not readable(self._socket, within_s=0)
         except OSError:
             return False
 

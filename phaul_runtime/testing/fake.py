@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import shutil
 import signal
 import socket
@@ -48,6 +47,7 @@ from phaul_runtime.errors import (
     TargetGone,
 )
 from phaul_runtime.images import RESUMED, new_directory, remove_tree
+from phaul_runtime.ready import readable
 from phaul_runtime.testing import fakevictim
 from phaul_runtime.testing.case import Case, Place, Told
 from phaul_runtime.trees import Tree
@@ -118,7 +118,7 @@ def _spawn(directory: Path, *more: str, **pipes: Any) -> proc.Process:
 
 def _line(process: proc.Process, within_s: float = _WITHIN_S) -> str:
     """The next line that it prints; empty if it ended, or printed none in time."""
-    if process.stdout is None or not select.select([process.stdout], [], [], within_s)[0]:
+    if process.stdout is None or not readable(process.stdout, within_s=within_s):
         return ""
     return process.stdout.readline().decode().strip()
 

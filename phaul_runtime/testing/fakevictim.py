@@ -82,13 +82,15 @@ def run(memory: dict[str, Any]) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(CONTROL)
         listener.listen()
+        asked = select.poll()
+        asked.register(listener, select.POLLIN)
         put(VICTIM, {"pid": os.getpid()})
         sys.stdout.write("running\n")
         sys.stdout.flush()
         while True:
             tick(memory)
             put(STATUS, {name: memory[name] for name in ("counter", "passes", "wrong")})
-            if select.select([listener], [], [], TICK_S)[0]:
+            if asked.poll(TICK_S * 1000):
                 serve(listener.accept()[0], memory)
 
 
@@ -99,8 +101,9 @@ def main(directory: str, image: str = "", hold_s: str = "0") -> None:
     if image:
         sys.stdout.write("held\n")
         sys.stdout.flush()
-        asked = select.select([sys.stdin], [], [], float(hold_s))[0]
-        if not asked or sys.stdin.readline() != "run\n":
+        verdict = select.poll()
+        verdict.register(sys.stdin, select.POLLIN)
+        if not verdict.poll(float(hold_s) * 1000) or sys.stdin.readline() != "run\n":
             return
     run(memory)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import socket
 import threading
 import time
@@ -20,6 +19,7 @@ from phaul_runtime.cancel import Cancellation
 from phaul_runtime.errors import ChannelError, DestinationUnreachable, Refused
 from phaul_runtime.images import remove_tree
 from phaul_runtime.journal import lock_directory
+from phaul_runtime.ready import readable
 from phaul_runtime.transport import Channel
 from phaul_runtime.wire import CONTROL, MEMORY
 
@@ -114,7 +114,7 @@ class AgentProcess(Channel):
                     log=self._said_lines(),
                     hint=f"try by hand: {self._by_hand}",
                 )
-            if not select.select([fd], [], [], _POLL_S)[0]:
+            if not readable(fd, within_s=_POLL_S):
                 continue
             data = os.read(fd, 4096)
             said += data

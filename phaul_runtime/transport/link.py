@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import select
 import socket
 import threading
 import time
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.errors import ChannelError, UsageError
+from phaul_runtime.ready import writable
 from phaul_runtime.transport import Destination
 
 PORT = 7007
@@ -110,7 +110,7 @@ def dial(
 def _await_connected(
     channel: socket.socket, deadline: Deadline, cancellation: Cancellation | None
 ) -> int:
-    while not select.select([], [channel], [], _POLL_S)[1]:
+    while not writable(channel, within_s=_POLL_S):
         if cancellation is not None:
             cancellation.check()
         if time.monotonic() > deadline.at:
