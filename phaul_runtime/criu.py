@@ -15,19 +15,17 @@ Facts that shape this module (CRIU v4.1.1, read in its source):
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from phaul_runtime import proc
 from phaul_runtime.criu_hints import advice
 from phaul_runtime.errors import CriuError, PhaulError, Refused
 from phaul_runtime.pageformat import PageFormat
+from phaul_runtime.swrk import End, Swrk
 
 try:
     from pycriu import rpc_pb2 as rpc
@@ -37,12 +35,9 @@ except ImportError as _error:
 else:
     _IMPORT_ERROR = None
 
-MAX_MESSAGE = 1 << 20
 LOG_LINES = 6
 LOG_TAIL = 1 << 20
 DEFAULT_DEADLINE_S = 3600.0
-_GIVE_UP_S = 5.0
-_STDERR_TAIL = 8 << 10
 _ERROR_LINE = re.compile(r"Error \(")
 _STAMP = re.compile(r"^\(\d+\.\d+\)\s*")
 
@@ -155,7 +150,8 @@ class Criu:
     """CRIU over its RPC; the counterpart of go-criu's `Criu`.
 
     Each request starts a `criu swrk` of its own, unless `prepare` was called: then requests go to
-    the one that it started, until one of them ends it, or `cleanup`.
+    the one that it started, until one of them ends it, or `cleanup`. Without `prepare` an object is
+    good for any number of threads at once.
 
     Args:
         binary: name or path of CRIU.
@@ -174,10 +170,7 @@ class Criu:
         self.binary = binary
         self.pass_fds = tuple(pass_fds)
         self.deadline_s = deadline_s
-        self._process: proc.Process | None = None
-        self._socket: socket.socket | None = None
-        self._stderr = -1
-        self._end = _End()
+        self._prepared: Swrk | None = None
         self.known_version: CriuVersion | None = None
         """What `version` said last."""
 
@@ -189,48 +182,21 @@ class Criu:
         Raises:
             Refused: CRIU or pycriu is missing.
         """
-        if self._process is not None:
-            return
+        if self._prepared is None:
+            self._prepared = self._started(extra_fds)
+
+    def _started(self, extra_fds: Iterable[int]) -> Swrk:
         require_pycriu()
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        fds = {theirs.fileno(), *self.pass_fds, *extra_fds}
-        self._end = _End()
-        self._stderr = os.memfd_create("criu-stderr")
-        try:
-            self._process = proc.spawn(
-                [self.binary, "swrk", str(theirs.fileno())],
-                stderr=self._stderr,
-                pass_fds=sorted(fds),
-            )
-        except Refused:
-            ours.close()
-            os.close(self._stderr)
-            raise
-        finally:
-            theirs.close()
-        ours.settimeout(self.deadline_s)
-        self._socket = ours
+        return Swrk(self.binary, {*self.pass_fds, *extra_fds}, self.deadline_s)
 
     def cleanup(self) -> None:
         """End the prepared swrk, if any; idempotent.
 
         Closing the socket answers "no" to a notification that is under way.
         """
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
-        if self._process is not None:
-            process, self._process = self._process, None
-            with contextlib.suppress(Exception):
-                # A swrk in the middle of a dump unfreezes the tree by itself: give it the time.
-                process.wait(_GIVE_UP_S)
-            ended = process.poll() is not None
-            try:
-                code = proc.end(process)
-            finally:
-                said = _tail(self._stderr)
-                os.close(self._stderr)
-            self._end = _End(code if ended else None, tuple(said))
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None:
+            prepared.close()
 
     def __enter__(self) -> Criu:
         self.prepare()
@@ -247,7 +213,7 @@ class Criu:
     @property
     def swrk_pid(self) -> int | None:
         """The pid of the prepared swrk."""
-        return None if self._process is None else self._process.pid
+        return None if self._prepared is None else self._prepared.pid
 
     # -- requests --------------------------------------------------------------------------
 
@@ -292,7 +258,7 @@ class Criu:
         the images are complete.
         """
         message = rpc.criu_req(type=rpc.WAIT_PID, pid=pid)
-        response = self._exchange(message, None)
+        response = self._exchange(self._prepared, message, None)
         if response.type != rpc.WAIT_PID:
             raise CriuError(f"CRIU answered WAIT_PID with type {response.type}", request="WAIT_PID")
         return int(response.status)
@@ -344,65 +310,63 @@ class Criu:
             message.features.CopyFrom(features)
         if keep_open:
             message.keep_open = True
-        own = self._process is None
-        if own:
-            self.prepare(_wanted_fds(opts))
+        prepared = self._prepared
+        swrk = prepared or self._started(_wanted_fds(opts))
         try:
-            response = self._exchange(message, notify)
+            response = self._exchange(swrk, message, notify)
         finally:
-            if own:
-                self.cleanup()
+            if prepared is None:
+                swrk.close()
         name = rpc.criu_req_type.Name(kind)
         # PAGE_SERVER_CHLD is answered as PAGE_SERVER.
         answer = rpc.PAGE_SERVER if kind == rpc.PAGE_SERVER_CHLD else kind
         if response.type != answer or not response.success:
-            raise self._failure(name, opts, response)
+            raise self._failure(name, opts, response, swrk.end)
         return response
 
-    def _exchange(self, message: Any, notify: CriuNotify | None) -> Any:
+    def _exchange(self, swrk: Swrk | None, message: Any, notify: CriuNotify | None) -> Any:
+        """One request and all that CRIU asks meanwhile; a swrk that fails it is closed."""
         name = rpc.criu_req_type.Name(message.type)
+        if swrk is None:
+            raise self._failure(name, message.opts, None, End())
         veto: Exception | None = None
         try:
-            self._send(message)
+            swrk.send(message.SerializeToString())
             while True:
-                response, fds = self._receive()
+                data, fds = swrk.receive()
+                response = rpc.criu_resp.FromString(data)
                 if response.type != rpc.NOTIFY:
                     break
                 try:
                     _dispatch(notify, response.notify, fds)
                 except Exception as error:  # noqa: BLE001 - any error in a callback is a veto
                     veto = error
-                self._send(rpc.criu_req(type=rpc.NOTIFY, notify_success=veto is None))
+                answer = rpc.criu_req(type=rpc.NOTIFY, notify_success=veto is None)
+                swrk.send(answer.SerializeToString())
         except TimeoutError as error:
-            self.cleanup()
-            failure = self._failure(name, message.opts, None)
+            self._drop(swrk)
+            failure = self._failure(name, message.opts, None, swrk.end)
             failure.message = f"CRIU did not answer {name} within {self.deadline_s:g} s"
             raise failure from error
         except (OSError, EOFError) as error:
-            self.cleanup()
-            raise self._failure(name, message.opts, None) from (veto or error)
+            self._drop(swrk)
+            raise self._failure(name, message.opts, None, swrk.end) from (veto or error)
         if veto is not None and not response.success:
-            raise self._failure(name, message.opts, response, vetoed=True) from veto
+            failure = self._failure(name, message.opts, response, swrk.end, vetoed=True)
+            raise failure from veto
         return response
 
-    def _send(self, message: Any) -> None:
-        if self._socket is None:
-            raise EOFError("no session with CRIU")
-        self._socket.send(message.SerializeToString())
-
-    def _receive(self) -> tuple[Any, list[int]]:
-        if self._socket is None:
-            raise EOFError("no session with CRIU")
-        data, fds, _flags, _addr = socket.recv_fds(self._socket, MAX_MESSAGE, 1)
-        if not data:
-            raise EOFError("CRIU closed the session")
-        return rpc.criu_resp.FromString(data), fds
+    def _drop(self, swrk: Swrk) -> None:
+        swrk.close()
+        if self._prepared is swrk:
+            self._prepared = None
 
     def _failure(
         self,
         name: str,
         opts: Any,
         response: Any,
+        end: End,
         *,
         vetoed: bool = False,
     ) -> CriuError:
@@ -411,12 +375,12 @@ class Criu:
         said = response.cr_errmsg if response is not None and response.HasField("cr_errmsg") else ""
         if said:
             lines = lines or [line for line in said.splitlines() if line.strip()]
-        lines = lines or list(self._end.said)
+        lines = lines or list(end.said)
         hint = advice(lines)
         if vetoed:
             reason = "was vetoed"
         elif response is None:
-            reason = f"ended without an answer{self._end}"
+            reason = f"ended without an answer{end}"
             if not text:
                 # It may not have come as far as its log: a loader, or another program.
                 hint = hint or f"try by hand: {self.binary} --version"
@@ -426,32 +390,6 @@ class Criu:
         return CriuError(
             f"CRIU's {name} {reason}", request=name, hint=hint, log=lines, log_text=text
         )
-
-
-@dataclass(frozen=True)
-class _End:
-    """How a swrk ended.
-
-    Attributes:
-        code: its exit code; None if it was ended from here.
-        said: the last lines that it wrote to stderr.
-    """
-
-    code: int | None = None
-    said: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        how = "" if self.code is None else f" (code {self.code})"
-        if self.code is not None and self.code < 0:
-            how = f" (signal {-self.code})"
-        return how + (f": {self.said[-1]}" if self.said else "")
-
-
-def _tail(fd: int) -> list[str]:
-    """The last lines of what a process wrote to a file; its offset, which is shared, stays."""
-    size = os.fstat(fd).st_size
-    data = os.pread(fd, _STDERR_TAIL, max(0, size - _STDERR_TAIL))
-    return proc.last_lines(data.decode(errors="replace"))
 
 
 def _wanted_fds(opts: Any) -> set[int]:

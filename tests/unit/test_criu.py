@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from phaul_runtime import criu as criu_module
+from phaul_runtime import swrk as swrk_module
 from phaul_runtime.criu import Criu, criu_opts
 from phaul_runtime.errors import CriuError, Refused
 
@@ -71,7 +71,7 @@ def test_a_last_word_of_a_request_is_not_the_next_one_s(tmp_path: Path) -> None:
 def test_one_that_does_not_answer_is_ended_and_says_what_it_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(criu_module, "_GIVE_UP_S", 0.1)
+    monkeypatch.setattr(swrk_module, "_GIVE_UP_S", 0.1)
     criu = program(tmp_path, "#!/bin/sh\necho waiting for a disk >&2\nexec sleep 600\n")
     criu.deadline_s = 0.5
     with pytest.raises(CriuError) as caught:
