@@ -205,8 +205,28 @@ class SourceHalf(ABC):
         """After a failure: whatever the engine changed is undone, the target runs; idempotent."""
 
 
+@dataclass(frozen=True)
+class Claim:
+    """What a manifest wants of this host that `agent.allow` may be about.
+
+    Attributes:
+        name: that the target will have here; empty if it has none, as a process.
+        programs: that it brings along and that are run outside of it, as a container's hooks.
+    """
+
+    name: str = ""
+    programs: tuple[str, ...] = ()
+
+
 class DestinationHalf(ABC):
     """An engine on the destination host, for one migration."""
+
+    def claim(self, manifest: Mapping[str, Any]) -> Claim | None:
+        """Read from what is acted upon here, not from what the source calls it; changes nothing.
+
+        None where it cannot be told: a host that limits names or programs then refuses it.
+        """
+        return None
 
     @abstractmethod
     def check(self, manifest: Mapping[str, Any]) -> Sequence[Finding]:
@@ -336,6 +356,7 @@ __all__ = [
     "OK",
     "REFUSED",
     "WARNING",
+    "Claim",
     "DestinationHalf",
     "Engine",
     "Finding",

@@ -36,7 +36,7 @@ from phaul_runtime import cgroup
 from phaul_runtime.boundedjson import read_json_file
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.criu import Criu
-from phaul_runtime.engine import REFUSED, DestinationHalf, Finding
+from phaul_runtime.engine import REFUSED, Claim, DestinationHalf, Finding
 from phaul_runtime.errors import DestinationError, MigrationFailed, NoSuchTarget, PhaulError
 from phaul_runtime.images import remove_tree
 from phaul_runtime.member import Member
@@ -94,6 +94,10 @@ class DockerDestination(DestinationHalf):
             return destination_findings(_daemon(manifest), manifest)
         except PhaulError as error:
             return [Finding("docker", REFUSED, error.message, error.hint)]
+
+    def claim(self, manifest: Mapping[str, Any]) -> Claim:
+        """See `DestinationHalf`."""
+        return Claim(str(manifest["name"]))
 
     # -- the container ---------------------------------------------------------------------
 

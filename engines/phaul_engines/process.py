@@ -29,6 +29,7 @@ from phaul_runtime.criu import Criu, CriuNotify, criu_opts, rpc
 from phaul_runtime.engine import (
     OK,
     REFUSED,
+    Claim,
     DestinationHalf,
     Engine,
     Finding,
@@ -275,6 +276,10 @@ class ProcessDestination(DestinationHalf):
                 )
             ]
         return [Finding("pids", OK, f"{len(pids)} pids are free")]
+
+    def claim(self, manifest: Mapping[str, Any]) -> Claim:
+        """See `DestinationHalf`: a process has no name here."""
+        return Claim()
 
     def prepare(self, manifest: Mapping[str, Any], migration_id: str) -> None:
         """See `DestinationHalf`."""

@@ -15,6 +15,7 @@ from typing import Any
 from phaul_hooks.gate import Gate, GateEvent
 
 from phaul_engines import netlock
+from phaul_engines.arrival_cgroup import member, require_free, require_own
 from phaul_engines.gated import OUTPUT, GatedCommand, deadline_in
 from phaul_engines.members import LET_GO_WITHIN_S, POLL_S
 from phaul_engines.oci import (
@@ -33,9 +34,10 @@ from phaul_engines.runc_options import RuncOptions
 from phaul_runtime import cgroup
 from phaul_runtime.boundedjson import read_json_file
 from phaul_runtime.criu import Criu
-from phaul_runtime.engine import OK, REFUSED, DestinationHalf, Finding
+from phaul_runtime.engine import OK, REFUSED, Claim, DestinationHalf, Finding
 from phaul_runtime.errors import DestinationError, MigrationFailed, PhaulError
 from phaul_runtime.images import remove_tree
+from phaul_runtime.member import Member
 from phaul_runtime.pathwalk import make_directories, write_file
 
 log = logging.getLogger(__name__)
@@ -64,6 +66,7 @@ class RuncDestination(DestinationHalf):
         self._held: GateEvent | None = None
         self._numbers = itertools.count(1)
         self._cgroup = ""
+        self._root: Member | None = None
         self._resumed = False
 
     # -- before anything is touched --------------------------------------------------------
@@ -103,6 +106,12 @@ class RuncDestination(DestinationHalf):
                 found.append(Finding("mounts", REFUSED, f"{there} is no directory there"))
         found.append(limits_finding(manifest))
         return found
+
+    def claim(self, manifest: Mapping[str, Any]) -> Claim:
+        """See `DestinationHalf`: the runtime runs the hooks of config.json as root."""
+        hooks = manifest["config"].get("hooks") or {}
+        programs = [str(hook["path"]) for each in hooks.values() for hook in each or ()]
+        return Claim(str(manifest["name"]), tuple(programs))
 
     def _bundle_findings(self, manifest: Mapping[str, Any]) -> Sequence[Finding]:
         bundle = Path(manifest["bundle"])
@@ -169,6 +178,7 @@ class RuncDestination(DestinationHalf):
         """See `DestinationHalf`."""
         name = str(self._manifest["name"])
         self._resumed = False
+        self._root = None
         self._claim(name)
         gate = Gate(
             images_dir.parent / f"gate-{os.getpid()}-{next(self._numbers)}", deadline_s=self._hold_s
@@ -202,9 +212,10 @@ class RuncDestination(DestinationHalf):
             command.start()
             deadline = deadline_in(RESTORE_WITHIN_S)
             while event := command.next(deadline):
+                self._root = member(event.pid) or self._root
                 if event.action == "post-restore":
+                    self._own_cgroup(event.pid)
                     self._held = event
-                    self._cgroup = cgroup_of(event.pid)
                     return event.pid
                 command.gate.answer(event, yes=True)
             failure = command.failure()
@@ -214,19 +225,39 @@ class RuncDestination(DestinationHalf):
         self.discard()
         raise failure
 
+    def _own_cgroup(self, root: int) -> None:
+        """The cgroup of what is held now is this migration's, if nothing else lives in it."""
+        found = cgroup_of(root)
+        if not Path(found).is_relative_to(f"/{cgroup.GROUP}/{self._id}"):
+            require_own(found, root)
+        bundle = Path(self._manifest["bundle"])
+        _write_mark(bundle, {**_mark(bundle), "cgroup": found})
+        self._cgroup = found
+
+    def _restoring(self) -> bool:
+        """Whether this migration, and no other, has begun to restore into its bundle."""
+        mark = _mark(Path(self._manifest["bundle"]))
+        return bool(mark.get("restoring")) and mark.get("id") == self._id
+
     def _claim(self, name: str) -> None:
-        """From now on the runtime's directory of that name is this migration's."""
+        """From now on the runtime's directory of that name, and the cgroup, are this migration's.
+
+        Raises:
+            DestinationError: they are somebody else's.
+        """
         bundle = Path(self._manifest["bundle"])
         mark = _mark(bundle)
-        if mark.get("restoring"):
+        if self._restoring():
             return
+        path = str(self._manifest.get("cgroup", ""))
+        require_free(path)
         if self._runtime.directory(name).exists():
             raise DestinationError(
                 f"a container {name} was made there meanwhile",
                 hint=f"{self._options.binary} delete {name}, or move it under another name",
             )
         try:
-            _write_mark(bundle, {**mark, "restoring": True})
+            _write_mark(bundle, {**mark, "id": self._id, "restoring": True, "cgroup": path})
         except OSError as error:
             raise DestinationError(f"cannot write in {bundle}: {error.strerror}") from error
 
@@ -279,18 +310,31 @@ class RuncDestination(DestinationHalf):
         if not self._manifest:
             return  # nothing was prepared
         cgroup.kill(self._id)
-        if _mark(Path(self._manifest["bundle"])).get("restoring"):
+        if self._restoring():
             name = str(self._manifest["name"])
-            self._runtime.delete(name)
+            if self._is_ours(name):
+                self._runtime.delete(name)
             self._end_half_built()
             if self._runtime.state(name) is None:
                 # A runtime that was killed leaves a directory that it does not know again itself.
                 remove_tree(self._runtime.directory(name))
         netlock.release_namespace(_netns(self._manifest))
 
+    def _is_ours(self, name: str) -> bool:
+        """Whether the container of that name is of this bundle, or of none that is known."""
+        state = self._runtime.state(name)
+        bundle = Path(self._manifest["bundle"])
+        return state is None or Path(str(state.get("bundle", bundle))) == bundle
+
     def _end_half_built(self) -> None:
-        """A CRIU that was killed leaves tasks in the container's cgroup that nobody lets go."""
-        path = self._cgroup or str(self._manifest.get("cgroup", ""))
+        """A CRIU that was killed leaves tasks that nobody lets go.
+
+        They descend from the root that it told of, or are in the cgroup that was this migration's
+        before anything was in it.
+        """
+        if self._root is not None:
+            self._root.kill()
+        path = str(_mark(Path(self._manifest["bundle"])).get("cgroup", ""))
         if not path.strip("/"):
             return
         cgroup.kill_all(lambda: cgroup_pids(path), within_s=_END_S)

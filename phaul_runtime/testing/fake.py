@@ -31,6 +31,7 @@ from phaul_runtime.criu import Criu
 from phaul_runtime.engine import (
     OK,
     REFUSED,
+    Claim,
     DestinationHalf,
     Engine,
     Finding,
@@ -286,6 +287,10 @@ class FakeDestination(DestinationHalf):
         if _victim(path).alive:
             return [Finding("name", REFUSED, f"something runs in {path} already")]
         return [Finding("name", OK, f"{path} is free")]
+
+    def claim(self, manifest: Mapping[str, Any]) -> Claim:
+        """See `DestinationHalf`."""
+        return Claim(str(manifest["path"]))
 
     def prepare(self, manifest: Mapping[str, Any], migration_id: str) -> None:
         """See `DestinationHalf`."""

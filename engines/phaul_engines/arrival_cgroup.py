@@ -1,0 +1,71 @@
+"""The cgroup that a restored container lives in: this migration's alone, or left alone.
+
+Its path is the source's word, in the manifest and again in CRIU's images. Another container of this
+host may live there, and neither its processes nor its limits are a migration's to touch.
+"""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+
+from phaul_engines.oci import cgroup_pids
+from phaul_runtime.errors import DestinationError
+from phaul_runtime.member import PROC, Member, start_time
+
+_DEEPEST = 4096
+
+
+def require_free(path: str) -> None:
+    """Before a restore into a cgroup: nobody lives there.
+
+    Raises:
+        DestinationError: somebody does, or it is no path of a cgroup below the root.
+    """
+    if not path.strip("/"):
+        return
+    if not path.startswith("/") or ".." in PurePosixPath(path).parts:
+        raise DestinationError(f"malformed manifest: cgroup {path[:80]!a}")
+    if pids := cgroup_pids(path):
+        raise DestinationError(
+            f"cgroup {path} is in use here, by pid {pids[0]}",
+            hint="end that, or give the container another cgroupsPath at the source",
+        )
+
+
+def require_own(path: str, root: int) -> None:
+    """After a restore: in the cgroup that CRIU has put a tree into lives nothing but that tree.
+
+    Args:
+        path: of the cgroup of the tree's root.
+        root: its pid.
+
+    Raises:
+        DestinationError: something else does.
+    """
+    for pid in cgroup_pids(path) if path.strip("/") else ():
+        if not _descends(pid, root):
+            raise DestinationError(
+                f"CRIU has put it into cgroup {path}, in which pid {pid} lives that is not of it",
+                hint="give the container a cgroupsPath of its own at the source",
+            )
+
+
+def member(pid: int) -> Member | None:
+    """A process, told from later ones with its pid; None if it has ended."""
+    started = start_time(PROC / str(pid)) if pid > 0 else 0
+    return Member(pid, started) if started else None
+
+
+def _descends(pid: int, root: int) -> bool:
+    """Whether `root` is `pid` or above it; so is one that has ended meanwhile."""
+    for _ in range(_DEEPEST):
+        if pid == root:
+            return True
+        try:
+            text = (PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return True
+        pid = int(text.rpartition(")")[2].split()[1])
+        if pid <= 1:
+            return False
+    return False
