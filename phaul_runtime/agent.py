@@ -7,7 +7,6 @@ and are reached from other hosts only through ssh, or through the port of `front
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import shutil
@@ -18,92 +17,85 @@ from collections.abc import Callable, Iterator
 from concurrent import futures
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import grpc
 
-from phaul_runtime import __version__, cgroup, logs
+from phaul_runtime import cgroup
+from phaul_runtime.answers import answers
+from phaul_runtime.bounds import LONGEST_S, bounded, printable
 from phaul_runtime.checks import check_cpu, check_hooks, check_space
 from phaul_runtime.criu import Criu
-from phaul_runtime.engine import REFUSED, Finding, load_engine
-from phaul_runtime.errors import DestinationError, PhaulError, Refused
+from phaul_runtime.engine import REFUSED, Claim, Finding, load_engine
+from phaul_runtime.errors import DestinationError, PhaulError, Refused, StillUnderWay
 from phaul_runtime.filesystem import compare
 from phaul_runtime.hostfacts import PROTOCOL, gather_facts
 from phaul_runtime.incoming import CANNOT_BE_LAZY, Incoming, checked_json
-from phaul_runtime.journal import KEPT, checked_id, forget_old, lock_directory
+from phaul_runtime.journal import KEPT, checked_id, forget_old, lock_directory, read_records, replay
+from phaul_runtime.lasting import keep_doing
 from phaul_runtime.lifecycle import Hooks, Move
+from phaul_runtime.peers import NOBODY, OWNER, Allowed, Callers, Peer
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.rpc import phaul_pb2_grpc
 from phaul_runtime.settle import Settler
-from phaul_runtime.states import Role, Settled, State, Verdict
+from phaul_runtime.states import Role, Settled, Standing, State, Verdict
+from phaul_runtime.streams import Streams
 from phaul_runtime.transport.image_proxy import restored
+from phaul_runtime.turnstile import Turnstile
+from phaul_runtime.watch import Watch, give_up
 from phaul_runtime.wire import (
     CONTROL,
     ID_BYTES,
     MAX_MESSAGE,
     MEMORY,
     PAGES,
-    VERSION_KEY,
     ZSTD,
-    to_wire,
 )
 
 log = logging.getLogger(__name__)
 
-# Started as they are needed; a service may have many restores under way, and each keeps one.
-_WORKERS = 64
-_WATCH_S = 1.0
+Context = grpc.ServicerContext
+
+# Started as they are needed; a service may have many restores under way, and each keeps one. One
+# client gets no more than its share.
+_WORKERS, _SHARE = 1024, 256
+# A stream from which nothing has come for so long has ended.
+_SILENT_STREAM_S = 60.0
+# A worker waits no longer for who still works on a migration; who asks may ask again.
+_LOOK_S, _LOOK_AGAIN_S = 30.0, 1.0
 _PREAMBLE_S = 10.0
 _STOP_S = 5.0
-# An agent that nobody has called for so long, and that holds nothing, has lost its client.
-_IDLE_S = 900.0
-# What is over can still be asked for that long after its client's last sign of life.
-_REMEMBERED_S = 900.0
-
-_Reply = TypeVar("_Reply", bound=Any)
-
-
-def _answers(
-    reply: Callable[..., _Reply],
-) -> Callable[[Callable[..., _Reply | None]], Callable[..., _Reply]]:
-    """Turn a handler's exceptions into its reply's `error`: an agent does not die of a request."""
-
-    def decorate(handler: Callable[..., _Reply | None]) -> Callable[..., _Reply]:
-        @functools.wraps(handler)
-        def answer(*args: Any) -> _Reply:
-            args[0].heard = time.monotonic()
-            logs.enter(getattr(args[1], "id", ""))
-            try:
-                _require_protocol(args[2])
-                return handler(*args) or reply()
-            except PhaulError as error:
-                return reply(error=to_wire(error))
-            except Exception as error:
-                log.exception("%s failed", handler.__name__)
-                return reply(error=to_wire(error))
-
-        return answer
-
-    return decorate
-
-
-def _require_protocol(context: grpc.ServicerContext) -> None:
-    """Refuse a client that speaks another version, whatever it asks for."""
-    told = dict(context.invocation_metadata())
-    spoken = told.get(VERSION_KEY, "none")
-    if spoken != str(PROTOCOL):
-        raise Refused(
-            f"phaul-runtime {__version__} speaks protocol {PROTOCOL}, the client speaks {spoken!r}",
-            hint="install the same version on both hosts",
-        )
+_ABORTS_AT_ONCE = 32
 
 
 class AgentService(phaul_pb2_grpc.AgentServicer):
-    """The calls of phaul.proto."""
+    """The calls of phaul.proto.
+
+    Args:
+        workdir: private directory for images.
+        state_dir: of the journals.
+        criu: a session factory.
+        hooks: of this host.
+        history: how many settled migrations are remembered.
+        callers: who is behind a connection.
+        allowed: who may send what.
+    """
 
     def __init__(
-        self, workdir: Path, state_dir: Path, criu: Criu, hooks: Hooks, *, history: int = KEPT
+        self,
+        workdir: Path,
+        state_dir: Path,
+        criu: Criu,
+        hooks: Hooks,
+        *,
+        history: int = KEPT,
+        callers: Callers | None = None,
+        allowed: Allowed | None = None,
     ) -> None:
+        self.turnstile = Turnstile(_SHARE)
+        self.streams = Streams(_SILENT_STREAM_S)
+        self._callers = callers or Callers(workdir)
+        self._allowed = allowed or Allowed()
         self._workdir = workdir
         self._history = history
         self._hooks = hooks
@@ -116,13 +108,35 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
         self._closed = False
         self._lock = threading.Lock()
 
-    def find(self, migration_id: str) -> Incoming:
-        """The migration with that id; raises DestinationError if there is none."""
+    def who(self, context: Context) -> Peer:
+        """Whose call it is."""
+        return self._callers.of(str(context.peer()))
+
+    def find(self, migration_id: str, peer: Peer = NOBODY) -> Incoming:
+        """The migration with that id, for whoever it belongs to.
+
+        Raises:
+            DestinationError: there is none.
+            Refused: it is another one's.
+        """
         with self._lock:
             found = self._migrations.get(checked_id(migration_id))
         if found is None:
             raise DestinationError(f"no migration {migration_id}")
+        peer.require(migration_id, found.owner)
         return found
+
+    def _of(self, migration_id: str, context: Context) -> Incoming:
+        return self.find(migration_id, self.who(context))
+
+    def _require_ends(self, migration_id: str, peer: Peer) -> None:
+        """Refuse whoever owns not every end of a migration that this host has."""
+        if not peer.certificate:
+            return
+        for role in Role:
+            _, facts = replay(read_records(self._state_dir, migration_id, role))
+            if facts:
+                peer.require(migration_id, str(facts.get(OWNER, "")))
 
     def all(self) -> list[Incoming]:
         """All migrations of this agent."""
@@ -143,23 +157,30 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
                 if migration.over and silent > silent_s and migration.wait_settled(0):
                     del self._migrations[migration.id]
 
-    @_answers(pb.HelloReply)
-    def Hello(self, request: pb.HelloRequest, _context: object) -> pb.HelloReply:  # noqa: D102, N802
+    @answers(pb.HelloReply)
+    def Hello(self, request: pb.HelloRequest, _context: Context) -> pb.HelloReply:  # noqa: D102, N802
         facts = gather_facts(str(self._workdir), str(self._state_dir), self._criu)
         return pb.HelloReply(protocol=PROTOCOL, facts=facts)
 
-    @_answers(pb.CheckReply)
-    def Check(self, request: pb.CheckRequest, _context: object) -> pb.CheckReply:  # noqa: D102, N802
+    @answers(pb.CheckReply)
+    def Check(self, request: pb.CheckRequest, context: Context) -> pb.CheckReply:  # noqa: D102, N802
         findings: list[Finding] = []
         if request.engine:
             engine = load_engine(request.engine)
+            for name, text in (("target", request.target), ("source", request.source)):
+                printable(name, text)
             move = Move(
                 request.id, Role.DESTINATION, request.engine, request.target, request.source
             )
             findings.extend(check_hooks(self._hooks, move))
             half = engine.destination(engine.options_model(), criu_log_level=4, hold_s=1.0)
             manifest = checked_json(request.manifest, "manifest")
-            findings.extend(half.check({**manifest, "same_host": request.same_host}))
+            try:
+                self._allowed.send(self.who(context), request.engine, lambda: half.claim(manifest))
+            except Refused as error:
+                findings.append(Finding("allowed", REFUSED, error.message, error.hint))
+            else:
+                findings.extend(half.check({**manifest, "same_host": request.same_host}))
             if request.restore == "lazy" and not half.can_be_lazy:
                 findings.append(Finding("lazy-pages", REFUSED, CANNOT_BE_LAZY, "--restore auto"))
         if request.memory:
@@ -174,8 +195,10 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
             files=compare(request.files),
         )
 
-    @_answers(pb.OpenReply)
-    def Open(self, request: pb.OpenRequest, _context: object) -> pb.OpenReply:  # noqa: D102, N802
+    @answers(pb.OpenReply)
+    def Open(self, request: pb.OpenRequest, context: Context) -> pb.OpenReply:  # noqa: D102, N802
+        peer = self.who(context)
+        self._require_allowed(peer, request)
         with self._lock:
             if checked_id(request.id) in {*self._migrations, *self._opening}:
                 raise DestinationError(f"migration {request.id} is open already")
@@ -183,7 +206,12 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
         try:
             # It may take its time, in which others are served.
             incoming = Incoming.open(
-                request, self._workdir, self._state_dir, self._criu, self._hooks
+                request,
+                self._workdir,
+                self._state_dir,
+                self._criu,
+                self._hooks,
+                owner=peer.certificate,
             )
             self._take_up(incoming)
         finally:
@@ -192,15 +220,23 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
         forget_old(self._state_dir, self._history)
         return pb.OpenReply(trees=_places(incoming))
 
-    @_answers(pb.ArrivedReply)
-    def Arrived(self, request: pb.ArrivedRequest, _context: object) -> pb.ArrivedReply:  # noqa: D102, N802
-        incoming = self.find(request.id)
+    def _require_allowed(self, peer: Peer, request: pb.OpenRequest) -> None:
+        def claim() -> Claim | None:
+            engine = load_engine(request.engine)
+            half = engine.destination(engine.options_model(), criu_log_level=4, hold_s=1.0)
+            return half.claim(checked_json(request.manifest, "manifest"))
+
+        self._allowed.send(peer, request.engine, claim)
+
+    @answers(pb.ArrivedReply)
+    def Arrived(self, request: pb.ArrivedRequest, context: Context) -> pb.ArrivedReply:  # noqa: D102, N802
+        incoming = self._of(request.id, context)
         incoming.arrived(request.name)
         return pb.ArrivedReply(trees=_places(incoming))
 
-    @_answers(pb.StartIterReply)
-    def StartIter(self, request: pb.StartIterRequest, _context: object) -> pb.StartIterReply:  # noqa: D102, N802
-        migration = self.find(request.id)
+    @answers(pb.StartIterReply)
+    def StartIter(self, request: pb.StartIterRequest, context: Context) -> pb.StartIterReply:  # noqa: D102, N802
+        migration = self._of(request.id, context)
         if not request.local:
             migration.start_iter()
             return pb.StartIterReply()
@@ -209,67 +245,86 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
             parent=[pb.ImagePart(name=name, data=data) for name, data in maps.items()]
         )
 
-    @_answers(pb.Done)
-    def StopIter(self, request: pb.MigrationRef, _context: object) -> None:  # noqa: D102, N802
-        self.find(request.id).stop_iter()
+    @answers(pb.Done)
+    def StopIter(self, request: pb.MigrationRef, context: Context) -> None:  # noqa: D102, N802
+        self._of(request.id, context).stop_iter()
 
-    @_answers(pb.Done)
-    def PutFiles(self, request: Iterator[pb.FilePart], _context: object) -> None:  # noqa: D102, N802
-        first = next(request, None)
-        if first is not None:
-            self.find(first.id).put_files(_chain(first, request))
+    @answers(pb.Done)
+    def PutFiles(self, request: Iterator[pb.FilePart], context: Context) -> None:  # noqa: D102, N802
+        with self.streams.moving(request, context) as parts:
+            first = next(parts, None)
+            if first is not None:
+                self._of(first.id, context).put_files(_chain(first, parts))
 
-    @_answers(pb.Done)
-    def PutImages(self, request: Iterator[pb.ImageParts], _context: object) -> None:  # noqa: D102, N802
-        first = next(request, None)
-        if first is not None:
-            self.find(first.id).put_images(_chain(first, request))
+    @answers(pb.Done)
+    def PutImages(self, request: Iterator[pb.ImageParts], context: Context) -> None:  # noqa: D102, N802
+        with self.streams.moving(request, context) as parts:
+            first = next(parts, None)
+            if first is not None:
+                self._of(first.id, context).put_images(_chain(first, parts))
 
-    @_answers(pb.PrepareReply)
-    def Prepare(self, request: pb.ImageParts, _context: object) -> pb.PrepareReply:  # noqa: D102, N802
-        return self.find(request.id).prepare(request.parts)
+    @answers(pb.PrepareReply)
+    def Prepare(self, request: pb.ImageParts, context: Context) -> pb.PrepareReply:  # noqa: D102, N802
+        return self._of(request.id, context).prepare(request.parts)
 
-    @_answers(pb.CommitReply)
-    def Commit(self, request: pb.MigrationRef, _context: object) -> pb.CommitReply:  # noqa: D102, N802
-        return self.find(request.id).commit()
+    @answers(pb.CommitReply)
+    def Commit(self, request: pb.MigrationRef, context: Context) -> pb.CommitReply:  # noqa: D102, N802
+        return self._of(request.id, context).commit()
 
-    @_answers(pb.Done)
-    def Abort(self, request: pb.MigrationRef, _context: object) -> None:  # noqa: D102, N802
-        self.find(request.id).abort()
+    @answers(pb.Done)
+    def Abort(self, request: pb.MigrationRef, context: Context) -> None:  # noqa: D102, N802
+        self._of(request.id, context).abort()
 
-    @_answers(pb.FilledReply)
-    def Filled(self, request: pb.MigrationRef, _context: object) -> pb.FilledReply:  # noqa: D102, N802
-        incoming = self.find(request.id)
+    @answers(pb.FilledReply)
+    def Filled(self, request: pb.MigrationRef, context: Context) -> pb.FilledReply:  # noqa: D102, N802
+        incoming = self._of(request.id, context)
         if incoming.full_because:
             return pb.FilledReply(over=True, full_because=incoming.full_because)
         now = incoming.filled()
         return pb.FilledReply() if now is None else pb.FilledReply(**asdict(now))
 
-    @_answers(pb.BeatReply)
-    def Beat(self, request: pb.MigrationRef, _context: object) -> pb.BeatReply:  # noqa: D102, N802
-        return self.find(request.id).beat()
+    @answers(pb.BeatReply)
+    def Beat(self, request: pb.MigrationRef, context: Context) -> pb.BeatReply:  # noqa: D102, N802
+        return self._of(request.id, context).beat()
 
-    @_answers(pb.LookReply)
-    def Look(self, request: pb.LookRequest, _context: object) -> pb.LookReply:  # noqa: D102, N802
+    @answers(pb.LookReply)
+    def Look(self, request: pb.LookRequest, context: Context) -> pb.LookReply:  # noqa: D102, N802
+        wait_s = bounded("wait_s", request.wait_s, 0, LONGEST_S)
+        peer = self.who(context)
+        self._require_ends(request.id, peer)
         reply = pb.LookReply()
         mine = self._running(request.id)
+        deadline = time.monotonic() + min(wait_s, _LOOK_S)
         for role, end in ((Role.SOURCE, reply.source), (Role.DESTINATION, reply.destination)):
             if mine is not None and role is Role.DESTINATION:
                 end.CopyFrom(pb.End(state=mine.state.value))
                 continue
-            standing = self._settler.look(request.id, role, wait_s=request.wait_s)
+            standing = self._look(request.id, role, deadline, context)
             if standing is not None:
                 end.CopyFrom(
                     pb.End(state=standing.state.value, alive=standing.alive, held=standing.held)
                 )
         return reply
 
-    @_answers(pb.SettleReply)
-    def Settle(self, request: pb.SettleRequest, _context: object) -> pb.SettleReply:  # noqa: D102, N802
+    def _look(
+        self, migration_id: str, role: Role, deadline: float, context: Context
+    ) -> Standing | None:
+        """As `Settler.look`; nothing is waited for on behalf of a client that has left."""
+        while True:
+            left = deadline - time.monotonic()
+            try:
+                return self._settler.look(migration_id, role, wait_s=min(left, _LOOK_AGAIN_S))
+            except StillUnderWay:
+                if left <= _LOOK_AGAIN_S or not context.is_active():
+                    raise
+
+    @answers(pb.SettleReply)
+    def Settle(self, request: pb.SettleRequest, context: Context) -> pb.SettleReply:  # noqa: D102, N802
         try:
             role, verdict = Role(request.role), Verdict(request.verdict)
         except ValueError as error:
             raise DestinationError(f"malformed request: {error}") from error
+        self._require_ends(request.id, self.who(context))
         mine = self._running(request.id)
         if mine is not None and (role, verdict) == (Role.DESTINATION, Verdict.RUN):
             mine.seen = time.monotonic()
@@ -311,7 +366,10 @@ def _places(incoming: Incoming) -> list[pb.TreePlace]:
     ]
 
 
-def _chain(first: _Reply, rest: Iterator[_Reply]) -> Iterator[_Reply]:
+_Part = TypeVar("_Part")
+
+
+def _chain(first: _Part, rest: Iterator[_Part]) -> Iterator[_Part]:
     yield first
     yield from rest
 
@@ -327,6 +385,7 @@ class Agent:
         hooks: of this host.
         on_lost: called once a client was given up: what was started for it may end.
         history: how many settled migrations are remembered.
+        allowed: who may send what; those who reach the sockets themselves may send everything.
     """
 
     def __init__(
@@ -339,10 +398,20 @@ class Agent:
         on_lost: Callable[[], object] = lambda: None,
         hooks: Hooks | None = None,
         history: int = KEPT,
+        allowed: Allowed | None = None,
     ) -> None:
         self._sockets = sockets
         self._on_lost = on_lost
-        self.service = AgentService(workdir, state_dir, criu, hooks or Hooks(), history=history)
+        self.callers = Callers(sockets)
+        self.service = AgentService(
+            workdir,
+            state_dir,
+            criu,
+            hooks or Hooks(),
+            history=history,
+            callers=self.callers,
+            allowed=allowed,
+        )
         self._made = False
         self._lock = -1
         self._workdir = workdir
@@ -375,8 +444,8 @@ class Agent:
         # Of trees and pagers that ended while no agent was there.
         cgroup.sweep()
         self._server.start()
-        threading.Thread(target=self._accept, name="accept", daemon=True).start()
-        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+        keep_doing("accept", self._accept, self._stopping)
+        Watch(self.service, self._on_lost, self._stopping).start()
 
     def stop(self, *, settle_within_s: float | None = None) -> None:
         """Discard what was not committed, and go; what was committed runs on. Idempotent.
@@ -386,8 +455,9 @@ class Agent:
                 the images after them; None for as long as it takes. A pager goes on by itself.
         """
         self._stopping.set()
-        for migration in self.service.close():
-            migration.abort(client_lost=True)
+        with futures.ThreadPoolExecutor(_ABORTS_AT_ONCE, thread_name_prefix="abort") as pool:
+            for migration in self.service.close():
+                pool.submit(give_up, migration)
         self._server.stop(_STOP_S).wait(_STOP_S)
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
@@ -408,15 +478,18 @@ class Agent:
             self._lock = -1
 
     def _accept(self) -> None:
-        while not self._stopping.is_set():
-            try:
-                channel, _ = self._listener.accept()
-            except OSError:
+        try:
+            channel, _ = self._listener.accept()
+        except OSError:
+            if self._stopping.is_set():
                 return
-            threading.Thread(target=self.take_stream, args=(channel,), daemon=True).start()
+            raise
+        threading.Thread(target=self.take_stream, args=(channel,), daemon=True).start()
 
-    def take_stream(self, channel: socket.socket) -> None:
+    def take_stream(self, channel: socket.socket, peer: Peer = NOBODY) -> None:
         """Hand a connection to the migration that it names: for memory, a tree, or late pages.
+
+        It has to be the peer's.
 
         Returns once it is handed over, or has ended; never raises.
         """
@@ -431,7 +504,7 @@ class Agent:
                 name += data
             channel.settimeout(None)
             words = name.decode("ascii", "replace").split()
-            migration = self.service.find(words.pop(0) if words else "")
+            migration = self.service.find(words.pop(0) if words else "", peer)
             if words[-1:] == [ZSTD]:
                 words.pop()
                 try:
@@ -452,20 +525,3 @@ class Agent:
         except Exception:
             log.exception("memory channel failed")
             channel.close()
-
-    def _watch(self) -> None:
-        """Discard the migrations whose client is gone."""
-        while not self._stopping.wait(_WATCH_S):
-            for migration in self.service.all():
-                silent = time.monotonic() - migration.seen
-                if silent > migration.lost_s and not migration.over:
-                    log.warning(
-                        "no sign of its client for %.0f s",
-                        silent,
-                        extra={"migration": migration.id},
-                    )
-                    migration.abort(client_lost=True)
-                    self._on_lost()
-            self.service.forget(_REMEMBERED_S)
-            if time.monotonic() - self.service.heard > _IDLE_S:
-                self._on_lost()

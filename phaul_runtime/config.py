@@ -25,12 +25,14 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from phaul_runtime.bounds import LONGEST_LOST_S, LONGEST_S
 from phaul_runtime.config_source import Key, Source, read_yaml
 from phaul_runtime.errors import ConfigError
 from phaul_runtime.hookdir import HookDirectory
 from phaul_runtime.journal import KEPT
 from phaul_runtime.lifecycle import EVENTS, Hooks
 from phaul_runtime.logs import Format, Level
+from phaul_runtime.peers import Allowed, Rule
 
 SYSTEM_CONFIG = Path("/etc/phaul-runtime/config.yaml")
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -104,6 +106,22 @@ class TransportConfig(Section):
     )
 
 
+class AllowConfig(Section):
+    """What certificates of one name may send to this host; a key that is missing limits nothing."""
+
+    name: str = Field(
+        min_length=1, description="of the certificates: their common name, or a pattern as *.lan"
+    )
+    engines: list[str] | None = Field(None, description="by which it may send")
+    targets: list[str] | None = Field(
+        None,
+        description="names that what it sends may get here, as [web, db-*]; a process has none",
+    )
+    hooks: bool = Field(
+        True, description="also containers with OCI hooks, which run outside of them, as root"
+    )
+
+
 class AgentConfig(Section):
     """This host's agent as a service; see `phaul-runtime agent --listen`."""
 
@@ -114,6 +132,17 @@ class AgentConfig(Section):
     cert: _Path = Field(f"{_TLS}/host.pem", description="this host's certificate")
     key: _Path = Field(f"{_TLS}/host.key", description="its private key")
     insecure: bool = Field(False, description="allow tcp://: whoever reaches the port is root here")
+    allow: list[AllowConfig] | None = Field(
+        None,
+        description="which certificates may send what; null: those of the CA everything; "
+        "docs/transports.md says what that is",
+    )
+
+    def allowed(self) -> Allowed:
+        """For whoever holds it."""
+        if self.allow is None:
+            return Allowed()
+        return Allowed([Rule(**rule.model_dump()) for rule in self.allow])
 
 
 class PolicyConfig(Section):
@@ -161,11 +190,13 @@ class CriuConfig(Section):
 class TimeoutsConfig(Section):
     """How long to wait, seconds."""
 
-    call_s: float = Field(60, gt=0, description="for an ordinary answer of the agent")
-    prepare_s: float = Field(300, gt=0, description="for files and the restore")
-    commit_s: float = Field(60, gt=0, description="how long a commit is repeated")
+    call_s: float = Field(60, gt=0, le=LONGEST_S, description="for an ordinary answer of the agent")
+    prepare_s: float = Field(300, gt=0, le=LONGEST_S, description="for files and the restore")
+    commit_s: float = Field(60, gt=0, le=LONGEST_S, description="how long a commit is repeated")
     heartbeat_s: float = Field(2, gt=0, description="between two signs of life")
-    lost_s: float = Field(30, gt=0, description="a silent client is given up after that")
+    lost_s: float = Field(
+        30, gt=0, le=LONGEST_LOST_S, description="a silent client is given up after that"
+    )
     same_id_s: float = Field(3600, gt=0, description="for an earlier command with the same --id")
     recover_s: float = Field(
         300,

@@ -29,6 +29,8 @@ _OCTAL = re.compile(rb"\\([0-7]{3})")
 _UMOUNT_S = 30.0
 # Whatever is mounted on it is its own; nothing that is a link.
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# All that a destination may name.
+_PAGE_MAP = re.compile(r"pagemap(-shmem)?-[0-9]{1,10}\.img")
 
 
 class ImageDirs:
@@ -109,7 +111,9 @@ def keep_page_maps(images_dir: Path | None, page_maps: Mapping[str, bytes]) -> N
         # The maps tell of all pages: nothing is looked up further back.
         (images_dir / "parent").unlink(missing_ok=True)
         for name, data in page_maps.items():
-            path = images_dir / Path(name).name
+            if not _PAGE_MAP.fullmatch(name):
+                raise MigrationFailed(f"the destination names a page map {name[:80]!a}")
+            path = images_dir / name
             path.write_bytes(data)
             (images_dir / f"pages-{read_pagemap(path).pages_id}.img").touch()
     except OSError as error:

@@ -9,7 +9,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from phaul_runtime import logs
 from phaul_runtime.ahead import Ahead
 from phaul_runtime.api import PhaulConfig
 from phaul_runtime.boundedjson import read_json
+from phaul_runtime.bounds import LONGEST_LOST_S, LONGEST_S, bounded, printable
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.criu import Criu
 from phaul_runtime.engine import DestinationHalf, load_engine
@@ -31,6 +32,7 @@ from phaul_runtime.images import (
     was_resumed,
 )
 from phaul_runtime.journal import RUNS, Journal, checked_id, lock_directory, trusted
+from phaul_runtime.lasting import attempt
 from phaul_runtime.lazy import PLACE, Filled, LazyRestore
 from phaul_runtime.lifecycle import (
     ANNOUNCED,
@@ -44,6 +46,7 @@ from phaul_runtime.lifecycle import (
     move_of,
 )
 from phaul_runtime.pageformat import OTHER_RECEIVER, PageFormat, unknown_format
+from phaul_runtime.peers import OWNER
 from phaul_runtime.postcopy.late import LatePages
 from phaul_runtime.progress import forget_progress, write_progress
 from phaul_runtime.rpc import phaul_pb2 as pb
@@ -93,6 +96,7 @@ class Incoming:
         self._hooks = hooks
         self.journal = journal
         facts = journal.facts
+        self.owner = str(facts.get(OWNER, ""))
         self.lost_s = float(facts["lost_s"])
         self.seen = time.monotonic()
         self.given_up = False
@@ -101,6 +105,7 @@ class Incoming:
         self._criu = criu
         self._step = threading.RLock()
         self._memory: socket.socket | None = None
+        self._connecting = threading.Lock()
         self._memory_here = threading.Event()
         self._server: PhaulServer | None = None
         self._ahead: Ahead | None = None
@@ -122,9 +127,24 @@ class Incoming:
 
     @classmethod
     def open(
-        cls, request: pb.OpenRequest, workdir: Path, state_dir: Path, criu: Criu, hooks: Hooks
+        cls,
+        request: pb.OpenRequest,
+        workdir: Path,
+        state_dir: Path,
+        criu: Criu,
+        hooks: Hooks,
+        *,
+        owner: str = "",
     ) -> Incoming:
         """Begin a migration: its journal, its directory, its engine half.
+
+        Args:
+            request: as it came.
+            workdir: private directory for images.
+            state_dir: of the journals.
+            criu: a session factory.
+            hooks: of this host.
+            owner: the certificate that it belongs to; empty for none.
 
         Raises:
             PhaulError: the request is malformed, or something cannot be created.
@@ -135,20 +155,28 @@ class Incoming:
         options = checked_json(request.options, "options")
         engine.options_model.model_validate(options)
         page_server = _page_server(request)
+        restore = "lazy" if request.post_copy else request.restore or "auto"
+        if restore not in ("auto", "lazy", "full"):
+            raise DestinationError(f"malformed request: restore {restore[:40]!a}")
+        facts = {
+            "engine": request.engine,
+            "target": printable("target", request.target),
+            "peer": printable("source", request.source),
+            "lost_s": bounded("lost_s", request.lost_s, 0.1, LONGEST_LOST_S),
+            # Two deadlines of the client's, and more than none.
+            "hold_s": bounded("commit_s", request.commit_s, 0.1, 2 * LONGEST_S),
+        }
         journal = Journal.create(state_dir, request.id, Role.DESTINATION)
         try:
             journal.enter(
                 State.ITERATING,
-                engine=request.engine,
-                target=request.target,
-                peer=request.source,
+                **facts,
+                **{OWNER: owner},
                 manifest=manifest,
                 options=options,
                 workdir=str(workdir),
                 log_level=min(4, request.criu_log_level),
-                lost_s=request.lost_s,
-                hold_s=request.commit_s,
-                restore="lazy" if request.post_copy else request.restore or "auto",
+                restore=restore,
                 post_copy=request.post_copy,
                 page_server=page_server,
                 page_format=request.page_format,
@@ -236,16 +264,38 @@ class Incoming:
         return self.given_up or self.state.settled or runs_whole
 
     def connect_memory(self, channel: socket.socket) -> None:
-        """The memory channel has arrived."""
-        self._memory = channel
+        """The memory channel has arrived; it is this object's from now on.
+
+        Raises:
+            DestinationError: there is one already, or nothing more is to come; it is the caller's.
+        """
+        with self._connecting:
+            if self._memory_refused is not None or self._memory is not None:
+                raise DestinationError("it has its memory channel already")
+            if self._memory_over:
+                raise DestinationError("no more memory is taken for it")
+            self._memory = channel
         self._memory_here.set()
 
     def refuse_memory(self, error: PhaulError) -> None:
-        """The memory channel has arrived and is of no use; `start_iter` says why."""
-        self._memory_refused = error
+        """The memory channel has arrived and is of no use; `start_iter` says why.
+
+        One that comes beside another changes nothing.
+        """
+        with self._connecting:
+            if self._memory is None:
+                self._memory_refused = error
         self._memory_here.set()
 
     _memory_refused: PhaulError | None = None
+    _memory_over = False
+
+    def _end_memory(self, end: Callable[[socket.socket], object]) -> None:
+        """No connection for memory is taken any more, and the one that there is ends."""
+        with self._connecting:
+            self._memory_over = True
+            if self._memory is not None:
+                end(self._memory)
 
     def beat(self) -> pb.BeatReply:
         """The client lives."""
@@ -605,6 +655,15 @@ class Incoming:
     def _settle(self) -> None:
         """After the commit, when time no longer matters."""
         logs.enter(self.id)  # a thread has a context of its own
+        try:
+            self._put_in_order()
+        except Exception:
+            log.exception("it runs; what follows failed: phaul-runtime recover %s", self.id)
+            with self._step:
+                if not self.given_up:
+                    self._let_go()
+
+    def _put_in_order(self) -> None:
         with self._step:
             if not self.given_up:
                 for warning in announce(self._hooks, self.journal, self._pid):
@@ -671,9 +730,8 @@ class Incoming:
             self._abort(client_lost=client_lost)
 
     def _abort(self, *, client_lost: bool) -> None:
-        if self._memory is not None:
-            # Ends a page server that waits for memory, and so whoever waits for it.
-            hang_up(self._memory)
+        # Ends a page server that waits for memory, and so whoever waits for it.
+        self._end_memory(hang_up)
         self._late.stop()
         self._trees.stop()
         # Not before a step that takes its time has ended can anything be discarded.
@@ -694,9 +752,8 @@ class Incoming:
             if not keep and self.state is not State.ABORTING:
                 self._journal_quietly(State.ABORTING)
             self._held = False
-            with contextlib.suppress(PhaulError):
-                self._engine.discard()
-            self._lazy.stop()
+            attempt("putting the copy away", self._engine.discard)
+            attempt("ending its pager", self._lazy.stop)
             if not keep:
                 self._undo()
                 self._try_hooks(ON_ROLLBACK)
@@ -706,19 +763,19 @@ class Incoming:
                 log.error("its client is lost; images kept in %s", self._dir)
 
     def _try_hooks(self, event: str, failure: Failure | None = None) -> None:
-        for warning in self._hooks.try_to(event, move_of(self.journal), failure=failure):
-            log.warning("%s", warning)
+        def run() -> None:
+            for warning in self._hooks.try_to(event, move_of(self.journal), failure=failure):
+                log.warning("%s", warning)
+
+        attempt(f"hook {event}", run)
 
     def _undo(self) -> None:
         """Put this host back to what it was; what cannot be is left, and logged."""
         self._trees.stop()
-        with contextlib.suppress(PhaulError):
-            self._trees.wait_ended()
-        self._stage.undo()
-        with contextlib.suppress(PhaulError):
-            self._engine.undo()
-        with contextlib.suppress(PhaulError):
-            self._trees.undo()
+        attempt("ending its trees", self._trees.wait_ended)
+        attempt("undoing its files", self._stage.undo)
+        attempt("undoing what its engine made", self._engine.undo)
+        attempt("undoing its trees", self._trees.undo)
 
     def _journal_quietly(self, state: State) -> None:
         """On the way back a full disk is no reason to stop: the source's journal decides."""
@@ -734,11 +791,10 @@ class Incoming:
         if self._lazy.store is not None:
             self._lazy.store.close()
         if self._server is not None:
-            self._server.abort()
+            self._server.close()
         for room in filter(None, (self._ahead, self._late_room)):
             room.drop()
-        if self._memory is not None:
-            self._memory.close()
+        self._end_memory(socket.socket.close)
         if self._dir_lock >= 0:
             os.close(self._dir_lock)
             self._dir_lock = -1

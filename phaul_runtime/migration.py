@@ -349,6 +349,7 @@ class Migration:
             engine=engine.name,
             target=self.target,
             to=config.transport.to,
+            owner=session.certificate,
             options=options,
             identity=dict(self._source.identity()),
             lost_s=config.timeouts.lost_s,

@@ -17,7 +17,7 @@ from phaul_runtime import __version__
 from phaul_runtime.api import PhaulRemote
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.cutover import Held, Running
-from phaul_runtime.errors import Cancelled, ChannelError, MigrationFailed, PhaulError
+from phaul_runtime.errors import Cancelled, ChannelError, MigrationFailed, PhaulError, StillUnderWay
 from phaul_runtime.events import Listener
 from phaul_runtime.filecarry import FileSender
 from phaul_runtime.filesystem import gather
@@ -33,6 +33,8 @@ from phaul_runtime.wire import MAX_MESSAGE, PAGES, VERSION_KEY, from_wire
 _Reply = TypeVar("_Reply", bound=Any)
 _MESSAGE = MAX_MESSAGE // 2
 _RETRY_S = 0.5
+# An agent may wait for who still works on a migration; more often it is asked again.
+_LOOK_S = 20.0
 # For the reason of a failure that is certain already.
 _ASK_S = 5.0
 _VERSION = ((VERSION_KEY, str(PROTOCOL)),)
@@ -248,14 +250,30 @@ class RemoteAgent(PhaulRemote):
         Raises:
             StillUnderWay: somebody still works on one after `wait_s` seconds.
         """
-        request = pb.LookRequest(id=migration_id, wait_s=wait_s)
-        reply: pb.LookReply = self._call(self._stub.Look.future, request, wait_s + self._call_s)
+        reply = self._looked(migration_id, time.monotonic() + wait_s)
         ends = {Role.SOURCE: reply.source, Role.DESTINATION: reply.destination}
         return {
             role: Standing(State(end.state), end.alive, end.held)
             for role, end in ends.items()
             if end.state
         }
+
+    def _looked(self, migration_id: str, deadline: float) -> pb.LookReply:
+        """An agent waits a while for whoever works on it; then it is asked again."""
+        while True:
+            left = max(0.0, deadline - time.monotonic())
+            wait_s = min(left, _LOOK_S)
+            request = pb.LookRequest(id=migration_id, wait_s=wait_s)
+            try:
+                reply: pb.LookReply = self._call(
+                    self._stub.Look.future, request, wait_s + self._call_s
+                )
+            except StillUnderWay:
+                if left <= _LOOK_S:
+                    raise
+                time.sleep(_RETRY_S)
+            else:
+                return reply
 
     def settle(self, migration_id: str, role: Role, verdict: Verdict) -> Settled:
         """Settle an end there."""

@@ -56,8 +56,8 @@ class PhaulServer:
     """Takes memory from `config.memfd` into numbered directories under `config.wdir`.
 
     Args:
-        config: `memfd` is handed to CRIU as `ps.fd`: nobody else may read from it. `pid` is
-            ignored.
+        config: `memfd` is duplicated, and handed to CRIU as `ps.fd`: nobody else may read from
+            it. `pid` is ignored.
         criu: a session factory; by default the `criu` on PATH.
         log_level: of the logs of CRIU's page servers.
         page_server: `phaul` to receive in this process, `criu` to let CRIU do it.
@@ -76,6 +76,8 @@ class PhaulServer:
         client: PageFormat | None = None,
     ) -> None:
         self.config = config
+        # A hand of its own on the connection: a number alone may become somebody else's.
+        self._memory = socket.socket(fileno=os.dup(config.memfd))
         factory = criu or Criu()
         self.criu: Criu = _ServerCriu(self, factory)
         self._version = factory.known_version
@@ -138,7 +140,7 @@ class PhaulServer:
         # A swrk of its own for each: WAIT_PID ends it, and that is the only way to learn that
         # the page server has flushed everything.
         session = Criu(
-            self.criu.binary, pass_fds=(self.config.memfd,), deadline_s=self.criu.deadline_s
+            self.criu.binary, pass_fds=(self._memory.fileno(),), deadline_s=self.criu.deadline_s
         )
         try:
             opts = criu_opts(
@@ -147,7 +149,7 @@ class PhaulServer:
                 log_file=LOG_FILE,
                 parent_img=self._dirs.parent,
             )
-            opts.ps.fd = self.config.memfd
+            opts.ps.fd = self._memory.fileno()
             self._page_server = _PageServer(session, opts, self._ended)
         except BaseException:
             session.cleanup()
@@ -216,7 +218,7 @@ class PhaulServer:
         else:
             self._listed = {}
         sink = PageSink(
-            self.config.memfd,
+            self._memory.fileno(),
             Path(str(self._dirs.last)),
             wire=self._client or images,
             images=images,
@@ -249,9 +251,7 @@ class PhaulServer:
                 f"({_describe(status)}{self._space()})",
                 log=error_lines(self._log_text()),
             )
-        channel = socket.socket(fileno=os.dup(self.config.memfd))
-        hang_up(channel)
-        channel.close()
+        hang_up(self._memory)
 
     def stop_iter(self) -> None:
         """Wait until the page server has written everything and ended well; may be repeated.
@@ -289,6 +289,11 @@ class PhaulServer:
             page_server.kill()
             if self._failure is None:
                 self._failure = DestinationError("the last iteration was aborted")
+
+    def close(self) -> None:
+        """`abort`, and nothing more follows; idempotent."""
+        self.abort()
+        self._memory.close()
 
     def _space(self) -> str:
         """A full file system keeps CRIU from telling that it is one; ours says which."""

@@ -71,13 +71,32 @@ class Service:
         # By its address, so that the next one finds what this one could not put away.
         token = hashlib.sha256(config.listen.encode()).hexdigest()[:16]
         self._sockets = socket_directory(str(workdir), token)
-        self._agent = Agent(self._sockets, workdir, state_dir, criu, hooks=hooks, history=history)
+        allowed = config.allowed()
+        if config.allow is not None and self._scheme == "tcp":
+            raise Refused(
+                "agent.allow is about certificates, and tcp:// has none", hint="use tls://"
+            )
+        self._agent = Agent(
+            self._sockets,
+            workdir,
+            state_dir,
+            criu,
+            hooks=hooks,
+            history=history,
+            allowed=allowed,
+        )
         secure: Secure | None = None
         if self._scheme == "tls":
             credentials = Credentials(config.ca, config.cert, config.key)
             credentials.load(ssl.PROTOCOL_TLS_SERVER)
             secure = functools.partial(as_server, credentials)
-        self._front = Front(self._sockets / CONTROL, self._agent.take_stream, secure)
+        self._front = Front(
+            self._sockets / CONTROL,
+            self._agent.callers,
+            self._agent.take_stream,
+            allowed.enter,
+            secure,
+        )
 
     def start(self) -> str:
         """Listen; returns the address with the port that it has.

@@ -79,6 +79,11 @@ class Session:
         return self
 
     @property
+    def certificate(self) -> str:
+        """The name of the agent's; see `Channel`."""
+        return "" if self._channel is None else self._channel.certificate
+
+    @property
     def link_bytes(self) -> int | None:
         """What memory and trees were on the link, if an image proxy counted it."""
         return None if self._proxy is None else self._proxy.counts.sent

@@ -66,6 +66,10 @@ def config_md() -> str:
     for name, _, target in sections:
         parts.append(f"\n## {name}\n\n{_one_line(target.get('description', ''))}\n\n")
         parts.append(_keys(target["properties"].items()))
+        for key, found in target["properties"].items():
+            for each in _listed(found, schema):
+                parts.append(f"\n## each of {name}.{key}\n\n{_one_line(each['description'])}\n\n")
+                parts.append(_keys(each["properties"].items()))
     for name, target in schema["properties"]["engines"]["properties"].items():
         parts.append(f"\n## engines.{name}\n\n{_one_line(target.get('description', ''))}\n\n")
         parts.append(_keys(target["properties"].items()))
@@ -77,6 +81,12 @@ def _resolved(found: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
         return found
     target: dict[str, Any] = schema["$defs"][found["$ref"].rpartition("/")[2]]
     return target
+
+
+def _listed(found: dict[str, Any], schema: dict[str, Any]) -> list[dict[str, Any]]:
+    """The mapping that a key lists, if it does."""
+    kinds = found.get("anyOf", [found])
+    return [_resolved(kind["items"], schema) for kind in kinds if "$ref" in kind.get("items", {})]
 
 
 def _keys(keys: Iterable[tuple[str, dict[str, Any]]]) -> str:
@@ -96,6 +106,8 @@ def _plain(value: object) -> str:
 
 
 def _accepted(found: dict[str, Any]) -> str:
+    if "$ref" in found:
+        return "mappings"
     if "anyOf" in found:
         return " or ".join(_accepted(each) for each in found["anyOf"])
     if "enum" in found:

@@ -18,6 +18,7 @@ from phaul_runtime.cli.outlet import show
 from phaul_runtime.config import Config, load_config
 from phaul_runtime.criu import Criu
 from phaul_runtime.hostfacts import PROTOCOL
+from phaul_runtime.lasting import report_deaths
 from phaul_runtime.ready import readable
 from phaul_runtime.service import Service, notify
 
@@ -74,6 +75,7 @@ def agent_command(sockets: Path | None, config_path: Path | None, **given: Any) 
     """
     config = _configure(config_path, given)
     set_up_logs(config)
+    report_deaths()
     if sockets is None:
         _serve(config)
     elif given["listen"]:
@@ -95,11 +97,14 @@ def _configure(path: Path | None, given: dict[str, Any]) -> Config:
 
 def _wake_on_signals() -> tuple[int, int]:
     """A pipe that becomes readable once a signal asks to end, and its other end."""
-    wake_read, wake_write = os.pipe()
+    wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def stop(_number: int, _frame: FrameType | None) -> None:
-        os.write(wake_write, b"x")
+        """The pipe has it already."""
 
+    # By the C handler, whichever thread the kernel gives the signal to: Python's own runs in the
+    # main thread alone, which may be waiting.
+    signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, stop)
     return wake_read, wake_write

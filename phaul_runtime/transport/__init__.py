@@ -66,6 +66,8 @@ class Channel(ABC):
     """An open way to one agent."""
 
     name: str
+    certificate = ""
+    """The name of the one that the agent has shown; empty where none is asked for."""
 
     @abstractmethod
     def control_target(self) -> str:

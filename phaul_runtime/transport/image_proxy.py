@@ -384,6 +384,7 @@ class ProxiedChannel(Channel):
 
     def __init__(self, channel: Channel, proxy: ImageProxy) -> None:
         self.name = channel.name
+        self.certificate = channel.certificate
         self._channel = channel
         self._proxy = proxy
         self._streams: list[_Stream] = []

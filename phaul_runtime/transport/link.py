@@ -43,6 +43,10 @@ _KEEPALIVE = (
 )
 
 
+class NoAnswer(ChannelError):
+    """The other side closed a new connection without a word: it may have had too many."""
+
+
 @dataclass(frozen=True)
 class Deadline:
     """A moment until which a whole exchange has to be over, however many steps it has."""
@@ -150,7 +154,7 @@ def greet(channel: socket.socket, purpose: str, deadline: Deadline) -> None:
         channel.settimeout(None)
         return
     if not answer:
-        raise ChannelError("the connection was closed without an answer")
+        raise NoAnswer("the connection was closed without an answer")
     if answer.startswith(b"no "):
         raise ChannelError(f"the agent says: {answer.decode('ascii', 'replace')}")
     raise ChannelError("no phaul-runtime agent answers on that port")
@@ -187,6 +191,13 @@ def agree(channel: socket.socket, deadline: Deadline) -> None:
     deadline.limit(channel)
     channel.sendall(_OK + b"\n")
     channel.settimeout(None)
+
+
+def deny(channel: socket.socket, reason: str) -> None:
+    """Tell the client instead why it is not served; `dismiss` follows."""
+    with contextlib.suppress(OSError):
+        text = f"no entry: {reason}".encode("ascii", "replace")
+        channel.sendall(text[: _LINE - 1] + b"\n")
 
 
 def dismiss(channel: socket.socket) -> None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,9 +20,19 @@ from typing import TYPE_CHECKING
 from phaul_runtime.errors import ChannelError, DestinationUnreachable, PhaulError, Refused
 from phaul_runtime.images import remove_tree
 from phaul_runtime.journal import lock_directory
+from phaul_runtime.peers import certificate_name
 from phaul_runtime.transport import Channel, Destination
 from phaul_runtime.transport.carry import expose, join
-from phaul_runtime.transport.link import CONTROL, PORT, STREAM, Deadline, cut, dial, greet
+from phaul_runtime.transport.link import (
+    CONTROL,
+    PORT,
+    STREAM,
+    Deadline,
+    NoAnswer,
+    cut,
+    dial,
+    greet,
+)
 from phaul_runtime.transport.mutualtls import explain
 from phaul_runtime.transport.uncork import Uncorked
 from phaul_runtime.wire import CONTROL as CONTROL_SOCKET
@@ -28,7 +40,9 @@ from phaul_runtime.wire import CONTROL as CONTROL_SOCKET
 if TYPE_CHECKING:
     from phaul_runtime.cancel import Cancellation
 
-Secure = Callable[[socket.socket, Deadline], socket.socket]
+_AGAIN_AFTER_S = (0.05, 0.1, 0.2, 0.4, 0.8)
+
+Secure = Callable[[socket.socket, Deadline], ssl.SSLSocket]
 """Authenticates both ends of a new connection; raises ChannelError or OSError."""
 
 
@@ -97,27 +111,46 @@ class LinkChannel(Channel):
             ) from error
 
     def _connection(self, purpose: str, cancellation: Cancellation | None = None) -> socket.socket:
+        """An agent that is crowded closes the oldest of those that wait: then it is tried again."""
         deadline = Deadline.within(self._timeout_s)
+        for pause_s in _AGAIN_AFTER_S:
+            try:
+                return self._connected(purpose, deadline, cancellation)
+            except NoAnswer:
+                if cancellation is not None:
+                    cancellation.check()
+                if time.monotonic() + pause_s >= deadline.at:
+                    raise
+                # Not all at the same moment.
+                time.sleep(pause_s * random.uniform(0.5, 1))  # noqa: S311 - nothing secret
+        return self._connected(purpose, deadline, cancellation)
+
+    def _connected(
+        self, purpose: str, deadline: Deadline, cancellation: Cancellation | None
+    ) -> socket.socket:
         channel: socket.socket | None = None
         try:
             channel = dial(self._host, self._port, deadline, cancellation)
             if self._secure is not None:
-                channel = self._secure(channel, deadline)
+                secured = self._secure(channel, deadline)
+                channel = secured
+                self.certificate = certificate_name(secured.getpeercert())
             greet(channel, purpose, deadline)
         except PhaulError as error:
             _close(channel)
             if isinstance(error, ChannelError):
-                raise ChannelError(error.message, hint=error.hint, host=self.name) from error
+                raise type(error)(error.message, hint=error.hint, host=self.name) from error
             raise
         except ssl.SSLError as error:
             # The agent's verdict on this host's certificate.
             _close(channel)
-            raise ChannelError(
-                explain(error, f"the agent at {self.name}"), host=self.name
-            ) from error
+            kind = NoAnswer if isinstance(error, ssl.SSLEOFError) else ChannelError
+            raise kind(explain(error, f"the agent at {self.name}"), host=self.name) from error
         except OSError as error:
+            # Refused before it was there, or reset once it was?
+            kind = NoAnswer if channel is not None and _was_reset(error) else ChannelError
             _close(channel)
-            raise ChannelError(
+            raise kind(
                 f"port {self._port}: {error.strerror or error}",
                 host=self.name,
                 hint="does phaul-runtime agent --listen run there?",
@@ -181,6 +214,10 @@ class LinkChannel(Channel):
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+
+def _was_reset(error: OSError) -> bool:
+    return isinstance(error, ConnectionResetError | BrokenPipeError)
 
 
 def _close(channel: socket.socket | None) -> None:

@@ -13,7 +13,7 @@ import ssl
 from dataclasses import dataclass
 
 from phaul_runtime.errors import ChannelError, Refused
-from phaul_runtime.transport.link import SPEAKS_TLS, Deadline, dismiss
+from phaul_runtime.transport.link import SPEAKS_TLS, Deadline, NoAnswer, dismiss
 
 # What OpenSSL's reasons mean to whoever reads the error; `{who}` is the other side.
 _REASONS = {
@@ -148,7 +148,8 @@ def _handshake(
         dismiss(secured)
         if isinstance(error, ssl.SSLError):
             who = "the client" if host is None else f"the agent at {host}"
-            raise ChannelError(explain(error, who)) from error
+            kind = NoAnswer if isinstance(error, ssl.SSLEOFError) else ChannelError
+            raise kind(explain(error, who)) from error
         raise
     return secured
 

@@ -499,6 +499,12 @@ def test_one_that_opens_slowly_keeps_no_other_waiting(
         def invocation_metadata(self) -> Any:
             return (("phaul-protocol", str(PROTOCOL)),)
 
+        def peer(self) -> str:
+            return "unix:"
+
+        def time_remaining(self) -> float:
+            return 20.0
+
     request = pb.OpenRequest(
         id="a" * 16, engine="fake", target="x", lost_s=30, commit_s=5, restore="full",
         page_format=1, options=b"{}",

@@ -90,6 +90,9 @@ class _PageServer:
     def abort(self) -> None:
         pass
 
+    def close(self) -> None:
+        pass
+
 
 class _Channel(AgentProcess):
     """The sockets of an agent in this process."""

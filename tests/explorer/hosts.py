@@ -68,6 +68,15 @@ class _Context:
     def invocation_metadata(self) -> Any:
         return (("phaul-protocol", str(PROTOCOL)),)
 
+    def peer(self) -> str:
+        return "unix:"
+
+    def time_remaining(self) -> float:
+        return 60.0
+
+    def is_active(self) -> bool:
+        return True
+
 
 class Hosts:
     """Two hosts, from the beginning of one move of one victim."""

@@ -107,9 +107,9 @@ def agent_behind(channel: Channel) -> Iterator[RemoteAgent]:
         remote.close()
 
 
-def open_migration(remote: RemoteAgent, migration_id: str = ID) -> None:
+def open_migration(remote: RemoteAgent, migration_id: str = ID, lost_s: float = 30) -> None:
     remote.open(
-        migration_id, engine="process", target="1", manifest={}, options={}, lost_s=30,
+        migration_id, engine="process", target="1", manifest={}, options={}, lost_s=lost_s,
         log_level=0, restore="full", page_format=1,
     )  # fmt: skip
 

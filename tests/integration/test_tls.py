@@ -268,7 +268,7 @@ def test_agents_that_are_not_the_right_ones_are_refused(
         with serving(root, there) as served:
             message = refusal(served.url, root, fleet.here())
             assert message == f"the certificate of the agent at 127.0.0.1 {told}"
-            wait(lambda served=served: not served.service._front._waiting)  # type: ignore[misc]
+            wait(lambda served=served: not served.service._front._lobby.waiting)  # type: ignore[misc]
 
 
 def test_an_agent_of_another_name_is_refused(root: Path, fleet: Fleet) -> None:

@@ -38,6 +38,9 @@ KEYS = dict(leaves(SCHEMA))
 def other(found: dict[str, Any], default: Any = None) -> Any:
     """A value that is accepted and is not the default."""
     default = found.get("default", default)
+    if "$ref" in found:
+        target = SCHEMA["$defs"][found["$ref"].rpartition("/")[2]]
+        return {name: other(each) for name, each in target["properties"].items()}
     if "anyOf" in found:
         return other(next(e for e in found["anyOf"] if e.get("type") != "null"), default)
     if "enum" in found:

@@ -24,7 +24,7 @@ def high() -> Iterator[tuple[int, int]]:
         pytest.skip("this machine allows too few descriptors")
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, MANY + 100), hard))
     ends = os.pipe()
-    moved = []
+    moved: list[int] = []
     try:
         for end in ends:
             moved.append(os.dup2(end, MANY + len(moved)))
@@ -60,8 +60,8 @@ def test_nothing_here_uses_select(where: str) -> None:
     done = subprocess.run(argv, cwd=root, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stdout
     shown = subprocess.run(
-        [sys.executable, "-m", "ruff", "check", "--select", "TID251", "--stdin-filename", "x.py", "-"],
-        cwd=root, input="import select\nselect.select([], [], [])\n", capture_output=True,
-        text=True, check=False, timeout=120,
+        [*argv[:-2], "--stdin-filename", "x.py", "-"],
+        cwd=root, input="import select\nselect.select([], [], [])\n",
+        capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
     assert "TID251" in shown.stdout
