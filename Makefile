@@ -8,6 +8,7 @@
 #                ENGINE=runc or docker for containers, MODE=pre-copy or post-copy for one of both
 #   make fuzz    a million mutated messages; ONLY=pages SEED=1 CASE=7 repeats one
 #   make lab KIND=native SUITE=forky     hosts to work with; both words may be left out
+#   make bench-service  another client's moves while many connect, open and are slow
 #   make bench   downtime beside other ways to move (METHODS=, WORKLOADS=, RUNS=)
 #
 # The laboratory (hosts of namespaces and emulated ones, tests/lab) needs root, about 6 GiB of disk
@@ -110,6 +111,11 @@ bench-docker:
 	$(MAKE) bench METHODS=phaul-docker-lazy,phaul-docker,docker,podman-pre,podman,phaul-runc \
 		WORKLOADS=64-6.25 OUT=build/bench/docker.json
 
+MOVES :=
+# What 1,000 silent connections, 500 open migrations and a slow Open cost another client.
+bench-service: venv
+	PYTHONPATH=$$($(LAB) pycriu) $(PYTHON) -m tests.bench.service $(if $(MOVES),--moves $(MOVES))
+
 # docs/config.md, docs/commands.md and docs/errors.md are made of the code.
 docs: venv
 	$(PYTHON) -m tests.docsgen
@@ -140,4 +146,4 @@ clean: down
 
 .PHONY: all system venv lab demo test test-all lint unit unit-forky e2e-native e2e-emulated \
 	e2e-emulated-forky table faults faults-random fuzz bench bench-docker \
-	bench-docs docs proto down clean
+	bench-service bench-docs docs proto down clean
