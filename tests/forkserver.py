@@ -1,27 +1,24 @@
 """Programs of this project without the start of an interpreter each: forks of one that has it all.
 
-    python forkserver.py serve SOCKET                      imports, then forks for whoever asks
-    python -I -S forkserver.py SOCKET MODULE ARGV...       as `python -m MODULE ARGV...`
-    python -I -S forkserver.py SOCKET FILE.py ARGV...      as `python FILE.py ARGV...`
-
-The second and third stand for the program that they ask for: environment, directory and the first
-three files are handed on, SIGINT and SIGTERM too, its end is theirs, and if they are killed, so is
-the program.
+`python forkserver.py SOCKET` imports, then forks for each `forkclient.py` that asks, until its
+stdin ends.
 """
 
 from __future__ import annotations
 
-import json
+import atexit
+import gc
+import importlib
 import os
+import runpy
+import selectors
 import signal
 import socket
 import sys
+import threading
+import traceback
+from dataclasses import dataclass
 
-TYPE_CHECKING = False  # typing takes its time to be imported, too
-if TYPE_CHECKING:
-    from typing import Any
-
-_PASSED_ON = (signal.SIGINT, signal.SIGTERM)
 _IMPORTED = (
     "dbos",
     "phaul_runtime.batch.run",
@@ -33,35 +30,25 @@ _IMPORTED = (
 _PACES = (("phaul_runtime.batch.flow", "_ASK_PAUSE_S", 0.2),)
 
 
-def ask(path: str, program: list[str]) -> None:
-    """Stand for a program."""
-    server = socket.socket(socket.AF_UNIX)
-    server.connect(path)
-    socket.send_fds(server, [b"!"], [0, 1, 2])
-    directory = os.getcwd()  # noqa: PTH109 - pathlib takes longer to import than all of this
-    told = {"program": program, "environment": dict(os.environ), "directory": directory}
-    server.sendall(json.dumps(told).encode() + b"\n")
-    answers = server.makefile("rb")
-    pid = int(answers.readline())
-    for passed in _PASSED_ON:
-        signal.signal(passed, lambda number, _: os.kill(pid, number))
-    for fd in (0, 1, 2):
-        os.close(fd)
-    status = int(answers.readline())
-    if os.WIFSIGNALED(status):
-        ended_by = os.WTERMSIG(status)
-        if ended_by != signal.SIGKILL:
-            signal.signal(ended_by, signal.SIG_DFL)
-        os.kill(os.getpid(), ended_by)
-    os._exit(os.waitstatus_to_exitcode(status))
+@dataclass(frozen=True)
+class Asked:
+    """What a client wants.
+
+    Attributes:
+        files: descriptors for stdin, stdout and stderr.
+        directory: where the program runs.
+        program: a module or a file, and its arguments.
+        environment: of the program.
+    """
+
+    files: list[int]
+    directory: str
+    program: list[str]
+    environment: dict[str, str]
 
 
 def serve(path: str) -> None:
     """Fork for whoever asks, until stdin ends; returns in each fork, ready to run its program."""
-    import gc
-    import importlib
-    import selectors
-
     for name in _IMPORTED:
         importlib.import_module(name)
     for name, constant, seconds in _PACES:
@@ -91,11 +78,10 @@ def serve(path: str) -> None:
                 os._exit(0)
             elif key.fd == listener.fileno():
                 client, _ = listener.accept()
-                taken = _take(client)
-                if taken is None:
+                asked = _take(client)
+                if asked is None:
                     client.close()
                     continue
-                fds, told = taken
                 pid = os.fork()
                 if pid == 0:
                     signal.set_wakeup_fd(-1)
@@ -105,9 +91,9 @@ def serve(path: str) -> None:
                         channel.close()
                     os.close(wake_read)
                     os.close(wake_write)
-                    _become(fds, told)
+                    _become(asked)
                     return
-                for fd in fds:
+                for fd in asked.files:
                     os.close(fd)
                 children[pid] = client
                 _tell(client, pid)
@@ -127,14 +113,20 @@ def serve(path: str) -> None:
                 client.close()
 
 
-def _take(client: socket.socket) -> tuple[list[int], dict[str, Any]] | None:
+def _take(client: socket.socket) -> Asked | None:
     client.settimeout(60)
     try:
         _, fds, _, _ = socket.recv_fds(client, 1, 3)
-        with client.makefile("rb") as lines:
-            return list(fds), json.loads(lines.readline())
+        with client.makefile("rb") as stream:
+            size = int(stream.readline())
+            data = stream.read(size)
     except (OSError, ValueError):
         return None
+    if len(data) < size:
+        return None  # killed
+    directory, count, *rest = map(os.fsdecode, data.split(b"\0"))
+    program, variables = rest[: int(count)], rest[int(count) :]
+    return Asked(list(fds), directory, program, dict(each.split("=", 1) for each in variables))
 
 
 def _tell(client: socket.socket, number: int) -> None:
@@ -144,24 +136,19 @@ def _tell(client: socket.socket, number: int) -> None:
         return  # killed
 
 
-def _become(fds: list[int], told: dict[str, Any]) -> None:
-    for number, fd in enumerate(fds):
+def _become(asked: Asked) -> None:
+    for number, fd in enumerate(asked.files):
         os.dup2(fd, number)
         os.close(fd)
     os.setsid()
     os.environ.clear()
-    os.environ.update(told["environment"])
-    os.chdir(str(told["directory"]))
-    sys.argv = list(told["program"])
+    os.environ.update(asked.environment)
+    os.chdir(asked.directory)
+    sys.argv = asked.program
 
 
 def _run() -> None:
     """Run the program, and end as an interpreter ends, but for taking its modules apart."""
-    import atexit
-    import runpy
-    import threading
-    import traceback
-
     code: object = 0
     try:
         if sys.argv[0].endswith(".py"):
@@ -184,7 +171,5 @@ def _run() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] != "serve":
-        ask(sys.argv[1], sys.argv[2:])
-    serve(sys.argv[2])
+    serve(sys.argv[1])
     _run()

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,8 +20,7 @@ import yaml
 pytest.importorskip("dbos")
 
 FAKE = Path(__file__).parent / "batch" / "fakehosts.py"
-ROOT = Path(__file__).parents[2]
-FORKSERVER = ROOT / "tests" / "forkserver.py"
+SSH = FAKE.with_name("fakessh.py")
 ENGINES = ("process", "runc", "docker")
 WITHIN_S = 120.0
 
@@ -33,15 +31,16 @@ class World:
 
     root: Path
     store: str
-    programs: Path
+    # Starts a module or a file, as Python does, but for the seconds of its imports.
+    python: list[str]
     env: dict[str, str] = field(default_factory=dict)
     # An interpreter of its own for each controller, as users have it.
     by_itself: bool = False
     running: list[subprocess.Popen[str]] = field(default_factory=list)
 
     @classmethod
-    def make(cls, root: Path, programs: Path, store: str = "", **env: str) -> World:
-        world = cls(root, store or str(root / "store"), programs)
+    def make(cls, root: Path, python: list[str], store: str = "", **env: str) -> World:
+        world = cls(root, store or str(root / "store"), python)
         world.env = {**os.environ, "FAKE_HOSTS": str(root / "hosts"), **env}
         for host in ("a", "b"):
             (root / "hosts" / host / "victims").mkdir(parents=True)
@@ -49,16 +48,11 @@ class World:
                 f"state_dir: {root}/hosts/{host}/state\nworkdir: {root}/hosts/{host}/work\n"
             )
         transport = {
-            "ssh_command": [sys.executable, str(FAKE), "ssh"],
-            "agent_command": [*world.python, str(FAKE), "phaul"],
+            "ssh_command": [sys.executable, "-I", "-S", str(SSH)],
+            "agent_command": [*world.python, str(FAKE)],
         }
         (root / "config.yaml").write_text(yaml.safe_dump({"transport": transport}))
         return world
-
-    @property
-    def python(self) -> list[str]:
-        """Starts a module or a file, as Python does, but for the seconds of its imports."""
-        return [sys.executable, "-I", "-S", str(FORKSERVER), str(self.programs)]
 
     def moves(self, count: int, **keys: Any) -> Path:
         """A file of `count` moves of mixed engines, every other one the other way."""
@@ -151,22 +145,9 @@ class World:
         assert len(moved) == count
 
 
-@pytest.fixture(scope="session")
-def programs() -> Iterator[Path]:
-    """The socket of a server that starts programs without their imports."""
-    with tempfile.TemporaryDirectory(prefix="phaul-") as directory:
-        path = Path(directory, "programs")
-        argv = [sys.executable, str(FORKSERVER), "serve", str(path)]
-        pipe = subprocess.PIPE
-        with subprocess.Popen(argv, stdin=pipe, stdout=pipe, cwd=ROOT) as server:
-            assert server.stdout is not None
-            assert server.stdout.readline() == b"serves\n"
-            yield path
-
-
 @pytest.fixture
-def world(tmp_path: Path, programs: Path) -> Iterator[World]:
-    world = World.make(tmp_path, programs)
+def world(tmp_path: Path, python: list[str]) -> Iterator[World]:
+    world = World.make(tmp_path, python)
     yield world
     for process in world.running:
         if process.poll() is None:
@@ -180,7 +161,11 @@ LIMITS = {"total": 3, "per_source": 2, "per_destination": 2}
 def test_killed_twice_and_resumed_every_move_is_done_once(world: World) -> None:
     world.env["FAKE_SECONDS"] = "1.5"
     file = world.moves(12, limits=LIMITS)
+    world.held.touch()
     runner = world.start("run", str(file), "--id", "b12")
+    # As many at once as may be, however long a start takes.
+    world.wait("3 begun", lambda: len(world.log()) >= 3)
+    world.held.unlink()
     for least in (2, 6):
         world.wait(f"{least} moved", lambda least=least: world.moved() >= least)  # type: ignore[misc]
         runner.kill()

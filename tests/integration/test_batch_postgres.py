@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.test_batch import LIMITS, WITHIN_S, World, programs
+from tests.integration.test_batch import LIMITS, WITHIN_S, World
 from tests.postgres import server
 
-__all__ = ["programs", "server"]
+__all__ = ["server"]
 
 
 @pytest.fixture
-def world(server: str, tmp_path: Path, programs: Path) -> Iterator[World]:
-    world = World.make(tmp_path, programs, server)
+def world(server: str, tmp_path: Path, python: list[str]) -> Iterator[World]:
+    world = World.make(tmp_path, python, server)
     yield world
     for process in world.running:
         if process.poll() is None:
@@ -27,9 +27,12 @@ def world(server: str, tmp_path: Path, programs: Path) -> Iterator[World]:
 def test_two_controllers_killed_and_resumed_every_move_is_done_once(world: World) -> None:
     world.env["FAKE_SECONDS"] = "1.5"
     file = world.moves(12, limits=LIMITS)
+    world.held.touch()
     one = world.start("run", str(file), "--id", "shared", "--controller", "one")
-    world.wait("it has begun", lambda: len(world.log()) >= 1)
+    # As many at once as may be, however long a start takes.
+    world.wait("3 begun", lambda: len(world.log()) >= 3)
     two = world.start("resume", "shared", "--controller", "two")
+    world.held.unlink()
     world.wait("2 moved", lambda: world.moved() >= 2)
     # The first decides what starts: the second takes that over, and what the first had under way.
     one.kill()
@@ -60,7 +63,7 @@ def test_batches_in_one_database_are_apart(world: World) -> None:
     first.kill()
     first.communicate(timeout=60)
     begun = len(world.log())
-    other = World.make(world.root / "other", world.programs, world.store)
+    other = World.make(world.root / "other", world.python, world.store)
     assert other.batch("run", str(other.moves(2)), "--id", "second", "--controller", "same")
     # Another batch does not take up what the first left.
     assert len(world.log()) == begun
@@ -84,8 +87,10 @@ def test_a_controllers_name_is_taken_while_it_lives(world: World) -> None:
     assert runner.wait(WITHIN_S) == 0
 
 
-def test_a_database_that_does_not_answer_is_a_clear_error(tmp_path: Path, programs: Path) -> None:
-    world = World.make(tmp_path, programs, f"postgresql://phaul@/postgres?host={tmp_path}")
+def test_a_database_that_does_not_answer_is_a_clear_error(
+    tmp_path: Path, python: list[str]
+) -> None:
+    world = World.make(tmp_path, python, f"postgresql://phaul@/postgres?host={tmp_path}")
     process = world.start("run", str(world.moves(1)))
     _, err = process.communicate(timeout=WITHIN_S)
     assert process.returncode == 3

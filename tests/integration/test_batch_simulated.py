@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
-import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,19 @@ pytest.importorskip("dbos")
 
 SIMULATE = Path(__file__).parent / "batch" / "simulate.py"
 WITHIN_S = 300.0
+Run = Callable[..., list[dict[str, Any]]]
 
 
-def run(root: Path, moves: int, *flags: str, kill_after: int = 0) -> list[dict[str, Any]]:
+@pytest.fixture
+def run(python: list[str]) -> Run:
+    return functools.partial(run_with, python)
+
+
+def run_with(
+    python: list[str], root: Path, moves: int, *flags: str, kill_after: int = 0
+) -> list[dict[str, Any]]:
     """A controller to its end, or killed once that many moves have ended; what it printed."""
-    argv = [sys.executable, str(SIMULATE), "--store", str(root / "store"),
+    argv = [*python, str(SIMULATE), "--store", str(root / "store"),
             "--ledger", str(root / "ledger"), "--moves", str(moves), *flags]  # fmt: skip
     told = []
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as found:
@@ -42,7 +51,9 @@ def run(root: Path, moves: int, *flags: str, kill_after: int = 0) -> list[dict[s
     ("moves", "seconds"),
     [(90, "0.1"), pytest.param(1000, "0.5", marks=pytest.mark.thorough)],
 )
-def test_done_once_within_limits_in_flat_memory(tmp_path: Path, moves: int, seconds: str) -> None:
+def test_done_once_within_limits_in_flat_memory(
+    run: Run, tmp_path: Path, moves: int, seconds: str
+) -> None:
     flags = ("--seconds", seconds, "--failing", "0.2", "--total", "12", "--per-host", "3")
     for _ in range(2):
         run(tmp_path, moves, *flags, kill_after=moves // 3)
@@ -62,7 +73,7 @@ def test_done_once_within_limits_in_flat_memory(tmp_path: Path, moves: int, seco
     assert end - half < 10, last["mib"]
 
 
-def test_all_that_failed_is_in_the_summary(tmp_path: Path) -> None:
+def test_all_that_failed_is_in_the_summary(run: Run, tmp_path: Path) -> None:
     *ended, last = run(tmp_path, 30, "--seconds", "0.05", "--failing", "1", "--retries", "1")
     assert last["states"] == {"failed": 30}
     assert {(each["state"], each["attempts"]) for each in ended} == {("failed", 2)}

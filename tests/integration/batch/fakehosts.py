@@ -1,7 +1,7 @@
 """Hosts that are directories, reached by a fake ssh: the real command line, the real journals.
 
-    fakehosts.py ssh ARGV...        what stands for ssh: runs the command for that host
-    fakehosts.py phaul ARGV...      what stands for phaul-runtime there
+    fakessh.py ARGV...        stands for ssh: runs the command for that host
+    fakehosts.py ARGV...      stands for phaul-runtime there
 
 A host is a directory below $FAKE_HOSTS: `state` has its journals, `victims` a file for each victim
 that runs there, `moves.log` a line when an attempt froze its victim and one when the copy ran. A
@@ -20,7 +20,6 @@ from pathlib import Path
 
 HOSTS = Path(os.environ.get("FAKE_HOSTS", "/nonexistent"))
 FAILING = float(os.environ.get("FAKE_FAILING", "0"))
-LOST = float(os.environ.get("FAKE_LOST", "0"))
 SECONDS = float(os.environ.get("FAKE_SECONDS", "0.3"))
 
 # While it is there, no move gets past its pre-copy.
@@ -33,27 +32,6 @@ def log(host: str, **facts: object) -> None:
     fd = os.open(HOSTS / "moves.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.write(fd, line.encode())
     os.close(fd)
-
-
-def ssh(argv: list[str]) -> None:
-    """As ssh does it: options, then --, the host, and one string for a shell."""
-    at = argv.index("--")
-    host, command = argv[at + 1 :]
-    if not (HOSTS / host).is_dir():
-        print(f"ssh: connect to host {host}: No route to host", file=sys.stderr)
-        sys.exit(255)
-    os.environ["FAKE_HOST"] = host
-    if LOST and random.random() < LOST:
-        # The connection breaks in the middle: the command there goes on without it.
-        if os.fork() == 0:
-            null = os.open(os.devnull, os.O_RDWR)
-            for number in (0, 1, 2):
-                os.dup2(null, number)
-            os.execv("/bin/sh", ["sh", "-c", command])
-        time.sleep(SECONDS / 2)
-        print("client_loop: send disconnect: Broken pipe", file=sys.stderr)
-        sys.exit(255)
-    os.execv("/bin/sh", ["sh", "-c", command])
 
 
 def phaul(argv: list[str]) -> None:
@@ -140,4 +118,4 @@ def phaul(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    {"ssh": ssh, "phaul": phaul}[sys.argv[1]](sys.argv[2:])
+    phaul(sys.argv[1:])
