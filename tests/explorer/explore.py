@@ -22,6 +22,8 @@ REMEDY = ("the lost are noticed", "recover here", "recover there", "recover here
 
 Fault = tuple[int, str] | None
 Path_ = tuple[tuple[str, Fault], ...]
+# Of a command: what it is, and the faults that may come there.
+Points = list[tuple[str, tuple[str, ...]]]
 
 
 @dataclass
@@ -56,22 +58,16 @@ def explore(mode: str, depth: int, root: Path) -> Found:
         following: list[Path_] = []
         for path in frontier:
             for command in COMMANDS if level else ("migrate",):
-                for fault in _faults(mode, path, command, root):
+                points = _step(mode, (*path, (command, None)), root, found, seen, following)
+                for fault in _faults(points):
                     _step(mode, (*path, (command, fault)), root, found, seen, following)
         frontier = following
     found.states = len(seen)
     return found
 
 
-def _faults(mode: str, path: Path_, command: str, root: Path) -> Iterator[Fault]:
-    """None, and each that may come in `command` after `path`."""
-    yield None
-    try:
-        with _at(mode, path, root) as (here, _):
-            here.run(command)
-            points = here.world.points
-    except Wrong:
-        return  # seen by the step without a fault
+def _faults(points: Points) -> Iterator[Fault]:
+    """Each that may come in a command that has these."""
     for number, (_, kinds) in enumerate(points):
         for kind in kinds:
             yield (number, kind)
@@ -79,14 +75,17 @@ def _faults(mode: str, path: Path_, command: str, root: Path) -> Iterator[Fault]
 
 def _step(
     mode: str, path: Path_, root: Path, found: Found, seen: set[object], following: list[Path_]
-) -> None:
+) -> Points:
+    """Look at where a path leads; returns the points of its last command."""
     found.runs += 1
     said: list[str] = []
+    points: Points = []
     try:
         with _at(mode, path, root) as (here, said):
+            points = here.world.points
             state = here.signature()
             if state in seen:
-                return
+                return points
             seen.add(state)
             following.append(path)
             for command in REMEDY:
@@ -98,6 +97,7 @@ def _step(
                 found.none.append(_tell(path, [*said, str(here.signature())]))
     except Wrong as error:
         found.wrong.append(_tell(path, [*said, str(error)]))
+    return points
 
 
 class _at:  # noqa: N801 - as a function

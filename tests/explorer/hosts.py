@@ -8,6 +8,7 @@ page server, the cgroup of a post-copy move and its pages, gRPC's transport, the
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import socket
 import threading
@@ -20,7 +21,19 @@ import grpc
 import pytest
 
 from phaul_runtime import agent as agent_module
-from phaul_runtime import cutover, incoming, journal, migration, reach, recovery, session, settle
+from phaul_runtime import (
+    cutover,
+    images,
+    incoming,
+    journal,
+    journalfile,
+    journalformat,
+    migration,
+    reach,
+    recovery,
+    session,
+    settle,
+)
 from phaul_runtime import remote as remote_module
 from phaul_runtime.agent import AgentService
 from phaul_runtime.config import Config
@@ -120,6 +133,10 @@ class Hosts:
             recovery, "attend", lambda agent, migration_id, _: agent.take_up(migration_id)
         )
         patch.setattr(agent_module, "check_space", lambda *_: _fine())
+        # Nothing is mounted here, and no journal needs the room that a long move's does.
+        patch.setattr(images, "mounts_below", lambda _: [])
+        for module in (journal, journalfile, journalformat):
+            patch.setattr(module, "STEP", 4096)
         patch.setattr(incoming, "PhaulServer", _Pages)
         patch.setattr(incoming, "LazyRestore", self._lazy)
         patch.setattr(Incoming, "_settle_soon", _settle_later)
@@ -209,20 +226,13 @@ class Hosts:
     # -- commands --------------------------------------------------------------------------
 
     def config(self, side: str = "here", to: str = "there") -> Config:
-        return Config.model_validate(
-            {
-                "engine": "model",
-                "mode": self.mode,
-                "workdir": str(self.root / side / "work"),
-                "state_dir": str(self.root / side / "state"),
-                "log_dir": str(self.root / side / "logs"),
-                "restore": "full" if self.mode == "pre-copy" else "auto",
-                "criu": {"page_server": "criu"},
-                "transport": {"to": f"ssh://root@{to}"},
-                "hooks": {"directory": "/none"},
-                "timeouts": {"lost_s": 3, "heartbeat_s": 1, "commit_s": 5, "call_s": 2},
-            }
-        )
+        below = self.root / side
+        places = {
+            "workdir": str(below / "work"),
+            "state_dir": str(below / "state"),
+            "log_dir": str(below / "logs"),
+        }
+        return _config(self.mode, to).model_copy(update=places)
 
     def run(self, command: str, fault: tuple[int, str] | None = None) -> str:
         """One command to its end, or to its death; returns what came of it."""
@@ -284,6 +294,22 @@ class Hosts:
         """Each end that was begun is over."""
         ends = [self.standing(role) for role in Role]
         return all(not end or end[0] in (None, "done", "aborted") for end in ends)
+
+
+@functools.cache
+def _config(mode: str, to: str) -> Config:
+    """All but the places; loaded once, since thousands of commands have the same."""
+    return Config.model_validate(
+        {
+            "engine": "model",
+            "mode": mode,
+            "restore": "full" if mode == "pre-copy" else "auto",
+            "criu": {"page_server": "criu"},
+            "transport": {"to": f"ssh://root@{to}"},
+            "hooks": {"directory": "/none"},
+            "timeouts": {"lost_s": 3, "heartbeat_s": 1, "commit_s": 5, "call_s": 2},
+        }
+    )
 
 
 class _Agent:
