@@ -8,7 +8,7 @@ theirs, and if it is killed, so is the program. Only what every interpreter has 
 with json, socket and signal it would take three times as long.
 """
 
-import _signal
+import _signal  # type: ignore[import-not-found]
 import _socket
 import os
 import sys
