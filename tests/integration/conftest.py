@@ -1,4 +1,4 @@
-"""Places with short names, and programs that are started often."""
+"""Programs that are started often."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.namespaces import network  # noqa: F401
+from tests.places import root  # noqa: F401
 
 TESTS = Path(__file__).parents[1]
 
@@ -26,10 +27,3 @@ def python() -> Iterator[list[str]]:
             assert server.stdout is not None
             assert server.stdout.readline() == b"serves\n"
             yield [sys.executable, "-I", "-S", str(TESTS / "forkclient.py"), path]
-
-
-@pytest.fixture
-def root() -> Iterator[Path]:
-    """A directory with a short name, for sockets: their paths have 107 bytes at the most."""
-    with tempfile.TemporaryDirectory(prefix="phaul-") as found:
-        yield Path(found)

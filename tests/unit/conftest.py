@@ -1,5 +1,6 @@
-"""Each run of these tests has its own loopback."""
+"""Each run of these tests has its own loopback; places with short names."""
 
 from __future__ import annotations
 
 from tests.namespaces import network  # noqa: F401
+from tests.places import root  # noqa: F401

@@ -44,11 +44,9 @@ from tests.commandline import run
         (["config", "check", "/none.yaml"], "/none.yaml: No such file"),
     ],
 )
-def test_usage_errors_end_with_2_and_one_clear_line(
-    tmp_path: Path, argv: list[str], says: str
-) -> None:
-    own = tmp_path / "own.yaml"  # the defaults are this host's directories, no test's
-    own.write_text(f"workdir: {tmp_path}/work\nstate_dir: {tmp_path}/state\n")
+def test_usage_errors_end_with_2_and_one_clear_line(root: Path, argv: list[str], says: str) -> None:
+    own = root / "own.yaml"  # the defaults are this host's directories, no test's
+    own.write_text(f"workdir: {root}/work\nstate_dir: {root}/state\n")
     done = run(*(str(own) if word == "OWN" else word for word in argv))
     assert done.returncode == 2, done.stderr
     assert says in done.stderr
