@@ -388,6 +388,8 @@ def _settle_now(migration: Incoming) -> None:
 class _Channel:
     """To an agent; the agent ends with it."""
 
+    certificate = ""
+
     def __init__(self, hosts: Hosts, agent: _Agent) -> None:
         self.hosts, self.agent = hosts, agent
         self.name = agent.side

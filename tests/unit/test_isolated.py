@@ -21,7 +21,7 @@ _STARTED = re.compile(
     r"(?:\bpython3?|\$\(PYTHON\)|\{sys\.executable\}) +(?!-[IP]\b)(-\S*|\S+\.py\b)( \S+)?"
 )
 # The first is what people are told to type; the others are of the checkout they are started in.
-_ALLOWED = re.compile(r"-m (venv|tests\.\w+|pytest)")
+_ALLOWED = re.compile(r"-m'?,? '?(venv|tests\.\w+|pytest)")
 
 
 def _files() -> list[Path]:
@@ -46,7 +46,9 @@ def _in_python(text: str) -> Iterator[tuple[int, str]]:
     for node in ast.walk(tree):
         for word, after in _words(node):
             flag = after.value if isinstance(after, ast.Constant) else None
-            if _is_interpreter(word) and flag not in ISOLATED:
+            if not _is_interpreter(word) or flag in ISOLATED:
+                continue
+            if not _ALLOWED.search(ast.unparse(node)):
                 yield word.lineno, ast.unparse(node)[:80]
         if isinstance(node, ast.JoinedStr):
             yield from ((node.lineno, found) for _, found in _in_shell(ast.unparse(node)))

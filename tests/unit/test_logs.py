@@ -69,7 +69,7 @@ def test_the_journal_gets_priorities_and_no_time(capsys: pytest.CaptureFixture[s
         log.log(level, "two\nlines", extra={"migration": "1f1f"})
     lines = said(capsys)
     assert [line[:3] for line in lines] == [f"<{n}>" for n in (7, 7, 6, 6, 4, 4, 3, 3, 3, 3)]
-    assert lines[:2] == ["<7>debug phaul_runtime.test [1f1f]: two", "<7>lines"]
+    assert lines[:2] == ["<7>debug phaul_runtime.test [1f1f]: two", "<7>    lines"]
 
 
 def test_auto_is_the_journal_only_if_stderr_is_it(
