@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
+import logging
 import os
+import select
 import signal
 import socket
 import statistics
@@ -106,6 +108,7 @@ def serve(root: Path) -> None:
     files = {name: str(place / file) for name, file in _FILES.items()}
     config = AgentConfig.model_validate({"listen": "tls://127.0.0.1:0", **files})
     criu = Criu(str(root / "criu"))
+    logging.disable(logging.WARNING)
     service = Service(config, root / "work there", root / "state there", criu, Hooks())
     sys.stdout.write(f"{service.start()}\n")
     sys.stdout.flush()
@@ -170,14 +173,16 @@ class Crowd:
         self._stack.callback(way.close)
         self._stub = phaul_pb2_grpc.AgentStub(way)
         self._ids = [f"{number:016x}" for number in range(OPEN)]
-        self._gone = threading.Event()
+        self._gone, self._all_there = threading.Event(), threading.Event()
         self._root = root
 
     def come(self) -> None:
         with concurrent.futures.ThreadPoolExecutor(_HANDS) as hands:
             list(hands.map(self._open, self._ids))
-            list(hands.map(lambda _: self._connect(), range(SILENT)))
         threading.Thread(target=self._beat, daemon=True).start()
+        self._silence = threading.Thread(target=self._be_silent, daemon=True)
+        self._silence.start()
+        self._all_there.wait()
         request = self._request("f" * 16, _SLOW)
         self._stack.callback(self._stub.Open.future(request, 600, _VERSION).cancel)
 
@@ -193,8 +198,21 @@ class Crowd:
         assert not reply.HasField("error"), reply.error
         self._stack.enter_context(self._channel.open_memory(migration_id))
 
-    def _connect(self) -> None:
-        self._stack.enter_context(socket.create_connection(self._address, 60))
+    def _be_silent(self) -> None:
+        """So many connections at any moment; those that the service closes come again."""
+        poll = select.poll()
+        here: dict[int, socket.socket] = {}
+        while not self._gone.is_set():
+            while len(here) < SILENT:
+                channel = socket.create_connection(self._address, 60)
+                here[channel.fileno()] = channel
+                poll.register(channel, select.POLLIN)
+            self._all_there.set()
+            for fd, _ in poll.poll(500):
+                poll.unregister(fd)
+                here.pop(fd).close()
+        for channel in here.values():
+            channel.close()
 
     def _beat(self) -> None:
         while not self._gone.wait(_BEAT_S):
@@ -204,6 +222,7 @@ class Crowd:
 
     def go(self) -> None:
         self._gone.set()
+        self._silence.join()
         with concurrent.futures.ThreadPoolExecutor(_HANDS) as hands:
             list(hands.map(self._abort, self._ids))
         self._stack.close()
