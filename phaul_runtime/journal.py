@@ -435,16 +435,20 @@ class OpenEnd:
     stands: State | JournalDamaged
 
 
-def open_ends(state_dir: Path) -> list[OpenEnd]:
-    """All of them, whether somebody works on them or not, the oldest migration first.
+def open_ends(state_dir: Path, *, idle: bool = False) -> list[OpenEnd]:
+    """All of them, the oldest migration first; `idle`: only those that nobody works on.
 
-    Of settled ones little is read: there may be many.
+    Of settled ones little is read, and of those that somebody works on nothing if they are not
+    asked for: there may be many.
     """
     found = []
     for entry in _directories(state_dir):
         for role in Role:
+            path = f"{entry.path}/{role.value}.journal"
+            if idle and is_locked(Path(path)):
+                continue
             try:
-                state = state_of(f"{entry.path}/{role.value}.journal")
+                state = state_of(path)
             except JournalDamaged as error:
                 found.append(OpenEnd(entry.name, role, error))
             else:
@@ -466,9 +470,8 @@ def unsettled(state_dir: Path) -> list[tuple[str, Role, State]]:
     Those with a damaged journal are not among them: `open_ends` names them.
     """
     found = []
-    for end in open_ends(state_dir):
-        path = journal_path(state_dir, end.id, end.role)
-        if isinstance(end.stands, State) and not is_locked(path):
+    for end in open_ends(state_dir, idle=True):
+        if isinstance(end.stands, State):
             found.append((end.id, end.role, end.stands))
     return found
 
@@ -480,10 +483,14 @@ def forget_old(state_dir: Path, keep: int) -> None:
     """
     for migration_id in migration_ids(state_dir)[:-keep]:
         paths = [journal_path(state_dir, migration_id, role) for role in Role]
+        # A service may work on hundreds: of those nothing is read.
+        if any(map(is_locked, (state_dir / migration_id, *paths))):
+            continue
         try:
             states = [replay(_intact(path))[0] for path in paths]
         except JournalDamaged:
             continue
-        busy = any(map(is_locked, (state_dir / migration_id, *paths)))
+        # Asked again: somebody may have taken one up while it was read.
+        busy = any(map(is_locked, paths))
         if all(state is None or state.settled for state in states) and not busy:
             shutil.rmtree(state_dir / migration_id, ignore_errors=True)

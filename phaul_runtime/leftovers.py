@@ -61,15 +61,10 @@ def _waits(state_dir: Path, migration_id: str) -> bool:
 
 def find(workdir: Path, state_dir: Path) -> list[str]:
     """A line for each leftover; changes nothing."""
-    return [_line(end) for end in open_ends(state_dir) if not _worked_on(state_dir, end)] + [
+    return [_line(end) for end in open_ends(state_dir, idle=True)] + [
         f"{path} belongs to nobody: phaul-runtime recover"
         for path in _ownerless(workdir, state_dir)
     ]
-
-
-def _worked_on(state_dir: Path, end: OpenEnd) -> bool:
-    unharmed = not isinstance(end.stands, JournalDamaged)
-    return unharmed and is_locked(journal_path(state_dir, end.id, end.role))
 
 
 def _line(end: OpenEnd) -> str:
