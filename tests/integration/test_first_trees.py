@@ -140,6 +140,7 @@ class ImageMove(Move):
         migration = self.migration(rootfs)
         inspection = Inspection(1, 0, trees=[Tree("rootfs", str(self.here)), self.image])
         session: Any = SimpleNamespace(
+            certificate="",
             agent=self.remote, make_workdir=lambda: self.root,
             open_memory=lambda: self.channel.open_memory(MIGRATION), cut_memory=lambda: None,
         )  # fmt: skip

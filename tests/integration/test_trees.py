@@ -321,6 +321,7 @@ def test_a_migration_carries_trees_before_memory(
     (move.here / "x").write_text("x")
     inspection = Inspection(1, 0, trees=[Tree("rootfs", str(move.here))])
     session: Any = SimpleNamespace(
+        certificate="",
         agent=move.remote, make_workdir=lambda: tmp_path,
         open_memory=lambda: move.channel.open_memory(migration.id), cut_memory=lambda: None,
     )  # fmt: skip
