@@ -93,7 +93,8 @@ def kill_all(find: Callable[[], Iterable[int]], *, within_s: float) -> None:
     """End the processes that `find` finds, until it finds none or the time is up."""
     deadline = time.monotonic() + within_s
     while (pids := list(find())) and time.monotonic() < deadline:
-        for pid in pids:
+        # One of another pid namespace is told as 0, by which kill() means our own process group.
+        for pid in (pid for pid in pids if pid > 0):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(_POLL_S)

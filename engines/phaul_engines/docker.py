@@ -365,7 +365,7 @@ class DockerSource(OciSource):
             warnings.append(f"{error.message}: {self._target} is still there, stopped")
         mark_moved(Path(path) for path in self._moving)
         if not self._netns:
-            warnings += netlock.release(self._connections)
+            warnings += netlock.release(self._connections, table=self._lock_table)
         return warnings
 
     def _await_exit(self) -> Mapping[str, Any] | None:

@@ -17,6 +17,7 @@ from typing import Any
 from phaul_hooks.gate import CONFIG, Gate, GateEvent
 from phaul_hooks.heldconfig import HeldConfig
 
+from phaul_engines.cgroupyard import yard_options
 from phaul_engines.docker_checks import destination_findings
 from phaul_engines.docker_config import (
     CRIU_CONFIG,
@@ -271,6 +272,7 @@ class DockerDestination(DestinationHalf):
                 "verbosity 4",
                 # Else CRIU puts it into the group that it had at the source, where no limit is.
                 f"cgroup-root {self._cgroup}",
+                *yard_options(self._place),
                 *self._manifest["criu"],
                 *(["lazy-pages"] if lazy else []),
             ],

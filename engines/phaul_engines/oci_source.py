@@ -14,6 +14,7 @@ from typing import Any
 from phaul_hooks.gate import Gate
 
 from phaul_engines import netlock
+from phaul_engines.cgroupyard import yard_options
 from phaul_engines.gated import GatedCommand
 from phaul_engines.members import Members
 from phaul_engines.oci import Container, Runtime
@@ -85,15 +86,18 @@ class OciSource(TrackedSource):
             raise TargetGone("the container has ended by itself")
         self.look()
 
-    def has_frozen(self) -> None:
+    def has_frozen(self, images_dir: Path) -> None:
         """The final dump's tree stands still: what it is now is what is moved.
+
+        Args:
+            images_dir: with the images of it, complete.
 
         Raises:
             TargetGone: it has ended.
         """
         if self._container is None:
             raise TargetGone("the container was not inspected")
-        self.stands_still(self._container.pid)
+        self.stands_still(self._container.pid, images_dir)
 
     def mapped(self) -> Mapping[str, Iterable[str]]:
         """See `SourceHalf`."""
@@ -125,7 +129,7 @@ class OciSource(TrackedSource):
         if self._netns:
             netlock.release_namespace(self._netns)
         else:
-            netlock.release(self._connections, all_of_them=True)
+            netlock.release(self._connections, table=self._lock_table, all_of_them=True)
         try:
             state = self.runtime.state(self.runtime_name)
             if state is not None and state["status"] == "paused" and not self.ended():
@@ -152,6 +156,7 @@ class OciLocal(PhaulLocal):
         if self._handover.post_copy:
             # Of the server that CRIU starts after a veto, before it gives up.
             options = ["address 127.0.0.1"]
+        options += yard_options(self._images_dir)
         gate = Gate(self._images_dir / "gate", deadline_s=VERDICT_WITHIN_S, options=options)
         command = GatedCommand(
             self._argv(last_client_images_dir),
@@ -230,7 +235,7 @@ class OciLocal(PhaulLocal):
             self._asked_at = time.monotonic()
         elif action == "post-dump":
             self._source.dump_ends()
-            self._source.has_frozen()
+            self._source.has_frozen(self._images_dir)
             self._handover.prepare(self._images_dir, self._source.identity())
 
 

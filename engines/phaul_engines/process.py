@@ -153,11 +153,11 @@ class ProcessSource(TrackedSource):
         """See `SourceHalf`."""
         self.await_end()
         cgroup.sweep()  # the tree may have been restored here before, into a group of its own
-        return netlock.release(self._connections)
+        return netlock.release(self._connections, table=self._lock_table)
 
     def rollback(self) -> None:
         """See `SourceHalf`: CRIU lets the tree run; killed, it leaves its network lock."""
-        netlock.release(self._connections, all_of_them=True)
+        netlock.release(self._connections, table=self._lock_table, all_of_them=True)
 
 
 class ProcessLocal(PhaulLocal, CriuNotify):
@@ -223,7 +223,7 @@ class ProcessLocal(PhaulLocal, CriuNotify):
     def post_dump(self) -> None:
         """The tree is frozen, its memory is over: restore there, or let it run on here."""
         self._source.dump_ends()
-        self._source.stands_still(self._opts.pid)
+        self._source.stands_still(self._opts.pid, self._images_dir)
         self._handover.prepare(self._images_dir, self._source.identity())
 
 

@@ -155,7 +155,7 @@ class RuncSource(OciSource):
         if self._bundle:
             leave_bundle(Path(self._bundle))
         if not self._netns:
-            return [*warnings, *netlock.release(self._connections)]
+            return [*warnings, *netlock.release(self._connections, table=self._lock_table)]
         if self.options.network_lock == "keep":
             return [*warnings, f"CRIU's lock (chain CRIU) stays in {self._netns}, as configured"]
         netlock.release_namespace(self._netns)

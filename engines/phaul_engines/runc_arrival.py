@@ -16,6 +16,7 @@ from phaul_hooks.gate import Gate, GateEvent
 
 from phaul_engines import netlock
 from phaul_engines.arrival_cgroup import member, require_free, require_own
+from phaul_engines.cgroupyard import yard_options
 from phaul_engines.gated import OUTPUT, GatedCommand, deadline_in
 from phaul_engines.members import LET_GO_WITHIN_S, POLL_S
 from phaul_engines.oci import (
@@ -181,7 +182,9 @@ class RuncDestination(DestinationHalf):
         self._root = None
         self._claim(name)
         gate = Gate(
-            images_dir.parent / f"gate-{os.getpid()}-{next(self._numbers)}", deadline_s=self._hold_s
+            images_dir.parent / f"gate-{os.getpid()}-{next(self._numbers)}",
+            deadline_s=self._hold_s,
+            options=yard_options(images_dir),
         )
         words = [
             "restore",

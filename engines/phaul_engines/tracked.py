@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from phaul_engines.members import Members
-from phaul_engines.netlock import Connection
+from phaul_engines.netlock import Connection, table_of
 from phaul_engines.proctree import established_connections, read_standing
 from phaul_engines.standstill import Standstill
 from phaul_runtime.engine import Handover, SourceHalf
@@ -24,6 +24,7 @@ class TrackedSource(SourceHalf):
     def __init__(self) -> None:
         self._members = Members()
         self._connections: list[Connection] = []
+        self._lock_table = ""
         self._standstill: Standstill | None = None
 
     def identity(self) -> Mapping[str, Any]:
@@ -31,6 +32,7 @@ class TrackedSource(SourceHalf):
         return {
             **self._members.identity(),
             "connections": [list(c) for c in self._connections],
+            "lock_table": self._lock_table,
         }
 
     def recall(self, identity: Mapping[str, Any]) -> None:
@@ -39,6 +41,7 @@ class TrackedSource(SourceHalf):
         self._connections = [
             (str(a), int(b), str(c), int(d)) for a, b, c, d in identity.get("connections", [])
         ]
+        self._lock_table = str(identity.get("lock_table", ""))
 
     def dump_begins(self, handover: Handover) -> None:
         """The freeze begins: tell `handover` when all have stopped, until `dump_ends`."""
@@ -59,8 +62,12 @@ class TrackedSource(SourceHalf):
         """See `SourceHalf`."""
         return own_cgroup(member.pid for member in self._members.members)
 
-    def stands_still(self, root: int) -> None:
+    def stands_still(self, root: int, images_dir: Path) -> None:
         """The tree is frozen: know the children and connections that it had begun just before.
+
+        Args:
+            root: pid of the tree's root.
+            images_dir: with the images of it, complete.
 
         Raises:
             TargetGone: it has ended.
@@ -71,6 +78,7 @@ class TrackedSource(SourceHalf):
             raise TargetGone("the target has ended by itself") from error
         self._members = Members.of(tree.members)
         self._connections = established_connections(tree)
+        self._lock_table = table_of(images_dir)
 
     def ended(self) -> bool:
         """Whether the root has ended by now; does not wait for what may trace it."""
