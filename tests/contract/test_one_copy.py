@@ -382,6 +382,11 @@ def test_an_interrupt_of_a_program_that_moves_leaves_one_copy(
     if state_of(reachable, Role.SOURCE) not in (State.DONE, State.ABORTED):
         Recovery(reachable.config(timeouts=SOON)).recover(reachable.migration.id)
     assert reachable.lives(Place.SOURCE) + reachable.lives(Place.DESTINATION) == 1
+    # Nothing is undone of a move that was made, and no journal says so.
+    undone = step == "prepare"
+    assert ("rolled_back" in reachable.names()) is undone
+    assert state_of(reachable, Role.SOURCE) is (State.ABORTED if undone else State.DONE)
+    assert reachable.lives(Place.SOURCE) is undone
 
 
 def test_a_destination_that_cannot_put_away_keeps_no_source_waiting(
