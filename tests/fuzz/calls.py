@@ -234,7 +234,7 @@ class Calls(Target):
         message = self._message(rng, name, one)
         for field in message.DESCRIPTOR.fields:
             if rng.random() < 0.08:
-                with contextlib.suppress(TypeError, ValueError, UnicodeError, AttributeError):
+                with contextlib.suppress(TypeError, ValueError, ArithmeticError, AttributeError):
                     setattr(message, field.name, self._other(rng, getattr(message, field.name)))
         data: bytes = message.SerializeToString()
         if rng.random() < 0.3:

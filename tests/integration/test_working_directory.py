@@ -45,16 +45,19 @@ def _ran(place: Path) -> list[str]:
     return sorted(path.name for path in place.glob("ran-*"))
 
 
-def _config(tmp_path: Path) -> str:
-    config = tmp_path / "config.yaml"
-    config.write_text(f"workdir: {tmp_path}/work\nstate_dir: {tmp_path}/state\n")
-    return str(config)
+@pytest.fixture
+def config() -> Iterator[str]:
+    """In a short directory, for the path of a socket."""
+    with tempfile.TemporaryDirectory(prefix="phaul-", dir="/var/tmp") as root:
+        file = Path(root, "config.yaml")
+        file.write_text(f"workdir: {root}/work\nstate_dir: {root}/state\n")
+        yield str(file)
 
 
-def test_of_check_and_the_agent_that_it_starts(place: Path, tmp_path: Path) -> None:
+def test_of_check_and_the_agent_that_it_starts(place: Path, config: str) -> None:
     program = Path(sys.executable).with_name("phaul-runtime")
     done = subprocess.run(
-        [program, "check", "--config", _config(tmp_path), "--to", "local:"],
+        [program, "check", "--config", config, "--to", "local:"],
         cwd=place, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert _ran(place) == []
@@ -71,10 +74,10 @@ def test_of_a_pager(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert _ran(place) == []
 
 
-def test_of_a_batch(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_batch(place: Path, config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     monkeypatch.setenv("PYTHONPATH", str(place))
-    move = Move(name="m", target="1", to="local:", config=_config(tmp_path))
+    move = Move(name="m", target="1", to="local:", config=config)
     told: list[object] = []
     answer = MoveRunner(load_config()).check(move, told.append, Cancellation(), 120)
     assert _ran(place) == []
