@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from tests.environment import know_pycriu
 
 # How long an example takes says how busy the machine is.
 settings.register_profile("untimed", deadline=None)
@@ -21,26 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "lab"))
 
 def pytest_configure() -> None:
     """Of several that run tests side by side each has laboratories of its own."""
-    _know_pycriu()
+    know_pycriu()
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
     if worker and not os.environ.get("PHAUL_LAB", "").endswith(worker):
         from phaul_lab.lab import checkout_name
 
         os.environ["PHAUL_LAB"] = f"{checkout_name()}-{worker}"
-
-
-def _know_pycriu() -> None:
-    """What phaul-runtime starts does not get PYTHONPATH: let the virtual environment know."""
-    found = importlib.util.find_spec("pycriu")
-    if found is None or not found.origin or sys.prefix == sys.base_prefix:
-        return
-    directory = Path(found.origin).parent.parent
-    file = Path(sysconfig.get_path("purelib"), "pycriu.pth")
-    named = str(directory) in os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    if named and not (file.exists() and file.read_text() == f"{directory}\n"):
-        new = file.with_name(f".pycriu-{os.getpid()}")
-        new.write_text(f"{directory}\n")
-        new.replace(file)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

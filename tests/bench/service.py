@@ -48,9 +48,11 @@ from phaul_runtime.testing import FakeCase, FakeEngine
 from phaul_runtime.testing.fake import FakeDestination, FakeLocal, FakeSource
 from phaul_runtime.transport import Channel, Destination, load_transport
 from phaul_runtime.wire import VERSION_KEY
+from tests.environment import know_pycriu
 from tests.integration import fakecriu
 from tests.integration.fleet import Fleet
 
+_ROOT = Path(__file__).parents[2]
 SILENT, OPEN, LIMIT = 1000, 500, 2.0
 # The crowd opens and connects in so many threads.
 _HANDS = 16
@@ -234,11 +236,16 @@ class Crowd:
 @contextlib.contextmanager
 def a_service(root: Path) -> Iterator[tuple[str, int]]:
     """Its address, and its pid."""
-    program = f'exec {sys.executable} {fakecriu.__file__} "$@" 2>/dev/null'
+    program = f'exec {sys.executable} -I {fakecriu.__file__} "$@" 2>/dev/null'
     (root / "criu").write_text(f"#!/bin/sh\n{program}\n")
     (root / "criu").chmod(0o755)
-    argv = [sys.executable, "-m", "tests.bench.service", "--serve", str(root)]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as it:
+    know_pycriu()
+    argv = [sys.executable, "-P", "-m", "tests.bench.service", "--serve", str(root)]
+    path = f"{_ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    with subprocess.Popen(
+        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    ) as it:  # fmt: skip
         assert it.stdout is not None
         assert it.stdin is not None
         try:

@@ -18,7 +18,7 @@ ISOLATED = ("-I", "-P")
 _PYTHON = re.compile(r"(\S*bin/)?python3?(\.\d+)?")
 # In a command line of a shell, a unit or a Makefile.
 _STARTED = re.compile(
-    r"(?:\bpython3?|\$\(PYTHON\)|\{sys\.executable\}) +(?!-[IP]\b)(-\S*|\S+\.py\b)( \S+)?"
+    r"(?:\bpython3?|\$\(PYTHON\)|\{sys\.executable\}) +(?!-[IP]\b)(-\S*|\S+\.py\b|\{\S+)( \S+)?"
 )
 # The first is what people are told to type; the others are of the checkout they are started in.
 _ALLOWED = re.compile(r"-m'?,? '?(venv|tests\.\w+|pytest)")
