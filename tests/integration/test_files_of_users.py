@@ -206,13 +206,18 @@ def test_a_directory_that_became_a_link_leads_nowhere(
     assert listing(host / "etc") == {"secret": "root's secret"}
 
 
+@pytest.mark.parametrize("whose", ["the user's", "root's"])
 def test_a_directory_of_roots_that_was_moved_into_the_way_is_not_worked_in(
-    host: Path, journal: Journal, target: Callable[..., Tree]
+    host: Path, journal: Journal, target: Callable[..., Tree], whose: str
 ) -> None:
     path = host / "home" / "d" / "secret"
-    tree = target("os.mkdir('d'); f = open('d/secret', 'w')", host / "home")
-    parts = parts_of(*facts_of(tree, path))
-    user("rm d/secret", host / "home")
+    path.parent.mkdir()
+    path.touch()
+    os.chown(path, NOBODY, NOBODY)
+    if whose == "the user's":
+        os.chown(path.parent, NOBODY, NOBODY)
+    parts = parts_of(*facts_of(target("f = open('d/secret', 'a')", host / "home"), path))
+    path.unlink()
     stage = FileStage(journal)
     feed(stage, parts)
     stage.install()
