@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from phaul_runtime import reach as reach_module
 from phaul_runtime import recovery as recovery_module
 from phaul_runtime.agent import AgentService
-from phaul_runtime.cutover import CutOver
+from phaul_runtime.cutover import CutOver, Running
 from phaul_runtime.errors import MigrationFailed, OutcomeUnknown, PhaulError
 from phaul_runtime.events import Warned
 from phaul_runtime.filecarry import FileStage
@@ -26,6 +27,7 @@ from phaul_runtime.lifecycle import Hooks, announce
 from phaul_runtime.migration import Migration
 from phaul_runtime.postcopy.transfer import Transfer
 from phaul_runtime.recovery import Recovery
+from phaul_runtime.remote import RemoteAgent
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.settle import Settler
 from phaul_runtime.states import Role, State, Verdict
@@ -326,6 +328,28 @@ def test_a_destination_killed_before_its_hooks_has_them_run_by_a_recovery(
     assert out.read_text().split() == ["destination"]
     assert state_of(reachable, Role.DESTINATION) is State.DONE
     one_lives_there(reachable)
+
+
+def test_a_commit_whose_answer_was_lost_is_answered_again(
+    whole: WholeMove, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However late: all may be done by then."""
+    commit = RemoteAgent.commit
+
+    def again(self: RemoteAgent) -> Running:
+        first = commit(self)
+        deadline = time.monotonic() + 20
+        while state_of(whole, Role.DESTINATION) is not State.DONE:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        second = commit(self)
+        assert second.pid == first.pid
+        return second
+
+    monkeypatch.setattr(RemoteAgent, "commit", again)
+    assert whole.run(timeouts=SOON).result == "moved"
+    assert "recovering" not in whole.names()
+    one_lives_there(whole)
 
 
 def test_what_carried_files_replaced_is_put_away_before_done(

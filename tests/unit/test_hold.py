@@ -17,7 +17,7 @@ from phaul_runtime.cutover import CutOver, Held, Running
 from phaul_runtime.errors import ChannelError, MigrationFailed, OutcomeUnknown
 from phaul_runtime.events import Event
 from phaul_runtime.hold import FACT, Hold
-from phaul_runtime.journal import Journal, read_records
+from phaul_runtime.journal import Journal, read_records, replay
 from phaul_runtime.pageformat import PageFormat
 from phaul_runtime.pagemap import LAZY, Pagemap, write_pagemap
 from phaul_runtime.states import Role, State
@@ -255,6 +255,23 @@ def test_it_is_held_and_recorded_before_the_commit(journal: Journal, kernel: Ker
     assert outcome.restored_pid == 7
     assert journal.state is State.POST_COPY
     assert Hold.recall(journal.facts[FACT]) == cut.hold
+
+
+def test_nothing_is_held_that_no_journal_knows_of(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in between, it would stand still for ever, and a recovery find a copy that runs."""
+    take, known = Hold.take, []
+
+    def taken(self: Hold) -> None:
+        state_dir = journal.path.parents[1]
+        state, facts = replay(read_records(state_dir, journal.id, Role.SOURCE))
+        known.append((state, Hold.recall(facts.get(FACT)) == self))
+        take(self)
+
+    monkeypatch.setattr(Hold, "take", taken)
+    run(journal, There(journal))
+    assert known == [(State.COMMITTING, True)]
 
 
 def test_no_answer_to_the_commit_leaves_it_held(journal: Journal) -> None:
