@@ -6,6 +6,7 @@ host may live there, and neither its processes nor its limits are a migration's 
 
 from __future__ import annotations
 
+import os
 from pathlib import PurePosixPath
 
 from phaul_engines.oci import cgroup_pids
@@ -33,7 +34,9 @@ def require_free(path: str) -> None:
 
 
 def require_own(path: str, root: int) -> None:
-    """After a restore: in the cgroup that CRIU has put a tree into lives nothing but that tree.
+    """While a restored tree is held: nothing else lives in the cgroup that CRIU has put it into.
+
+    The runtime has put CRIU into it, too: what descends from this process belongs to the restore.
 
     Args:
         path: of the cgroup of the tree's root.
@@ -42,8 +45,9 @@ def require_own(path: str, root: int) -> None:
     Raises:
         DestinationError: something else does.
     """
+    ours = {root, os.getpid()}
     for pid in cgroup_pids(path) if path.strip("/") else ():
-        if not _descends(pid, root):
+        if not _descends(pid, ours):
             raise DestinationError(
                 f"CRIU has put it into cgroup {path}, in which pid {pid} lives that is not of it",
                 hint="give the container a cgroupsPath of its own at the source",
@@ -56,10 +60,10 @@ def member(pid: int) -> Member | None:
     return Member(pid, started) if started else None
 
 
-def _descends(pid: int, root: int) -> bool:
-    """Whether `root` is `pid` or above it; so is one that has ended meanwhile."""
+def _descends(pid: int, roots: set[int]) -> bool:
+    """Whether one of `roots` is `pid` or above it; so is one that has ended meanwhile."""
     for _ in range(_DEEPEST):
-        if pid == root:
+        if pid in roots:
             return True
         try:
             text = (PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")

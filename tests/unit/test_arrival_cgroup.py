@@ -40,6 +40,13 @@ class Group:
         (self.directory / "cgroup.procs").write_text(str(process.pid))
         return process
 
+    def stranger(self) -> int:
+        """The pid of a process in it that descends from nothing of this test's."""
+        argv = ["sh", "-c", "sleep 600 >/dev/null & echo $!"]
+        pid = int(subprocess.run(argv, stdout=subprocess.PIPE, check=True).stdout)
+        (self.directory / "cgroup.procs").write_text(str(pid))
+        return pid
+
     def close(self) -> None:
         for process in self.started:
             process.kill()
@@ -136,17 +143,17 @@ def test_what_was_restored_to_another_cgroup_is_ended_by_its_root(
     tmp_path: Path, group: Group, runc: Path
 ) -> None:
     """The images name a cgroup as well, and CRIU believes them."""
-    stranger = group.start()
+    stranger = group.stranger()
     there = half(runc)
     there.prepare(manifest(tmp_path, ""), ID)
     there._claim("web")
     root = group.start()
     there._root = member(root.pid)
-    with pytest.raises(DestinationError, match=f"in which pid {stranger.pid} lives"):
+    with pytest.raises(DestinationError, match=f"in which pid {stranger} lives"):
         there._own_cgroup(root.pid)
     there.discard()
     assert root.wait(20) == -9
-    assert stranger.poll() is None
+    assert oci.cgroup_pids(group.path) == [stranger]
 
 
 def test_the_tree_itself_is_no_stranger(tmp_path: Path, group: Group) -> None:
@@ -156,7 +163,9 @@ def test_the_tree_itself_is_no_stranger(tmp_path: Path, group: Group) -> None:
         time.sleep(0.01)
     require_own(group.path, root.pid)
     require_own("", root.pid)
-    group.start()
+    group.start()  # CRIU, for instance
+    require_own(group.path, root.pid)
+    group.stranger()
     with pytest.raises(DestinationError, match="give the container a cgroupsPath of its own"):
         require_own(group.path, root.pid)
 
