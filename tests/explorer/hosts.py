@@ -140,6 +140,7 @@ class Hosts:
             patch.setattr(module, "STEP", 4096)
         patch.setattr(incoming, "PhaulServer", _Pages)
         patch.setattr(incoming, "LazyRestore", self._lazy)
+        patch.setattr(incoming, "Ahead", _NoRoom)
         patch.setattr(Incoming, "_settle_soon", _settle_later)
         patch.setattr(Incoming, "wait_settled", lambda self, *_: _settle_now(self))
         self._owners: dict[int, Process] = {}
@@ -449,6 +450,14 @@ class _Pages(_PageServer):
     def start_local(self) -> dict[str, bytes]:
         self.start_iter()
         return {}
+
+
+class _NoRoom:
+    """As `Ahead`, whose thread would open a file in the name of whoever runs just then."""
+
+    def __init__(self, *_: object) -> None: ...
+    def begin(self) -> None: ...
+    def drop(self) -> None: ...
 
 
 class _Store:
