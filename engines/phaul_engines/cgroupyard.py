@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 YARD = "cgroups"
 _UNIFIED = "unified"
+# PROC_CGROUP_INIT_INO, the same in every kernel.
+_FIRST_NAMESPACE = 0xEFFFFFFB
 
 
 def yard_options(directory: Path) -> list[str]:
@@ -44,8 +46,10 @@ def yard_options(directory: Path) -> list[str]:
         controllers = line.split(":", 2)[1]
         place = _mounted_at(controllers, mounted)
         if place is None:
-            log.warning(
-                "%s is mounted nowhere on this host: CRIU mounts the cgroups itself",
+            log.log(
+                logging.WARNING if _options_are_ours() else logging.DEBUG,
+                "%s is mounted nowhere on this host: CRIU mounts the cgroups itself, without the "
+                "options that cgroup2 has",
                 f"the cgroup hierarchy {controllers}" if controllers else "cgroup2",
             )
             return []
@@ -61,6 +65,11 @@ def yard_options(directory: Path) -> list[str]:
     except OSError as error:
         raise MigrationFailed(f"cannot make {yard}: {error.strerror}") from error
     return [f"cgroup-yard {yard}"]
+
+
+def _options_are_ours() -> bool:
+    """Whether a mount of cgroup2 made here changes its options: not in a cgroup namespace."""
+    return Path("/proc/self/ns/cgroup").stat().st_ino == _FIRST_NAMESPACE
 
 
 def _mounted_at(controllers: str, mountinfo: Iterable[str]) -> str | None:

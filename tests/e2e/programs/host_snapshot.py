@@ -28,6 +28,7 @@ NOT_COMPARED = re.compile(
     r"fs/(dentry-state|inode-|file-nr|aio-nr|quota/)"  # what the kernel has in use
     r"|kernel/(random/|ns_last_pid|pty/nr|keys/|tainted)"
     r"|net/netfilter/nf_conntrack_count|vm/stat_refresh"
+    r"|vm/min_free_kbytes"  # the kernel's own, by the memory that a machine is given or loses
     r"|net/ipv[46]/(neigh|conf)/(veth|docker|br-)"  # of links, which are compared themselves
     r"|net/ipv[46]/route/flush|vm/(drop_caches|compact_memory)|fs/binfmt_misc"  # to be written to
 )
