@@ -13,7 +13,7 @@ from tests.fuzz.mutation import Random
 from tests.fuzz.target import Target
 
 # Those that start programs, or ask a whole agent, take their time.
-_FEW = {"calls": 50, "pager": 25, "journals": 30, "images": 30, "pages": 1500}
+_FEW = {"calls": 50, "pager": 300, "journals": 30, "images": 30, "pages": 1500}
 
 
 @pytest.fixture(autouse=True)
