@@ -36,7 +36,6 @@ from phaul_runtime import (
 )
 from phaul_runtime import remote as remote_module
 from phaul_runtime.agent import AgentService
-from phaul_runtime.ahead import Ahead
 from phaul_runtime.config import Config
 from phaul_runtime.errors import DestinationError, MigrationFailed, PhaulError
 from phaul_runtime.hostfacts import PROTOCOL
@@ -152,8 +151,6 @@ class Hosts:
             return fd
 
         patch.setattr(os, "open", watched)
-        # Its thread would open a file in whatever process just runs.
-        patch.setattr(Ahead, "begin", lambda _: None)
         patch.setattr(phaul_pb2_grpc, "AgentStub", lambda channel: channel)
         patch.setattr(grpc, "insecure_channel", self._dialled)
         patch.setattr(remote_module.RemoteAgent, "beat_every", lambda *_: None)
