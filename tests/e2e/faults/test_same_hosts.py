@@ -42,9 +42,11 @@ class Allowed:
 
 ALWAYS = [
     Allowed("files", r"/var/tmp/.*\.status .*", "the victim writes it, and leaves it at its end"),
+    Allowed("files", r"/var/tmp/\w+\.py .*", "the test's own programs"),
     Allowed("files", r"/tmp/stagehand-\d+\.(out|err) .*", "what the test's commands said"),
     Allowed("files", r"/var/lib/phaul-runtime/[0-9a-f]{16}(/.*)? .*", "journals, kept"),
     Allowed("files", r"/run/phaul drwx\S+ 0:0", "the working directory stays, empty"),
+    Allowed("cgroups", r"/sys/fs/cgroup/phaul-runtime .*", "of the copies, goes with the last"),
     Allowed("files", r"/run/criu\.kdat .*", "CRIU's knowledge of the kernel, for the next time"),
 ]
 IN_COPY = r"(,|nc|piggie-dirty|sh|sleep|python3)+"
@@ -232,8 +234,8 @@ def recovered_here(move: Move) -> str:
 
 
 def recovered_there(move: Move) -> str:
-    """The command is killed when the source's copy was given up."""
-    return _recovered(move, "committing", "b")
+    """The command is killed when the source's copy is given up, which a post-copy never does."""
+    return _recovered(move, "committing", "a" if move.flags == LATE else "b")
 
 
 def _recovered(move: Move, moment: str, lives: str) -> str:
@@ -255,10 +257,10 @@ ENDS: tuple[Callable[[Move], str], ...] = (
 )  # fmt: skip
 # The others in `make test-all`. Of docker there is the thorough suite alone.
 QUICK = {
-    ("process", FULL): ENDS,
+    ("process", FULL): (moved, vetoed_there, criu_killed_here, recovered_there),
     ("process", LATE): (moved, recovered_there),
     ("runc", FULL): (moved, criu_killed_there),
-    ("runc", LAZY): (moved, vetoed_there, recovered_here),
+    ("runc", LAZY): (moved, recovered_here),
 }
 
 
