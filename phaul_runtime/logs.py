@@ -139,7 +139,10 @@ def stderr_is_the_journal() -> bool:
 
 
 class _Handler(logging.StreamHandler[Any]):
-    """Ours, so that it can be found and replaced."""
+    """Ours, so that it can be found and replaced; a record that cannot be written is left out."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """No traceback on stderr, which is what cannot be written."""
 
 
 def set_up(level: Level = "warning", style: Format = "auto") -> None:

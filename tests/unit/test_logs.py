@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
 import re
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,17 +15,6 @@ import pytest
 from phaul_runtime import logs
 
 log = logging.getLogger("phaul_runtime.test")
-
-
-@pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers = list(root.handlers)
-    levels = {name: logging.getLogger(name).level for name in logs._OURS}
-    yield
-    root.handlers[:] = handlers
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -117,3 +106,15 @@ def test_a_context_is_a_threads_own(capsys: pytest.CaptureFixture[str]) -> None:
     assert [json.loads(line)["migration"] for line in said(capsys)] == [
         None, "2e2e", None, None, "1f1f",
     ]  # fmt: skip
+
+
+def test_a_record_that_cannot_be_written_is_left_out(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = io.StringIO()
+    monkeypatch.setattr("sys.stderr", closed)
+    logs.set_up("info", "text")
+    closed.close()
+    monkeypatch.undo()
+    log.warning("words")
+    assert said(capsys) == []
