@@ -101,14 +101,13 @@ def kill_all(find: Callable[[], Iterable[int]], *, within_s: float) -> None:
 
 
 def sweep() -> None:
-    """Remove the groups of trees that have ended."""
+    """Remove the groups of trees that have ended, and the common parent with the last."""
     root = _root()
     if root is None or not (root / GROUP).is_dir():
         return
-    for group in (root / GROUP).iterdir():
-        if group.is_dir():
-            with contextlib.suppress(OSError):  # busy: something lives in it
-                group.rmdir()
+    for group in (*filter(Path.is_dir, (root / GROUP).iterdir()), root / GROUP):
+        with contextlib.suppress(OSError):  # busy: something lives in it
+            group.rmdir()
 
 
 def remove_once_empty(name: str, *, within_s: float = 10.0) -> None:

@@ -50,6 +50,7 @@ ALWAYS = [
     Allowed("files", r"/run/criu\.kdat .*", "CRIU's knowledge of the kernel, for the next time"),
 ]
 IN_COPY = r"(,|nc|piggie-dirty|sh|sleep|python3)+"
+EMPTY_OF_CRUN = Allowed("files", r"/run/crun/\.empty-directory .*", "crun's, of its first start")
 OF_COPY = [
     Allowed("processes", rf"{IN_COPY}( \(\d+ times\))?", "the copy"),
     Allowed("namespaces", rf"time of {IN_COPY}", "CRIU keeps a restored tree's clock by it"),
@@ -79,6 +80,7 @@ def of_the_copy(victim: Victim) -> list[Allowed]:
             Allowed("namespaces", spaces, "the container's"),
             Allowed("cgroups", rf"/sys/fs/cgroup/{name} .*", "the container's"),
             Allowed("files", rf"/run/{runtime}(/{name}(/.*)?)? .*", "the runtime's state of it"),
+            EMPTY_OF_CRUN,
         ]
     group = r"/sys/fs/cgroup/phaul-runtime(/[0-9a-f]{16})? .*"
     return [*OF_COPY, Allowed("cgroups", group, "its own, in which it was restored")]
@@ -92,6 +94,7 @@ def of_its_files(victim: Victim) -> list[Allowed]:
     return [
         Allowed("files", rf"/var/lib/bundles(/{name}(/.*)?)? .*", "the bundle stays"),
         Allowed("files", rf"/run/{runtime} .*", "the runtime's own directory, empty"),
+        EMPTY_OF_CRUN,
         Allowed("files", r"/tmp/run\.err .*", "what the runtime said when the test started it"),
     ]
 
@@ -160,7 +163,10 @@ class Move:
     def compare(self, lives: str) -> None:
         """Hold both hosts against what they were; `lives`: the host of the copy."""
         victim = self.victim
-        wait_until("one copy", lambda: self.stage.where(victim) == [lives], SETTLES_S)
+        deadline = time.monotonic() + SETTLES_S
+        while (where := self.stage.where(victim)) != [lives]:
+            assert time.monotonic() < deadline, f"copies on {where}: {self.said}"
+            time.sleep(0.3)
 
         def allowed(host: str) -> list[Allowed]:
             of_copy = of_the_copy(victim) if host == lives else []
@@ -283,6 +289,9 @@ def begin(stage: Stage, observer: Observer) -> Iterator[Callable[..., Move]]:
         for host in ("a", "b"):
             # What a distribution's init says; heard only outside of cgroup namespaces.
             stage.hosts.sh(host, f"mount -o remount,{OPTIONS} /sys/fs/cgroup")
+            # Groups of trees that an earlier test ended: the next move here removes them.
+            groups = "/sys/fs/cgroup/phaul-runtime"
+            stage.hosts.sh(host, f"rmdir {groups}/*/ 2>/dev/null; rmdir {groups}", check=False)
         before = {host: snapshot(stage.hosts, host) for host in ("a", "b")}
         victims.append(stage.victim(observer, engine))
         return Move(stage, victims[-1], before, flags)
@@ -299,7 +308,7 @@ def with_docker(request: pytest.FixtureRequest) -> None:
         return
     lab: Lab = request.getfixturevalue("docker_lab")
     for host in ("a", "b"):
-        Hosts(lab).sh(host, f"docker run --rm --network host {IMAGE} true")
+        Hosts(lab).sh(host, f"docker run --rm --network host {IMAGE} ls")
 
 
 @pytest.mark.timeout(1200)
@@ -354,7 +363,10 @@ def test_the_network_lock_goes(stage: Stage, lock: str, killed: str) -> None:
         if killed != "cli":
             stage.a.do("go")
         ended = stage.a.do("await", seconds=120)
-        assert ended["code"] == {"nobody": 0, "cli": -9, "criu": 4}[killed], ended
+        # A CRIU that is killed leaves the connection in repair mode: if the tree breaks by that
+        # before phaul-runtime looks, the copy at b is the one.
+        codes = {"nobody": {0}, "cli": {-9}, "criu": {0, 4}}
+        assert ended["code"] in codes[killed], ended
         if killed == "cli":
             assert stage.recover("a")["code"] == 0
         of_talker = [

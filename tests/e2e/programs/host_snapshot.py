@@ -89,7 +89,9 @@ def rules() -> Iterator[str]:
     named = [
         path for place in ("/run/netns", "/run/docker/netns") for path in Path(place).glob("*")
     ]
-    for path in (None, *named):
+    # Docker has a name for the host's own, too.
+    own = os.stat("/proc/1/ns/net").st_ino
+    for path in (None, *(path for path in named if path.stat().st_ino != own)):
         enter = [] if path is None else ["nsenter", f"--net={path}"]
         for argv in (["nft", "-s", "list", "ruleset"], ["iptables-save"], ["ip6tables-save"]):
             table = ""
