@@ -46,10 +46,15 @@ ALWAYS = [
     Allowed("files", r"/tmp/stagehand-\d+\.(out|err) .*", "what the test's commands said"),
     Allowed("files", r"/var/lib/phaul-runtime/[0-9a-f]{16}(/.*)? .*", "journals, kept"),
     Allowed("files", r"/run/phaul drwx\S+ 0:0", "the working directory stays, empty"),
-    Allowed("cgroups", r"/sys/fs/cgroup/phaul-runtime .*", "of the copies, goes with the last"),
     Allowed("files", r"/run/criu\.kdat .*", "CRIU's knowledge of the kernel, for the next time"),
 ]
 IN_COPY = r"(,|nc|piggie-dirty|sh|sleep|python3)+"
+# Directories, without a blob in them.
+EMPTY_OF_CONTAINERD = Allowed(
+    "files",
+    r"/var/lib/containerd/io\.containerd\.content\.v1\.content(/ingest|/blobs(/sha256)?)? d.*",
+    "containerd's, of the first restore",
+)
 EMPTY_OF_CRUN = Allowed("files", r"/run/crun/\.empty-directory .*", "crun's, of its first start")
 OF_COPY = [
     Allowed("processes", rf"{IN_COPY}( \(\d+ times\))?", "the copy"),
@@ -69,6 +74,7 @@ def of_the_copy(victim: Victim) -> list[Allowed]:
             Allowed("processes", r"containerd-shim", "containerd's, one for each container"),
             Allowed("mounts", store, "docker's of the container"),
             Allowed("files", store, "docker's of the container"),
+            Allowed("files", r"/var/lib/docker/overlay2/l/\w{26} l.*", "names of its layers"),
             Allowed("listening", r"-x /run/containerd/s/\w+", "the shim's"),
             Allowed("files", r"/run/containerd/s/\w+ .*", "the shim's"),
             Allowed("cgroups", r"/sys/fs/cgroup/docker/[0-9a-f]{64} .*", "the container's"),
@@ -88,6 +94,8 @@ def of_the_copy(victim: Victim) -> list[Allowed]:
 
 def of_its_files(victim: Victim) -> list[Allowed]:
     """What is kept of a container on the host where it does not live."""
+    if isinstance(victim, DockerVictim):
+        return [EMPTY_OF_CONTAINERD]
     if not isinstance(victim, ContainerVictim):
         return []
     name, runtime = re.escape(victim.container.name), victim.container.runtime
