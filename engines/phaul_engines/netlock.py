@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ipaddress
 import itertools
-import json
 import shlex
 import struct
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from phaul_runtime import proc
+from phaul_runtime.boundedjson import read_json
 from phaul_runtime.errors import PhaulError
 
 _MARK = "0xc114"
@@ -189,7 +189,7 @@ def _delete_table(name: str) -> list[str]:
 def _json(argv: list[str]) -> list[dict[str, Any]]:
     """What nft lists; empty on a host without it."""
     try:
-        found: list[dict[str, Any]] = json.loads(_quietly(argv) or "{}").get("nftables", [])
+        found: list[dict[str, Any]] = read_json(_quietly(argv) or "{}").get("nftables", [])
     except ValueError:
         return []
     return found
