@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+import stat
 import struct
 from typing import NamedTuple
 
 _AT_FDCWD = -100
 _AT_EMPTY_PATH, _AT_NO_AUTOMOUNT = 0x1000, 0x800
-_STATX_INO, _STATX_BTIME = 0x100, 0x800
+_STATX_TYPE, _STATX_INO, _STATX_BTIME = 0x1, 0x100, 0x800
 _SIZE = 256
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -20,7 +21,8 @@ class Mark(NamedTuple):
     Attributes:
         device: of its file system.
         inode: its number there.
-        born_ns: when it was made, since the epoch; 0 where the file system does not tell.
+        born_ns: when it was made, since the epoch; 0 where the file system does not tell, and of a
+            directory: overlayfs makes it anew with the first file that is written there.
     """
 
     device: int
@@ -37,13 +39,15 @@ def mark_of(file: int | str) -> Mark:
     fd, path = (file, b"") if isinstance(file, int) else (_AT_FDCWD, os.fsencode(file))
     flags = _AT_NO_AUTOMOUNT | (_AT_EMPTY_PATH if isinstance(file, int) else 0)
     data = ctypes.create_string_buffer(_SIZE)
-    if _libc.statx(fd, ctypes.c_char_p(path), flags, _STATX_INO | _STATX_BTIME, data):
+    if _libc.statx(fd, ctypes.c_char_p(path), flags, _STATX_TYPE | _STATX_INO | _STATX_BTIME, data):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
-    # struct statx of linux/stat.h: mask, inode, birth, device.
+    # struct statx of linux/stat.h: mask, mode, inode, birth, device.
     (mask,) = struct.unpack_from("=I", data, 0)
+    (mode,) = struct.unpack_from("=H", data, 28)
     (inode,) = struct.unpack_from("=Q", data, 32)
     seconds, nanoseconds = struct.unpack_from("=qI", data, 80)
     device = os.makedev(*struct.unpack_from("=II", data, 136))
-    born = seconds * 1_000_000_000 + nanoseconds if mask & _STATX_BTIME else 0
+    tells = mask & _STATX_BTIME and not stat.S_ISDIR(mode)
+    born = seconds * 1_000_000_000 + nanoseconds if tells else 0
     return Mark(device, inode, max(0, born))
