@@ -22,7 +22,7 @@ from phaul_runtime import cgroup
 from phaul_runtime.engine import OK, REFUSED, Finding
 from phaul_runtime.errors import MigrationFailed
 from phaul_runtime.hostfacts import boot_id
-from phaul_runtime.member import Member, start_time, status_words
+from phaul_runtime.member import Life, Member, start_time, status_words
 
 FACT = "hold"
 _ROOT = Path("/sys/fs/cgroup")
@@ -42,6 +42,7 @@ class Hold:
         back: where each came from, by pid; empty where the group is the tree's own.
         boot: the boot of this host that all this is about.
         tracers: what traced the tree when it was planned, CRIU, with its start: only that is ended.
+        thawed: `thaw_dying` has thawed the group.
     """
 
     group: Path
@@ -49,6 +50,7 @@ class Hold:
     back: dict[int, str] = field(default_factory=dict)
     boot: str = field(default_factory=boot_id)
     tracers: list[tuple[int, int]] = field(default_factory=list)
+    thawed: bool = False
 
     @classmethod
     def plan(cls, name: str, pids: Sequence[int]) -> Hold:
@@ -216,6 +218,21 @@ class Hold:
             (self.group / "cgroup.freeze").write_text("0", encoding="ascii")
         self.remove()
 
+    def thaw_dying(self) -> None:
+        """Thaw the tree's own group at once when all of the tree was killed; idempotent.
+
+        What a killed process has left to do is to end. Later it would be too late: the runtime
+        hears of the end, freezes the group itself to put it away, and waits in vain for that if
+        somebody thaws it (runc for 10 s; docker then keeps the task and its shim for good).
+        """
+        if self.back or self.thawed or self.boot != boot_id():
+            return
+        if any(Member(pid, start).life(_PROC) is Life.RUNS for pid, start, _ in self.pids):
+            return
+        with contextlib.suppress(OSError):
+            (self.group / "cgroup.freeze").write_text("0", encoding="ascii")
+        self.thawed = True
+
     def remove(self) -> None:
         """Nothing is held any more: the group is as it was, or gone if it was made for this.
 
@@ -223,7 +240,7 @@ class Hold:
         """
         if self.back:
             cgroup.remove(self.group)
-        elif not self.exists():
+        elif not self.thawed and not self.exists():
             # An empty cgroup that is frozen is a paused container to its runtime.
             with contextlib.suppress(OSError):
                 (self.group / "cgroup.freeze").write_text("0", encoding="ascii")

@@ -173,6 +173,7 @@ class Transfer:
     def conclude(self, half: SourceHalf) -> list[str]:
         """The destination has all: end the held tree, and what is left of it; returns warnings."""
         half.end_rest()
+        self._hold.thaw_dying()
         deadline = time.monotonic() + _DEAD_WITHIN_S
         while self._hold.exists() and time.monotonic() < deadline:
             time.sleep(_POLL_S)

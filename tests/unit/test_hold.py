@@ -141,6 +141,27 @@ def test_a_group_that_is_the_trees_own_is_frozen_in_place(kernel: Kernel) -> Non
     assert (taken.group / "cgroup.freeze").read_text() == "0"
 
 
+def test_a_group_is_thawed_as_its_tree_dies_and_is_its_runtimes_from_then_on(
+    kernel: Kernel,
+) -> None:
+    kernel.process(20, "box/web", inner=(1,))
+    (kernel.root / "box/web/cgroup.procs").write_text("20\n")
+    taken = Hold.plan("2f-held", [20])
+    taken.take()
+    freeze = taken.group / "cgroup.freeze"
+    taken.thaw_dying()
+    assert freeze.read_text() == "1"  # it has not been killed
+    for file in (kernel.proc / "20").iterdir():
+        file.unlink()
+    taken.thaw_dying()
+    assert freeze.read_text() == "0"
+    # Its runtime freezes what it puts away.
+    freeze.write_text("1")
+    taken.thaw_dying()
+    taken.remove()
+    assert freeze.read_text() == "1"
+
+
 def test_a_pid_that_is_used_again_is_not_the_tree(kernel: Kernel) -> None:
     kernel.process(30, "box/one")
     (kernel.root / "box/one/cgroup.procs").write_text("30\n")
