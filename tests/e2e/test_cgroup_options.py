@@ -146,8 +146,15 @@ def _start_sshd(host: NativeHost) -> subprocess.Popen[bytes]:
 
 @pytest.mark.only_on("native")
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("runtime", ["runc", pytest.param("crun", marks=pytest.mark.thorough)])
-@pytest.mark.parametrize("where", ["a", "b"])
+@pytest.mark.parametrize(
+    ("runtime", "where"),
+    [
+        ("runc", "a"),
+        ("runc", "b"),
+        # Not from there: CRIU under crun cannot give a host the settings of a machine's own cpuset.
+        pytest.param("crun", "b", marks=pytest.mark.thorough),
+    ],
+)
 def test_a_container_moves(
     outside: Outside, containers: Containers, runtime: str, where: str
 ) -> None:
