@@ -352,6 +352,9 @@ class ModelHold:
         if not self.world.source_lives:
             self.world.frozen = False
 
+    def thaw_dying(self) -> None:
+        self.remove()
+
 
 def close_in(directory: Path, numbers: Iterable[int] | None = None) -> None:
     """Close the descriptors of files in a directory: all, or those of some numbers."""

@@ -48,8 +48,9 @@ class Stand:
         ours, self.theirs = socket.socketpair()
         self.agent: Any = SimpleNamespace(open_pages=lambda: ours, answers=lambda: True)
         self.hold: Any = SimpleNamespace(
-            by_image={10: os.getpid()}, exists=lambda: False, remove=lambda: None, group="g"
-        )
+            by_image={10: os.getpid()}, exists=lambda: False, remove=lambda: None, group="g",
+            thaw_dying=lambda: None,
+        )  # fmt: skip
 
     def transfer(self, listener: Listener = nobody) -> Transfer:
         made = Transfer(
