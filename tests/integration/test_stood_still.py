@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -74,7 +75,8 @@ class Victim:
         return self._line()
 
     def end(self) -> None:
-        os.killpg(self.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # a test may have ended all of them
+            os.killpg(self.pid, signal.SIGKILL)
         self.process.wait(20)
         for file in (self.process.stdin, self.process.stdout):
             assert file is not None
