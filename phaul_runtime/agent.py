@@ -23,10 +23,10 @@ import grpc
 
 from phaul_runtime import cgroup
 from phaul_runtime.answers import answers
-from phaul_runtime.bounds import LONGEST_S, bounded, printable
+from phaul_runtime.bounds import LONGEST_S, bounded, plain_text
 from phaul_runtime.checks import check_cpu, check_hooks, check_space
 from phaul_runtime.criu import Criu
-from phaul_runtime.engine import REFUSED, Claim, Finding, load_engine
+from phaul_runtime.engine import REFUSED, Claim, DestinationHalf, Finding, load_engine
 from phaul_runtime.errors import DestinationError, PhaulError, Refused, StillUnderWay
 from phaul_runtime.filesystem import compare
 from phaul_runtime.hostfacts import PROTOCOL, gather_facts
@@ -166,14 +166,13 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
     def Check(self, request: pb.CheckRequest, context: Context) -> pb.CheckReply:  # noqa: D102, N802
         findings: list[Finding] = []
         if request.engine:
-            engine = load_engine(request.engine)
             for name, text in (("target", request.target), ("source", request.source)):
-                printable(name, text)
+                plain_text(name, text)
             move = Move(
                 request.id, Role.DESTINATION, request.engine, request.target, request.source
             )
             findings.extend(check_hooks(self._hooks, move))
-            half = engine.destination(engine.options_model(), criu_log_level=4, hold_s=1.0)
+            half = _arriving(request.engine)
             manifest = checked_json(request.manifest, "manifest")
             try:
                 self._allowed.send(self.who(context), request.engine, lambda: half.claim(manifest))
@@ -222,9 +221,7 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
 
     def _require_allowed(self, peer: Peer, request: pb.OpenRequest) -> None:
         def claim() -> Claim | None:
-            engine = load_engine(request.engine)
-            half = engine.destination(engine.options_model(), criu_log_level=4, hold_s=1.0)
-            return half.claim(checked_json(request.manifest, "manifest"))
+            return _arriving(request.engine).claim(checked_json(request.manifest, "manifest"))
 
         self._allowed.send(peer, request.engine, claim)
 
@@ -358,6 +355,12 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
                 return
         incoming.abort(client_lost=True)
         raise DestinationError("the agent ends")
+
+
+def _arriving(engine: str) -> DestinationHalf:
+    """An engine's half here with no options of its own: to ask it, not to move with it."""
+    found = load_engine(engine)
+    return found.destination(found.options_model(), criu_log_level=4, hold_s=1.0)
 
 
 def _places(incoming: Incoming) -> list[pb.TreePlace]:

@@ -22,7 +22,7 @@ def bounded(name: str, value: float, least: float, most: float) -> float:
     return value
 
 
-def printable(name: str, value: str, most: int = 4096) -> str:
+def plain_text(name: str, value: str, most: int = 4096) -> str:
     """A text that the other side says and that gets into logs, hooks and names.
 
     Raises:

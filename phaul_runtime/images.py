@@ -7,19 +7,20 @@ relative to it (`../1`), so that the chain can be moved as a whole.
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from phaul_runtime import proc
 from phaul_runtime.errors import MigrationFailed, PhaulError
 from phaul_runtime.filemark import Mark, mark_of
 from phaul_runtime.pagemap import read_pagemap
-from phaul_runtime.pathwalk import is_ours_alone, reopen, walk
+from phaul_runtime.pathwalk import DIRECTORY, is_ours_alone, reopen, walk
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +28,6 @@ RESUMED = "stats-restore"
 """CRIU writes this file once all tasks of a restore run (cr-restore.c, `write_stats`)."""
 _OCTAL = re.compile(rb"\\([0-7]{3})")
 _UMOUNT_S = 30.0
-# Whatever is mounted on it is its own; nothing that is a link.
-_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # All that a destination may name.
 _PAGE_MAP = re.compile(r"pagemap(-shmem)?-[0-9]{1,10}\.img")
 
@@ -154,22 +153,33 @@ def remove_tree(path: Path, made: Mark | None = None) -> None:
     the host's cgroups mounted in its images directory (`.criu.cgyard.*`).
     """
     try:
-        with walk(str(path.parent.absolute())) as (above, missing):
-            if missing:
-                return
-            directory = os.open(path.name, _DIRECTORY, dir_fd=above)
-            try:
-                if not (_is_ours(directory, above) or (made and mark_of(directory) == made)):
-                    log.warning("%s is left: it may be somebody else's", path)
-                elif _unmount(_real_path(directory)):
-                    _empty(directory)
-                    os.rmdir(path.name, dir_fd=above)
-            finally:
-                os.close(directory)
+        with _opened(path) as (directory, above):
+            if not (_is_ours(directory, above) or (made and mark_of(directory) == made)):
+                log.warning("%s is left: it may be somebody else's", path)
+            elif _unmount(_real_path(directory)):
+                _empty(directory)
+                os.rmdir(path.name, dir_fd=above)
     except FileNotFoundError:
         return
     except OSError as error:
         log.warning("%s is left: %s", path, error.strerror)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[int, int]]:
+    """Descriptors of a directory that is no link, and of the one above it.
+
+    Raises:
+        OSError: it is none, or cannot be reached; FileNotFoundError where there is nothing.
+    """
+    with walk(str(path.parent.absolute())) as (above, missing):
+        if missing:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        directory = os.open(path.name, DIRECTORY, dir_fd=above)
+        try:
+            yield directory, above
+        finally:
+            os.close(directory)
 
 
 def _is_ours(directory: int, above: int) -> bool:
@@ -199,19 +209,13 @@ def unmount_below(path: Path) -> bool:
     Raises nothing; a directory that is a link, or is reached by one of others, is left as it is.
     """
     try:
-        with walk(str(path.absolute().parent)) as (above, missing):
-            if missing:
-                return True
-            directory = os.open(path.name, _DIRECTORY, dir_fd=above)
+        with _opened(path) as (directory, _):
+            return _unmount(_real_path(directory))
     except FileNotFoundError:
         return True
     except OSError as error:
         log.warning("%s: nothing is unmounted there: %s", path, error.strerror)
         return False
-    try:
-        return _unmount(_real_path(directory))
-    finally:
-        os.close(directory)
 
 
 def _unmount(path: Path) -> bool:

@@ -17,7 +17,7 @@ from phaul_runtime import logs
 from phaul_runtime.ahead import Ahead
 from phaul_runtime.api import PhaulConfig
 from phaul_runtime.boundedjson import read_json
-from phaul_runtime.bounds import LONGEST_LOST_S, LONGEST_S, bounded, printable
+from phaul_runtime.bounds import LONGEST_LOST_S, LONGEST_S, bounded, plain_text
 from phaul_runtime.cancel import Cancellation
 from phaul_runtime.criu import Criu
 from phaul_runtime.engine import DestinationHalf, load_engine
@@ -160,8 +160,8 @@ class Incoming:
             raise DestinationError(f"malformed request: restore {restore[:40]!a}")
         facts = {
             "engine": request.engine,
-            "target": printable("target", request.target),
-            "peer": printable("source", request.source),
+            "target": plain_text("target", request.target),
+            "peer": plain_text("source", request.source),
             "lost_s": bounded("lost_s", request.lost_s, 0.1, LONGEST_LOST_S),
             # Two deadlines of the client's, and more than none.
             "hold_s": bounded("commit_s", request.commit_s, 0.1, 2 * LONGEST_S),

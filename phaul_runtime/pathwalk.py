@@ -24,6 +24,8 @@ from pathlib import Path
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _LINKS = 40
 _PATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+DIRECTORY = _PATH | os.O_DIRECTORY
+"""Flags for the directory of a name itself, whatever is mounted there; nothing that is a link."""
 _MOUNT_ID = re.compile(rb"^mnt_id:\s*([0-9]+)$", re.MULTILINE)
 _USER_ID = re.compile(r"\buser_id=([0-9]+)")
 _ROOT = 0
@@ -103,9 +105,18 @@ def make_directories(path: str, mode: int) -> None:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
         at = directory
         for name in missing:
-            os.mkdir(name, mode, dir_fd=at)
-            at = os.open(name, _PATH | os.O_DIRECTORY, dir_fd=at)
+            at = make_directory(name, mode, at)
             opened.callback(os.close, at)
+
+
+def make_directory(name: str, mode: int, above: int) -> int:
+    """Make a directory in that of `above`; returns a descriptor, which the caller closes.
+
+    Raises:
+        OSError: it cannot be made, or has been replaced.
+    """
+    os.mkdir(name, mode, dir_fd=above)
+    return os.open(name, DIRECTORY, dir_fd=above)
 
 
 def who_else(path: str) -> str:

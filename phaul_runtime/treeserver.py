@@ -22,7 +22,7 @@ from phaul_runtime.errors import DestinationError, PhaulError, Refused
 from phaul_runtime.filemark import Mark, mark_of
 from phaul_runtime.images import mounts_below, remove_tree
 from phaul_runtime.journal import Journal
-from phaul_runtime.pathwalk import open_path, walk
+from phaul_runtime.pathwalk import make_directory, open_path, walk
 from phaul_runtime.trees import INSTALL_RSYNC, TREE_NAME, rsync_environment
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,6 @@ _ARGUMENTS_BYTES = 1024
 _ARGUMENTS_S = 10.0
 _ENDED_S = 10.0
 _POLL_S = 0.005
-_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _LOG_LINES = 5
 # `e.` begins what the client's rsync is capable of.
 _FLAGS = re.compile(r"-[AHIDSXglopRrtx]+e\.[A-Za-z]*")
@@ -214,8 +213,7 @@ class TreeServer:
             for made in reversed(wanted):
                 last = made == path
                 self._journal.add("tree_made" if last else "tree_parents", str(made))
-                os.mkdir(made.name, 0o700 if last else 0o711, dir_fd=at)
-                at = os.open(made.name, _DIRECTORY, dir_fd=at)
+                at = make_directory(made.name, 0o700 if last else 0o711, at)
                 opened.callback(os.close, at)
                 if last:
                     self._journal.add("tree_marks", [str(path), list(mark_of(at))])

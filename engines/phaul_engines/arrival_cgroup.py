@@ -10,10 +10,9 @@ import os
 from pathlib import PurePosixPath
 
 from phaul_engines.oci import cgroup_pids
-from phaul_runtime.errors import DestinationError
+from phaul_engines.proctree import ancestors
+from phaul_runtime.errors import DestinationError, NoSuchTarget
 from phaul_runtime.member import PROC, Member, start_time
-
-_DEEPEST = 4096
 
 
 def require_free(path: str) -> None:
@@ -62,14 +61,9 @@ def member(pid: int) -> Member | None:
 
 def _descends(pid: int, roots: set[int]) -> bool:
     """Whether one of `roots` is `pid` or above it; so is one that has ended meanwhile."""
-    for _ in range(_DEEPEST):
-        if pid in roots:
-            return True
-        try:
-            text = (PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return True
-        pid = int(text.rpartition(")")[2].split()[1])
-        if pid <= 1:
-            return False
-    return False
+    if pid in roots:
+        return True
+    try:
+        return any(above.pid in roots for above in ancestors(pid))
+    except NoSuchTarget:
+        return True

@@ -187,18 +187,23 @@ def nothing_is_put_away(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(FakeDestination, name, lambda _: pytest.fail("it is put away"))
 
 
-def test_an_agent_that_alone_knows_keeps_what_runs(
-    whole: WholeMove, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Neither CRIU nor the disk could say it; then the client is gone, before hooks were told."""
+def unsaid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was let run has no statistics."""
     resume = FakeDestination.resume
 
-    def unsaid(self: FakeDestination) -> float:
+    def silently(self: FakeDestination) -> float:
         resumed_at = resume(self)
         (self._images_dir / RESUMED).unlink()
         return resumed_at
 
-    monkeypatch.setattr(FakeDestination, "resume", unsaid)
+    monkeypatch.setattr(FakeDestination, "resume", silently)
+
+
+def test_an_agent_that_alone_knows_keeps_what_runs(
+    whole: WholeMove, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither CRIU nor the disk could say it; then the client is gone, before hooks were told."""
+    unsaid(monkeypatch)
     monkeypatch.setattr("phaul_runtime.incoming.note_resumed", lambda _: None)
     monkeypatch.setattr(Incoming, "_settle_soon", lambda self: None)
     monkeypatch.setattr(Journal, "note", refused_there(Journal.note))
@@ -224,14 +229,7 @@ def test_a_criu_that_did_not_live_to_say_that_it_runs(
     reachable: WholeMove, monkeypatch: pytest.MonkeyPatch, noted: bool
 ) -> None:
     """It was killed between its word that all runs and its statistics, then the agent was."""
-    resume = FakeDestination.resume
-
-    def unsaid(self: FakeDestination) -> float:
-        resumed_at = resume(self)
-        (self._images_dir / RESUMED).unlink()
-        return resumed_at
-
-    monkeypatch.setattr(FakeDestination, "resume", unsaid)
+    unsaid(monkeypatch)
     monkeypatch.setattr(Incoming, "_settle_soon", lambda self: None)
     with monkeypatch.context() as patch:
         if not noted:
