@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -46,6 +47,7 @@ class Stand:
             self.journal.enter(state, to="ssh://x")
         self.journal.enter(State.POST_COPY)
         ours, self.theirs = socket.socketpair()
+        self._takers: list[threading.Thread] = []
         self.agent: Any = SimpleNamespace(open_pages=lambda: ours, answers=lambda: True)
         self.hold: Any = SimpleNamespace(
             by_image={10: os.getpid()}, exists=lambda: False, remove=lambda: None, group="g",
@@ -73,15 +75,24 @@ class Stand:
 
         thread = threading.Thread(target=take, daemon=True)
         thread.start()
+        self._takers.append(thread)
         return thread
+
+    def close(self) -> None:
+        """Nothing reads from a descriptor that is closed: another file may have its number."""
+        with contextlib.suppress(OSError):
+            self.theirs.shutdown(socket.SHUT_RDWR)
+        for thread in self._takers:
+            thread.join(20)
+        self.theirs.close()
+        self.journal.close()
 
 
 @pytest.fixture
 def stand(tmp_path: Path) -> Iterator[Stand]:
     made = Stand(tmp_path)
     yield made
-    made.theirs.close()
-    made.journal.close()
+    made.close()
 
 
 def test_it_is_over_once_the_destination_says_so(stand: Stand) -> None:
