@@ -13,21 +13,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from phaul_runtime.api import PhaulConfig, PhaulLocal, PhaulRemote
-    from phaul_runtime.client import PhaulClient
-    from phaul_runtime.criu import Criu, CriuNotify
-    from phaul_runtime.server import PhaulServer
+    from phaul_runtime.criu.session import Criu, CriuNotify
+    from phaul_runtime.library.api import PhaulConfig, PhaulLocal, PhaulRemote
+    from phaul_runtime.library.client import PhaulClient
+    from phaul_runtime.library.server import PhaulServer
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "PhaulConfig": "phaul_runtime.api",
-    "PhaulLocal": "phaul_runtime.api",
-    "PhaulRemote": "phaul_runtime.api",
-    "PhaulClient": "phaul_runtime.client",
-    "PhaulServer": "phaul_runtime.server",
-    "Criu": "phaul_runtime.criu",
-    "CriuNotify": "phaul_runtime.criu",
+    "PhaulConfig": "phaul_runtime.library.api",
+    "PhaulLocal": "phaul_runtime.library.api",
+    "PhaulRemote": "phaul_runtime.library.api",
+    "PhaulClient": "phaul_runtime.library.client",
+    "PhaulServer": "phaul_runtime.library.server",
+    "Criu": "phaul_runtime.criu.session",
+    "CriuNotify": "phaul_runtime.criu.session",
 }
 
 __all__ = [

@@ -9,8 +9,8 @@ import sys
 from dataclasses import dataclass
 from unittest import mock
 
-from phaul_runtime import logs
 from phaul_runtime.cli.main import PROGRAM, main
+from phaul_runtime.system import logs
 
 
 @dataclass(frozen=True)

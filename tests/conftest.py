@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from phaul_runtime import logs
+from phaul_runtime.system import logs
 from tests.environment import know_pycriu
 
 # How long an example takes says how busy the machine is.

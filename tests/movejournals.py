@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from phaul_runtime.journal import Journal
-from phaul_runtime.states import Role, State
+from phaul_runtime.cutover.journal import Journal
+from phaul_runtime.cutover.states import Role, State
 
 ID = "ab" * 8
 FORWARD = [State.ITERATING, State.FROZEN, State.PREPARED, State.COMMITTING, State.DONE]

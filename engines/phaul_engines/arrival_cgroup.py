@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from phaul_engines.oci import cgroup_pids
 from phaul_engines.proctree import ancestors
 from phaul_runtime.errors import DestinationError, NoSuchTarget
-from phaul_runtime.member import PROC, Member, start_time
+from phaul_runtime.system.process import PROC, Member, start_time
 
 
 def require_free(path: str) -> None:

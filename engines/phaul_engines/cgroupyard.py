@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from phaul_runtime.errors import MigrationFailed
-from phaul_runtime.images import remove_tree
+from phaul_runtime.memory.image_dirs import remove_tree
 
 log = logging.getLogger(__name__)
 

@@ -41,7 +41,6 @@ from phaul_engines.oci_checks import (
 )
 from phaul_engines.oci_source import OciSource
 from phaul_engines.proctree import Tree, established_connections
-from phaul_runtime.cancel import Cancellation
 from phaul_runtime.engine import (
     OK,
     REFUSED,
@@ -53,8 +52,9 @@ from phaul_runtime.engine import (
     SourceHalf,
 )
 from phaul_runtime.errors import MigrationFailed, NoSuchTarget, PhaulError, Refused, UsageError
-from phaul_runtime.images import remove_tree
-from phaul_runtime.trees import Tree as FileTree
+from phaul_runtime.files.tree_sender import Tree as FileTree
+from phaul_runtime.memory.image_dirs import remove_tree
+from phaul_runtime.system.cancel import Cancellation
 
 LAYER, SHM, IMAGE = "layer", "shm", "image"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")

@@ -33,14 +33,14 @@ from phaul_engines.docker_volumes import may_be_overwritten, unmark
 from phaul_engines.gated import deadline_in, failure
 from phaul_engines.oci import Runtime, cgroup_pids
 from phaul_engines.proctree import PROC, ancestors
-from phaul_runtime import cgroup
 from phaul_runtime.boundedjson import read_json_file
-from phaul_runtime.cancel import Cancellation
-from phaul_runtime.criu import Criu
+from phaul_runtime.criu.session import Criu
 from phaul_runtime.engine import REFUSED, Claim, DestinationHalf, Finding
 from phaul_runtime.errors import DestinationError, MigrationFailed, NoSuchTarget, PhaulError
-from phaul_runtime.images import remove_tree
-from phaul_runtime.member import Member
+from phaul_runtime.memory.image_dirs import remove_tree
+from phaul_runtime.system import cgroup
+from phaul_runtime.system.cancel import Cancellation
+from phaul_runtime.system.process import Member
 
 log = logging.getLogger(__name__)
 

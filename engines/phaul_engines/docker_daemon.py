@@ -19,8 +19,8 @@ from docker.errors import APIError, DockerException, ImageNotFound, NotFound, Nu
 
 from phaul_engines.docker_findings import parse_api_version
 from phaul_runtime.boundedjson import read_json_file
-from phaul_runtime.cancel import Cancellation
 from phaul_runtime.errors import MigrationFailed, PhaulError, Refused
+from phaul_runtime.system.cancel import Cancellation
 
 _CHUNK = 1 << 20
 _POLL_S = 0.5

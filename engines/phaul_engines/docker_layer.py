@@ -11,9 +11,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from phaul_runtime import proc
 from phaul_runtime.errors import DestinationError, MigrationFailed, PhaulError
-from phaul_runtime.images import remove_tree, unmount_below
+from phaul_runtime.memory.image_dirs import remove_tree, unmount_below
+from phaul_runtime.system import proc
 
 _WITHIN_S = 600.0
 # Beside the layer: on its file system, and removed with the container.

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from phaul_hooks.gate import Gate, GateEvent
 
-from phaul_runtime import proc
-from phaul_runtime.criu import LOG_LINES, LOG_TAIL, error_lines
-from phaul_runtime.criu_hints import advice
+from phaul_runtime.criu.hints import advice
+from phaul_runtime.criu.session import LOG_LINES, LOG_TAIL, error_lines
 from phaul_runtime.errors import CriuError
+from phaul_runtime.system import proc
 
 OUTPUT = "runtime.out"
 _END_S = 30.0

@@ -9,8 +9,8 @@ from typing import Any
 
 from phaul_engines.proctree import Process, tracer_of
 from phaul_runtime.errors import OutcomeUnknown
-from phaul_runtime.hostfacts import boot_id
-from phaul_runtime.member import Member
+from phaul_runtime.preflight.host_facts import boot_id
+from phaul_runtime.system.process import Member
 
 LET_GO_WITHIN_S = 20.0
 POLL_S = 0.02

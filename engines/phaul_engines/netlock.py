@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from phaul_runtime import proc
 from phaul_runtime.boundedjson import read_json
 from phaul_runtime.errors import PhaulError
+from phaul_runtime.system import proc
 
 _MARK = "0xc114"
 _WITHIN_S = 10.0

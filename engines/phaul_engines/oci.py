@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from phaul_runtime import proc
 from phaul_runtime.boundedjson import read_json, read_json_file
 from phaul_runtime.errors import MigrationFailed, NoSuchTarget, Refused
-from phaul_runtime.filesystem import InUse, Use, gather_all
-from phaul_runtime.identity import ROOT
-from phaul_runtime.images import unmount_below
+from phaul_runtime.files.compare import InUse, Use, gather_all
+from phaul_runtime.files.identity import ROOT
+from phaul_runtime.memory.image_dirs import unmount_below
 from phaul_runtime.rpc import phaul_pb2 as pb
+from phaul_runtime.system import proc
 
 CONFIG = "config.json"
 CGROUP_ROOT = Path("/sys/fs/cgroup")

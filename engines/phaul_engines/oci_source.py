@@ -20,13 +20,13 @@ from phaul_engines.members import Members
 from phaul_engines.oci import Container, Runtime
 from phaul_engines.proctree import Tree, established_connections, read_tree
 from phaul_engines.tracked import TrackedSource
-from phaul_runtime.api import Outcome, PhaulConfig, PhaulLocal
-from phaul_runtime.cancel import Cancellation
-from phaul_runtime.criu import Criu
+from phaul_runtime.criu.session import Criu
+from phaul_runtime.criu.stats import DumpStats, read_dump_stats
 from phaul_runtime.engine import Handover
 from phaul_runtime.errors import PhaulError, TargetGone
-from phaul_runtime.images import new_directory, relative_parent
-from phaul_runtime.stats import DumpStats, read_dump_stats
+from phaul_runtime.library.api import Outcome, PhaulConfig, PhaulLocal
+from phaul_runtime.memory.image_dirs import new_directory, relative_parent
+from phaul_runtime.system.cancel import Cancellation
 
 # No page server answers there: should CRIU not have read our configuration, the dump fails, instead
 # of killing the container with nobody holding its pages.

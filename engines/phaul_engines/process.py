@@ -22,10 +22,9 @@ from phaul_engines.proctree import (
     read_tree,
 )
 from phaul_engines.tracked import TrackedSource
-from phaul_runtime import cgroup
-from phaul_runtime.api import Outcome, PhaulConfig, PhaulLocal
-from phaul_runtime.cancel import Cancellation
-from phaul_runtime.criu import Criu, CriuNotify, criu_opts, rpc
+from phaul_runtime.criu.held_restore import HeldRestore
+from phaul_runtime.criu.session import Criu, CriuNotify, criu_opts, rpc
+from phaul_runtime.criu.stats import DumpStats, read_dump_stats
 from phaul_runtime.engine import (
     OK,
     REFUSED,
@@ -45,10 +44,11 @@ from phaul_runtime.errors import (
     TargetGone,
     UsageError,
 )
-from phaul_runtime.filesystem import InUse, gather_all
-from phaul_runtime.held import HeldRestore
-from phaul_runtime.images import new_directory, relative_parent
-from phaul_runtime.stats import DumpStats, read_dump_stats
+from phaul_runtime.files.compare import InUse, gather_all
+from phaul_runtime.library.api import Outcome, PhaulConfig, PhaulLocal
+from phaul_runtime.memory.image_dirs import new_directory, relative_parent
+from phaul_runtime.system import cgroup
+from phaul_runtime.system.cancel import Cancellation
 
 DUMP_LOG = "dump.log"
 RESTORE_LOG = "restore.log"

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from phaul_runtime.errors import NoSuchTarget
-from phaul_runtime.filemark import Mark, mark_of
-from phaul_runtime.filesystem import Use
-from phaul_runtime.identity import ROOT, User
-from phaul_runtime.member import Member
+from phaul_runtime.files.compare import Use
+from phaul_runtime.files.identity import ROOT, User
+from phaul_runtime.system.filemark import Mark, mark_of
+from phaul_runtime.system.process import Member
 
 PROC = Path("/proc")
 _DELETED = " (deleted)"

@@ -32,14 +32,14 @@ from phaul_engines.oci import (
 )
 from phaul_engines.oci_checks import limits_finding, runtime_finding
 from phaul_engines.runc_options import RuncOptions
-from phaul_runtime import cgroup
 from phaul_runtime.boundedjson import read_json_file
-from phaul_runtime.criu import Criu
+from phaul_runtime.criu.session import Criu
 from phaul_runtime.engine import OK, REFUSED, Claim, DestinationHalf, Finding
 from phaul_runtime.errors import DestinationError, MigrationFailed, PhaulError
-from phaul_runtime.images import remove_tree
-from phaul_runtime.member import Member
-from phaul_runtime.pathwalk import make_directories, write_file
+from phaul_runtime.memory.image_dirs import remove_tree
+from phaul_runtime.system import cgroup
+from phaul_runtime.system.pathwalk import make_directories, write_file
+from phaul_runtime.system.process import Member
 
 log = logging.getLogger(__name__)
 

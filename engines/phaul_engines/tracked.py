@@ -12,7 +12,7 @@ from phaul_engines.proctree import established_connections, read_standing
 from phaul_engines.standstill import Standstill
 from phaul_runtime.engine import Handover, SourceHalf
 from phaul_runtime.errors import NoSuchTarget, TargetGone
-from phaul_runtime.throttle import own_cgroup
+from phaul_runtime.library.throttle import own_cgroup
 
 # The kernel frees 6 GiB a second of small pages, measured.
 _ENDS_WITHIN_S = 60.0

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from phaul_hooks.hostfile import write_whole
-from phaul_runtime import proc
 from phaul_runtime.errors import Refused
 from phaul_runtime.hosthooks import HostHook, Status
+from phaul_runtime.system import proc
 
 UNIT = "phaul-runtime-agent.service"
 SYSTEMD = Path("/etc/systemd/system")

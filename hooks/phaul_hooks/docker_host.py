@@ -20,10 +20,10 @@ from typing import Any
 from phaul_hooks.hostfile import write_whole
 from phaul_hooks.jsontext import members, with_member, without_member
 from phaul_runtime.boundedjson import read_json_file
+from phaul_runtime.cutover.journal import sync_directory
 from phaul_runtime.errors import Refused
+from phaul_runtime.hooks.lifecycle import EVENTS
 from phaul_runtime.hosthooks import HostHook, Status
-from phaul_runtime.journal import sync_directory
-from phaul_runtime.lifecycle import EVENTS
 
 DAEMON_JSON = Path("/etc/docker/daemon.json")
 HOOKS = Path("/etc/phaul-runtime/hooks")

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phaul_runtime.errors import MigrationFailed
-from phaul_runtime.ready import readable
+from phaul_runtime.system.poll import readable
 
 SCRIPT = Path(__file__).with_name("criu-gate.sh")
 EVENTS = "events"

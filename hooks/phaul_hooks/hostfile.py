@@ -6,7 +6,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from phaul_runtime.journal import sync_directory
+from phaul_runtime.cutover.journal import sync_directory
 
 
 def write_whole(path: Path, data: bytes, *, mode: int = 0o644) -> None:

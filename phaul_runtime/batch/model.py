@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
-from phaul_runtime.config import Section, validated
-from phaul_runtime.config_source import Key, Source, read_yaml
+from phaul_runtime.config.model import Section, validated
+from phaul_runtime.config.yaml import Key, Source, read_yaml
 from phaul_runtime.errors import ConfigError, UsageError
-from phaul_runtime.transport import Destination
+from phaul_runtime.transport.base import Destination
 
 LOCAL = "local:"
 _SOURCES = ("local", "ssh")

@@ -10,7 +10,7 @@ from typing import Any
 from phaul_runtime.batch.model import Batch, Move, predecessors
 from phaul_runtime.batch.outcome import Answer
 from phaul_runtime.batch.plan import MoveState, Planner
-from phaul_runtime.cancel import Cancellation
+from phaul_runtime.system.cancel import Cancellation
 
 _TIMEOUT_S = 300.0
 

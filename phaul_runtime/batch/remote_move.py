@@ -9,17 +9,17 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from phaul_runtime import proc
 from phaul_runtime.batch.model import Move
 from phaul_runtime.batch.outcome import Answer, as_told
 from phaul_runtime.boundedjson import read_json
-from phaul_runtime.cancel import Cancellation
 from phaul_runtime.errors import ExitCode, Refused
-from phaul_runtime.transport import Destination
+from phaul_runtime.system import proc
+from phaul_runtime.system.cancel import Cancellation
+from phaul_runtime.transport.base import Destination
 from phaul_runtime.transport.ssh import ssh_argv
 
 if TYPE_CHECKING:
-    from phaul_runtime.config import Config
+    from phaul_runtime.config.model import Config
 
 Told = Callable[[dict[str, Any]], None]
 

@@ -26,9 +26,9 @@ from phaul_runtime.batch.record import (
     read,
 )
 from phaul_runtime.batch.store import SCHEMA, Store
-from phaul_runtime.cancel import Cancellation
 from phaul_runtime.errors import ExitCode, OutcomeUnknown, PhaulError, Refused
 from phaul_runtime.events import Listener, guarded, nobody
+from phaul_runtime.system.cancel import Cancellation
 
 _POLL_S = 0.2
 # How often other controllers are looked after, seconds.

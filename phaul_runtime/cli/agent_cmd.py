@@ -11,16 +11,16 @@ from typing import Any
 import click
 
 from phaul_runtime import __version__
-from phaul_runtime.agent import Agent
+from phaul_runtime.agent.listen import Service, notify
+from phaul_runtime.agent.service import Agent
 from phaul_runtime.cli.agentmetrics import agent_hooks
 from phaul_runtime.cli.logoptions import set_up_logs
 from phaul_runtime.cli.outlet import show
-from phaul_runtime.config import Config, load_config
-from phaul_runtime.criu import Criu
-from phaul_runtime.hostfacts import PROTOCOL
-from phaul_runtime.lasting import report_deaths
-from phaul_runtime.ready import readable
-from phaul_runtime.service import Service, notify
+from phaul_runtime.config.model import Config, load_config
+from phaul_runtime.criu.session import Criu
+from phaul_runtime.preflight.host_facts import PROTOCOL
+from phaul_runtime.system.poll import readable
+from phaul_runtime.system.threads import report_deaths
 
 _READ = 4096
 _READY = f"phaul-runtime agent ready {PROTOCOL} {__version__}"

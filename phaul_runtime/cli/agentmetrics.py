@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phaul_runtime.errors import PhaulError
-from phaul_runtime.lifecycle import Hooks
+from phaul_runtime.hooks.lifecycle import Hooks
 
 if TYPE_CHECKING:
-    from phaul_runtime.config import Config
-    from phaul_runtime.metrics import Metrics
+    from phaul_runtime.config.model import Config
+    from phaul_runtime.source.metrics import Metrics
 
 log = logging.getLogger(__name__)
 

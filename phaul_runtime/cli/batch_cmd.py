@@ -24,11 +24,11 @@ from phaul_runtime.batch.remote_move import MoveRunner
 from phaul_runtime.batch.run import Controller, summary
 from phaul_runtime.batch.store import Store, new_batch_id
 from phaul_runtime.batch.view import BatchView, JsonLines, LiveTable
-from phaul_runtime.cancel import Cancellation
 from phaul_runtime.cli.options import on_signals
 from phaul_runtime.cli.outlet import echo, tell
-from phaul_runtime.config import Config, load_config
+from phaul_runtime.config.model import Config, load_config
 from phaul_runtime.errors import ExitCode, NoSuchMigration, PhaulError, Refused
+from phaul_runtime.system.cancel import Cancellation
 
 _SCHEMA = "phaul-runtime/batch/1"
 _Command = TypeVar("_Command", bound=Callable[..., Any])

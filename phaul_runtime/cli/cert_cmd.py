@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
-from phaul_runtime.certs import HOST_DAYS, Host, add_hosts, make_fleet
 from phaul_runtime.cli.outlet import show
+from phaul_runtime.transport.certs import HOST_DAYS, Host, add_hosts, make_fleet
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 

@@ -10,7 +10,7 @@ from phaul_runtime.cli.options import chosen_target, configure, move_options
 from phaul_runtime.cli.outlet import tell
 from phaul_runtime.cli.views import make_view
 from phaul_runtime.errors import ExitCode
-from phaul_runtime.migration import Migration
+from phaul_runtime.source.migration import Migration
 
 
 @click.command("check")

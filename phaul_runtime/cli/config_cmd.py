@@ -11,10 +11,10 @@ from typing import Any
 import click
 
 from phaul_runtime.cli.outlet import show
-from phaul_runtime.config import SYSTEM_CONFIG, Config, config_schema, load_config, nearest
-from phaul_runtime.engine import engine_names, load_engine
+from phaul_runtime.config.model import SYSTEM_CONFIG, Config, config_schema, load_config, nearest
+from phaul_runtime.engine.interface import engine_names, load_engine
 from phaul_runtime.errors import ConfigError, UsageError
-from phaul_runtime.transport import Destination, load_transport
+from phaul_runtime.transport.base import Destination, load_transport
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 

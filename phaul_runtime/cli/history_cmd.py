@@ -11,9 +11,8 @@ from typing import Any
 import click
 
 from phaul_runtime.cli.outlet import show
-from phaul_runtime.config import load_config
-from phaul_runtime.errors import NoSuchMigration
-from phaul_runtime.journal import (
+from phaul_runtime.config.model import load_config
+from phaul_runtime.cutover.journal import (
     damaged,
     examine,
     journal_path,
@@ -21,8 +20,9 @@ from phaul_runtime.journal import (
     read_report,
     replay,
 )
-from phaul_runtime.journalformat import Record
-from phaul_runtime.states import Role
+from phaul_runtime.cutover.journal_format import Record
+from phaul_runtime.cutover.states import Role
+from phaul_runtime.errors import NoSuchMigration
 
 config_option = click.option(
     "--config",

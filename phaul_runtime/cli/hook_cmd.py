@@ -11,11 +11,11 @@ from typing import Any
 import click
 
 from phaul_runtime.cli.outlet import show
-from phaul_runtime.config import load_config
+from phaul_runtime.config.model import load_config
 from phaul_runtime.errors import Refused
-from phaul_runtime.hookdir import Effect, Program
+from phaul_runtime.hooks.directory import Effect, Program
+from phaul_runtime.hooks.lifecycle import EVENTS
 from phaul_runtime.hosthooks import host_hook_names, load_host_hook
-from phaul_runtime.lifecycle import EVENTS
 
 _SCHEMA = "phaul-runtime/hooks/1"
 _MARKS = {Effect.RUNS: "ok", Effect.SKIPPED: "warn", Effect.FAILS: "NO"}

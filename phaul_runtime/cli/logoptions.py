@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
-from phaul_runtime import logs
+from phaul_runtime.system import logs
 
 if TYPE_CHECKING:
-    from phaul_runtime.config import Config
+    from phaul_runtime.config.model import Config
 
 _META = "phaul_runtime.logging"
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-from phaul_runtime.cancel import Cancellation
 from phaul_runtime.cli.observe import Observer
 from phaul_runtime.cli.options import (
     cancel_on_signals,
@@ -18,10 +17,11 @@ from phaul_runtime.cli.options import (
 )
 from phaul_runtime.cli.outlet import tell
 from phaul_runtime.cli.views import move_view
+from phaul_runtime.cutover.journal import checked_id
 from phaul_runtime.errors import PhaulError
-from phaul_runtime.journal import checked_id
-from phaul_runtime.migration import Migration
-from phaul_runtime.once import migrate_once
+from phaul_runtime.source.idempotent import migrate_once
+from phaul_runtime.source.migration import Migration
+from phaul_runtime.system.cancel import Cancellation
 
 
 @click.command("migrate")

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phaul_runtime import events as ev
-from phaul_runtime import logs, metrics
 from phaul_runtime.cli.logoptions import asked_level
 from phaul_runtime.cli.outlet import tell
 from phaul_runtime.cli.views import describe
 from phaul_runtime.errors import ExitCode, PhaulError
 from phaul_runtime.report import MigrationReport
+from phaul_runtime.source import metrics
+from phaul_runtime.system import logs
 
 if TYPE_CHECKING:
-    from phaul_runtime.config import Config
+    from phaul_runtime.config.model import Config
 
 log = logging.getLogger(__name__)
 

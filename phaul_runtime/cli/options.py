@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 
 import click
 
-from phaul_runtime.cancel import Cancellation
 from phaul_runtime.cli.logoptions import set_up_logs
 from phaul_runtime.cli.outlet import tell
-from phaul_runtime.config import Config, load_config
-from phaul_runtime.engine import engine_names
+from phaul_runtime.config.model import Config, load_config
+from phaul_runtime.engine.interface import engine_names
+from phaul_runtime.system.cancel import Cancellation
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 

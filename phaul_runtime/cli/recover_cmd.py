@@ -11,11 +11,11 @@ import click
 from phaul_runtime.cli.logoptions import set_up_logs
 from phaul_runtime.cli.outlet import echo, tell
 from phaul_runtime.cli.views import Aside, move_view
-from phaul_runtime.config import load_config
+from phaul_runtime.config.model import load_config
+from phaul_runtime.cutover.states import Verdict
 from phaul_runtime.errors import ExitCode, OutcomeUnknown, PhaulError
 from phaul_runtime.events import nobody
-from phaul_runtime.recovery import Recovered, Recovery
-from phaul_runtime.states import Verdict
+from phaul_runtime.recovery.recover import Recovered, Recovery
 
 
 @click.command("recover")

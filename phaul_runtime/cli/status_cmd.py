@@ -11,9 +11,8 @@ import click
 
 from phaul_runtime.cli.history_cmd import clock, config_option, echo_table, output_option
 from phaul_runtime.cli.outlet import show
-from phaul_runtime.config import load_config
-from phaul_runtime.errors import NoSuchMigration
-from phaul_runtime.journal import (
+from phaul_runtime.config.model import load_config
+from phaul_runtime.cutover.journal import (
     damaged,
     examine,
     is_locked,
@@ -21,9 +20,10 @@ from phaul_runtime.journal import (
     open_ends,
     replay,
 )
-from phaul_runtime.journalformat import Contents
-from phaul_runtime.progress import read_progress
-from phaul_runtime.states import Role, State
+from phaul_runtime.cutover.journal_format import Contents
+from phaul_runtime.cutover.progress import read_progress
+from phaul_runtime.cutover.states import Role, State
+from phaul_runtime.errors import NoSuchMigration
 
 _DAMAGED = "damaged"
 

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 
-from phaul_runtime.pager.serve import GRACE_S, Pager
+from phaul_runtime.pager.loop import GRACE_S, Pager
 
 
 def main() -> None:

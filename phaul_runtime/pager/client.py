@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from phaul_runtime import proc
 from phaul_runtime.errors import DestinationError, PhaulError
 from phaul_runtime.pager import CONTROL_SOCKET, RESULT_FILE
-from phaul_runtime.ready import readable
+from phaul_runtime.system import proc
+from phaul_runtime.system.poll import readable
 
 _AGAIN_S = 0.05
 _ANSWER_S = 10.0

@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any
 from phaul_runtime.boundedjson import read_json
 from phaul_runtime.errors import PhaulError
 from phaul_runtime.pager import CONTROL_SOCKET
-from phaul_runtime.pager.criusock import accept, listen
+from phaul_runtime.pager.criu_socket import accept, listen
 
 if TYPE_CHECKING:
-    from phaul_runtime.pager.serve import Pager
+    from phaul_runtime.pager.loop import Pager
 
 # Twenty bytes for each process of a tree.
 _MOST = 1 << 22

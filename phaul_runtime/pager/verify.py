@@ -30,9 +30,9 @@ from phaul_runtime.pager.account import Fate
 from phaul_runtime.pager.uffd import PAGE
 
 if TYPE_CHECKING:
-    from phaul_runtime.pager.remote import Remote
-    from phaul_runtime.pager.space import Space
-    from phaul_runtime.pager.tasks import Task, Tasks
+    from phaul_runtime.pager.missing_ranges import Space
+    from phaul_runtime.pager.network_pages import Remote
+    from phaul_runtime.pager.task import Task, Tasks
 
 PROC = Path("/proc")
 # Of smaps: the first line of an area, "Rss", "Swap" and "VmFlags"; no other line has a V in front.

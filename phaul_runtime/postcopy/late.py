@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from phaul_runtime.errors import DestinationError
-from phaul_runtime.postcopy.arrival import Arrival
+from phaul_runtime.postcopy.receiver import Arrival
 from phaul_runtime.postcopy.store import PageStore
 
 # The channel is opened a little before the images that say which pages there will be.

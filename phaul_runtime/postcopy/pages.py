@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
-from phaul_runtime.lazyplan import PAGE
-from phaul_runtime.pagemap import is_remote, pagemap_path, processes, read_pagemap
+from phaul_runtime.memory.fill_plan import PAGE
+from phaul_runtime.memory.pagemap import is_remote, pagemap_path, processes, read_pagemap
 
 
 @dataclass(frozen=True)

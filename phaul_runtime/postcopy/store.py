@@ -10,10 +10,10 @@ import mmap
 import os
 from pathlib import Path
 
-from phaul_runtime.ahead import Ahead
 from phaul_runtime.errors import DestinationError
-from phaul_runtime.lazyimages import MAP
-from phaul_runtime.lazyplan import PAGE
+from phaul_runtime.memory.fill_plan import PAGE
+from phaul_runtime.memory.mark_lazy import MAP
+from phaul_runtime.memory.preallocate import Ahead
 
 PAGES = "remote.pages"
 _MISSING, _HERE = b"\0", b"\1"

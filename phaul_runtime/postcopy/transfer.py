@@ -19,8 +19,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from phaul_runtime.cancel import Cancellation
-from phaul_runtime.engine import SourceHalf
+from phaul_runtime.cutover.freezer import Hold
+from phaul_runtime.cutover.journal import Journal
+from phaul_runtime.cutover.progress import forget_progress, write_progress
+from phaul_runtime.cutover.states import Role, State, Verdict
+from phaul_runtime.engine.interface import SourceHalf
 from phaul_runtime.errors import (
     ChannelError,
     DestinationError,
@@ -31,17 +34,14 @@ from phaul_runtime.errors import (
     StillUnderWay,
 )
 from phaul_runtime.events import Listener, Reconnecting, Serving, SourceDead, guarded
-from phaul_runtime.hold import Hold
-from phaul_runtime.journal import Journal
+from phaul_runtime.postcopy.page_channels import reach
 from phaul_runtime.postcopy.pages import RemotePages
-from phaul_runtime.postcopy.serving import PageSource
-from phaul_runtime.progress import forget_progress, write_progress
-from phaul_runtime.reach import reach
-from phaul_runtime.remote import RemoteAgent
-from phaul_runtime.states import Role, State, Verdict
+from phaul_runtime.postcopy.sender import PageSource
+from phaul_runtime.rpc.client import RemoteAgent
+from phaul_runtime.system.cancel import Cancellation
 
 if TYPE_CHECKING:
-    from phaul_runtime.config import Config
+    from phaul_runtime.config.model import Config
 
 log = logging.getLogger(__name__)
 

@@ -14,17 +14,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from phaul_runtime import cgroup
-from phaul_runtime.api import Outcome, PhaulConfig, PhaulRemote
-from phaul_runtime.cancel import Cancellation
-from phaul_runtime.client import PhaulClient
-from phaul_runtime.criu import Criu, CriuFeatures
-from phaul_runtime.engine import DestinationHalf, SourceHalf
+from phaul_runtime.criu.session import Criu, CriuFeatures
+from phaul_runtime.engine.interface import DestinationHalf, SourceHalf
 from phaul_runtime.errors import PhaulError
-from phaul_runtime.images import image_files, new_directory, remove_tree
-from phaul_runtime.policy import Decision, Round
+from phaul_runtime.library.api import Outcome, PhaulConfig, PhaulRemote
+from phaul_runtime.library.client import PhaulClient
+from phaul_runtime.library.policy import Decision, Round
+from phaul_runtime.library.server import PhaulServer
+from phaul_runtime.memory.image_dirs import image_files, new_directory, remove_tree
 from phaul_runtime.report import MigrationReport
-from phaul_runtime.server import PhaulServer
+from phaul_runtime.system import cgroup
+from phaul_runtime.system.cancel import Cancellation
 from phaul_runtime.testing.case import Case, NotConforming, Place, Told, expect
 
 HOLD_S = 120.0

@@ -10,9 +10,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from phaul_runtime.criu import Criu
-from phaul_runtime.engine import Engine
-from phaul_runtime.trees import Tree
+from phaul_runtime.criu.session import Criu
+from phaul_runtime.engine.interface import Engine
+from phaul_runtime.files.tree_sender import Tree
 
 
 class NotConforming(AssertionError):

@@ -24,11 +24,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from phaul_runtime import proc
-from phaul_runtime.api import Outcome, PhaulConfig, PhaulLocal
-from phaul_runtime.cancel import Cancellation
-from phaul_runtime.criu import Criu
-from phaul_runtime.engine import (
+from phaul_runtime.criu.session import Criu
+from phaul_runtime.engine.interface import (
     OK,
     REFUSED,
     Claim,
@@ -47,11 +44,14 @@ from phaul_runtime.errors import (
     Refused,
     TargetGone,
 )
-from phaul_runtime.images import RESUMED, new_directory, remove_tree
-from phaul_runtime.ready import readable
+from phaul_runtime.files.tree_sender import Tree
+from phaul_runtime.library.api import Outcome, PhaulConfig, PhaulLocal
+from phaul_runtime.memory.image_dirs import RESUMED, new_directory, remove_tree
+from phaul_runtime.system import proc
+from phaul_runtime.system.cancel import Cancellation
+from phaul_runtime.system.poll import readable
 from phaul_runtime.testing import fakevictim
 from phaul_runtime.testing.case import Case, Place, Told
-from phaul_runtime.trees import Tree
 
 IMAGE = "memory.img"
 HELD = "held.json"

@@ -28,12 +28,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from phaul_runtime.errors import ChannelError, Refused
-from phaul_runtime.transport import Channel
-from phaul_runtime.transport.link import cut, pour
-from phaul_runtime.wire import ZSTD
+from phaul_runtime.rpc.codec import ZSTD
+from phaul_runtime.transport.base import Channel
+from phaul_runtime.transport.handshake import cut, pour
 
 if TYPE_CHECKING:
-    from phaul_runtime.config import TransportConfig
+    from phaul_runtime.config.model import TransportConfig
 
 log = logging.getLogger(__name__)
 

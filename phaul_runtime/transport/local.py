@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from phaul_runtime import proc
 from phaul_runtime.errors import UsageError
-from phaul_runtime.transport import Channel, Destination, Transport, socket_directory
-from phaul_runtime.transport.agentprocess import AgentProcess
+from phaul_runtime.system import proc
+from phaul_runtime.transport.agent_process import AgentProcess
+from phaul_runtime.transport.base import Channel, Destination, Transport, socket_directory
 
 if TYPE_CHECKING:
-    from phaul_runtime.cancel import Cancellation
-    from phaul_runtime.config import Config
+    from phaul_runtime.config.model import Config
+    from phaul_runtime.system.cancel import Cancellation
 
 
 class LocalTransport(Transport):

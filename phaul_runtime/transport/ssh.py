@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phaul_runtime.errors import UsageError
-from phaul_runtime.transport import Channel, Destination, Transport, socket_directory
-from phaul_runtime.transport.agentprocess import AgentProcess
-from phaul_runtime.wire import CONTROL, MEMORY
+from phaul_runtime.rpc.codec import CONTROL, MEMORY
+from phaul_runtime.transport.agent_process import AgentProcess
+from phaul_runtime.transport.base import Channel, Destination, Transport, socket_directory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from phaul_runtime.cancel import Cancellation
-    from phaul_runtime.config import Config, TransportConfig
+    from phaul_runtime.config.model import Config, TransportConfig
+    from phaul_runtime.system.cancel import Cancellation
 
 # No questions, no shared connection whose life others decide, no waiting for a dead peer.
 _OPTIONS = (

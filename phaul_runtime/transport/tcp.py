@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from phaul_runtime.errors import Refused, UsageError
-from phaul_runtime.transport import Channel, Destination, Transport, link_directory
-from phaul_runtime.transport.linkchannel import LinkChannel
+from phaul_runtime.transport.base import Channel, Destination, Transport, link_directory
+from phaul_runtime.transport.service_channel import LinkChannel
 
 if TYPE_CHECKING:
-    from phaul_runtime.cancel import Cancellation
-    from phaul_runtime.config import Config
+    from phaul_runtime.config.model import Config
+    from phaul_runtime.system.cancel import Cancellation
 
 
 class TcpTransport(Transport):

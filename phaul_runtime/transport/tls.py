@@ -10,13 +10,13 @@ import ssl
 from typing import TYPE_CHECKING
 
 from phaul_runtime.errors import UsageError
-from phaul_runtime.transport import Channel, Destination, Transport, link_directory
-from phaul_runtime.transport.linkchannel import LinkChannel
-from phaul_runtime.transport.mutualtls import Credentials, as_client
+from phaul_runtime.transport.base import Channel, Destination, Transport, link_directory
+from phaul_runtime.transport.mutual_tls import Credentials, as_client
+from phaul_runtime.transport.service_channel import LinkChannel
 
 if TYPE_CHECKING:
-    from phaul_runtime.cancel import Cancellation
-    from phaul_runtime.config import Config
+    from phaul_runtime.config.model import Config
+    from phaul_runtime.system.cancel import Cancellation
 
 
 class TlsTransport(Transport):

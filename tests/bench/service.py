@@ -28,26 +28,26 @@ from typing import Any
 
 import grpc
 
-from phaul_runtime import agent as agent_module
-from phaul_runtime import incoming as incoming_module
-from phaul_runtime import migration as migration_module
-from phaul_runtime import settle as settle_module
-from phaul_runtime.api import Outcome, PhaulConfig
-from phaul_runtime.cancel import Cancellation
-from phaul_runtime.certs import Host, add_hosts
-from phaul_runtime.config import AgentConfig, Config
-from phaul_runtime.criu import Criu
+from phaul_runtime.agent import service as agent_module
+from phaul_runtime.agent.listen import Service
+from phaul_runtime.config.model import AgentConfig, Config
+from phaul_runtime.criu.session import Criu
+from phaul_runtime.destination import incoming as incoming_module
 from phaul_runtime.engine import DestinationHalf, Handover, SourceHalf
-from phaul_runtime.hostfacts import PROTOCOL
-from phaul_runtime.lifecycle import Hooks
-from phaul_runtime.migration import Migration
+from phaul_runtime.hooks.lifecycle import Hooks
+from phaul_runtime.library.api import Outcome, PhaulConfig
+from phaul_runtime.preflight.host_facts import PROTOCOL
+from phaul_runtime.recovery import resolve as settle_module
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.rpc import phaul_pb2_grpc
-from phaul_runtime.service import Service
+from phaul_runtime.rpc.codec import VERSION_KEY
+from phaul_runtime.source import migration as migration_module
+from phaul_runtime.source.migration import Migration
+from phaul_runtime.system.cancel import Cancellation
 from phaul_runtime.testing import FakeCase, FakeEngine
 from phaul_runtime.testing.fake import FakeDestination, FakeLocal, FakeSource
 from phaul_runtime.transport import Channel, Destination, load_transport
-from phaul_runtime.wire import VERSION_KEY
+from phaul_runtime.transport.certs import Host, add_hosts
 from tests.environment import know_pycriu
 from tests.integration import fakecriu
 from tests.integration.fleet import Fleet

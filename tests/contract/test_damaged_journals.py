@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from phaul_runtime.cutover.journal import Journal, journal_path, migration_ids
+from phaul_runtime.cutover.states import Role, State
 from phaul_runtime.errors import JournalDamaged
-from phaul_runtime.journal import Journal, journal_path, migration_ids
-from phaul_runtime.migration import Migration
-from phaul_runtime.once import migrate_once
-from phaul_runtime.states import Role, State
+from phaul_runtime.source.idempotent import migrate_once
+from phaul_runtime.source.migration import Migration
 from phaul_runtime.testing import Place
 from tests.contract.wholemove import WholeMove
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from phaul_runtime.api import Outcome, PhaulConfig, PhaulLocal
-from phaul_runtime.cancel import Cancellation
-from phaul_runtime.criu import Criu
+from phaul_runtime.criu.session import Criu
 from phaul_runtime.engine import DestinationHalf, Finding, Handover, Inspection, SourceHalf
 from phaul_runtime.errors import MigrationFailed, PhaulError, Refused
+from phaul_runtime.library.api import Outcome, PhaulConfig, PhaulLocal
+from phaul_runtime.system.cancel import Cancellation
 from phaul_runtime.testing import CHECKS, Bench, Check, FakeCase, FakeEngine, NotConforming, Place
 from phaul_runtime.testing.bench import Move
 from phaul_runtime.testing.fake import HELD, FakeDestination, FakeLocal, FakeSource

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from phaul_runtime import proc
-from phaul_runtime.cutover import CutOver
+from phaul_runtime.cutover.cutover import CutOver
+from phaul_runtime.cutover.journal import Journal
+from phaul_runtime.cutover.states import Role, State, Verdict
 from phaul_runtime.errors import CheckFailed, MigrationFailed
 from phaul_runtime.events import Checked, Warned
-from phaul_runtime.journal import Journal
-from phaul_runtime.lifecycle import EVENTS, Hooks
-from phaul_runtime.migration import Migration
-from phaul_runtime.settle import Settler
-from phaul_runtime.states import Role, State, Verdict
+from phaul_runtime.hooks.lifecycle import EVENTS, Hooks
+from phaul_runtime.recovery.resolve import Settler
+from phaul_runtime.source.migration import Migration
+from phaul_runtime.system import proc
 from phaul_runtime.testing import Place
 from phaul_runtime.testing.bench import NoCriu
 from phaul_runtime.testing.fake import FakeSource

@@ -14,15 +14,15 @@ import click
 import pytest
 
 from phaul_runtime import events as ev
-from phaul_runtime.cancel import Cancellation
 from phaul_runtime.cli import main as entry
 from phaul_runtime.cli import outlet
 from phaul_runtime.cli.options import cancel_on_signals
 from phaul_runtime.cli.views import Aside, JsonView, PlainView, TerminalView, View, move_view
 from phaul_runtime.errors import Cancelled, MigrationFailed
-from phaul_runtime.migration import Migration
-from phaul_runtime.recovery import Recovery
+from phaul_runtime.recovery.recover import Recovery
 from phaul_runtime.report import MigrationReport
+from phaul_runtime.source.migration import Migration
+from phaul_runtime.system.cancel import Cancellation
 from phaul_runtime.testing import Place
 from tests import commandline
 from tests.contract.wholemove import WholeMove

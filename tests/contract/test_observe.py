@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import yaml
 
-from phaul_runtime import logs, proc
-from phaul_runtime import metrics as metrics_module
 from phaul_runtime.cli.agentmetrics import agent_hooks
 from phaul_runtime.cli.main import cli
-from phaul_runtime.config import Config
+from phaul_runtime.config.model import Config
 from phaul_runtime.errors import ConfigError
+from phaul_runtime.source import metrics as metrics_module
+from phaul_runtime.system import logs, proc
 from tests.contract.wholemove import WholeMove
 
 
@@ -70,11 +70,13 @@ def test_records_of_both_ends_have_the_migrations_id(command: Command) -> None:
     assert told[-3:] == ["prepared", "source_dead", "committed"]
     last = [record for record in command.records if "schema" in record.get("data", {})]
     assert (last[0]["message"], last[0]["data"]["id"]) == ("moved", name)
-    states = [r["message"] for r in command.records if r["logger"] == "phaul_runtime.journal"]
+    states = [
+        r["message"] for r in command.records if r["logger"] == "phaul_runtime.cutover.journal"
+    ]
     assert "source: committing" in states
     assert "destination: done" in states
     warning = [r for r in command.records if r["level"] == "warning"]
-    assert [r["logger"] for r in warning] == ["phaul_runtime.incoming"]
+    assert [r["logger"] for r in warning] == ["phaul_runtime.destination.incoming"]
     assert "hook committed: false ended with 1" in warning[0]["message"]
     assert command.rest == []
 
@@ -153,13 +155,13 @@ def test_an_agent_without_metrics_loads_nothing() -> None:
     script = (
         "import sys\n"
         "from phaul_runtime.cli import agent_cmd, main\n"
-        "from phaul_runtime.config import Config\n"
+        "from phaul_runtime.config.model import Config\n"
         "agent_cmd.agent_hooks(Config())\n"
         "print(*sys.modules)\n"
     )
     loaded = proc.run([sys.executable, "-c", script], timeout_s=60).stdout.split()
-    assert "phaul_runtime.agent" in loaded
-    assert not {"phaul_runtime.metrics", "prometheus_client", "rich"} & set(loaded)
+    assert "phaul_runtime.agent.service" in loaded
+    assert not {"phaul_runtime.source.metrics", "prometheus_client", "rich"} & set(loaded)
 
 
 def test_an_agent_serves_them_if_it_can(

@@ -12,25 +12,25 @@ from typing import Any
 
 import pytest
 
-from phaul_runtime import reach as reach_module
-from phaul_runtime import recovery as recovery_module
-from phaul_runtime.agent import AgentService
-from phaul_runtime.cutover import CutOver, Running
+from phaul_runtime.agent.service import AgentService
+from phaul_runtime.cutover.cutover import CutOver, Running
+from phaul_runtime.cutover.journal import RUNS, Journal, read_records, replay
+from phaul_runtime.cutover.states import Role, State, Verdict
+from phaul_runtime.destination.incoming import Incoming
 from phaul_runtime.errors import MigrationFailed, OutcomeUnknown, PhaulError
 from phaul_runtime.events import Warned
-from phaul_runtime.filecarry import FileStage
-from phaul_runtime.hostfacts import PROTOCOL
-from phaul_runtime.images import RESUMED
-from phaul_runtime.incoming import Incoming
-from phaul_runtime.journal import RUNS, Journal, read_records, replay
-from phaul_runtime.lifecycle import Hooks, announce
-from phaul_runtime.migration import Migration
+from phaul_runtime.files.staged_files import FileStage
+from phaul_runtime.hooks.lifecycle import Hooks, announce
+from phaul_runtime.memory.image_dirs import RESUMED
+from phaul_runtime.postcopy import page_channels as reach_module
 from phaul_runtime.postcopy.transfer import Transfer
-from phaul_runtime.recovery import Recovery
-from phaul_runtime.remote import RemoteAgent
+from phaul_runtime.preflight.host_facts import PROTOCOL
+from phaul_runtime.recovery import recover as recovery_module
+from phaul_runtime.recovery.recover import Recovery
+from phaul_runtime.recovery.resolve import Settler
 from phaul_runtime.rpc import phaul_pb2 as pb
-from phaul_runtime.settle import Settler
-from phaul_runtime.states import Role, State, Verdict
+from phaul_runtime.rpc.client import RemoteAgent
+from phaul_runtime.source.migration import Migration
 from phaul_runtime.testing import Place
 from phaul_runtime.testing.bench import NoCriu
 from phaul_runtime.testing.fake import FakeDestination, FakeLocal, FakeSource
@@ -204,7 +204,7 @@ def test_an_agent_that_alone_knows_keeps_what_runs(
 ) -> None:
     """Neither CRIU nor the disk could say it; then the client is gone, before hooks were told."""
     unsaid(monkeypatch)
-    monkeypatch.setattr("phaul_runtime.incoming.note_resumed", lambda _: None)
+    monkeypatch.setattr("phaul_runtime.destination.incoming.note_resumed", lambda _: None)
     monkeypatch.setattr(Incoming, "_settle_soon", lambda self: None)
     monkeypatch.setattr(Journal, "note", refused_there(Journal.note))
     nothing_is_put_away(monkeypatch)
@@ -238,7 +238,7 @@ def test_a_criu_that_did_not_live_to_say_that_it_runs(
         assert report.result == "moved"
     monkeypatch.undo()
     monkeypatch.setattr(
-        "phaul_runtime.incoming.load_engine", lambda _: wholemove._Engine(reachable)
+        "phaul_runtime.destination.incoming.load_engine", lambda _: wholemove._Engine(reachable)
     )
     settled = successor(reachable).settle(report.id, Role.DESTINATION, Verdict.RUN)
     # The same: none was ended, and none made anew.
@@ -319,7 +319,7 @@ def test_a_destination_killed_before_its_hooks_has_them_run_by_a_recovery(
     monkeypatch.undo()
     monkeypatch.setenv("OUT", str(out))
     monkeypatch.setattr(
-        "phaul_runtime.incoming.load_engine", lambda _: wholemove._Engine(reachable)
+        "phaul_runtime.destination.incoming.load_engine", lambda _: wholemove._Engine(reachable)
     )
     settled = successor(reachable).settle(report.id, Role.DESTINATION, Verdict.RUN)
     assert settled.pid == report.restored_pid

@@ -14,23 +14,23 @@ from typing import Any
 
 import pytest
 
-from phaul_runtime import settle as settle_module
-from phaul_runtime.api import PhaulConfig, PhaulRemote
-from phaul_runtime.cancel import Cancellation
-from phaul_runtime.client import PhaulClient
-from phaul_runtime.criu import Criu, CriuFeatures, CriuNotify
-from phaul_runtime.cutover import CutOver, Held, Running
+from phaul_runtime.criu.session import Criu, CriuFeatures, CriuNotify
+from phaul_runtime.cutover.cutover import CutOver, Held, Running
+from phaul_runtime.cutover.journal import Journal, read_records, replay
+from phaul_runtime.cutover.states import Role, State, Verdict
 from phaul_runtime.errors import Cancelled, DestinationError, NotConverging, PhaulError, Refused
 from phaul_runtime.events import Event, IterationDone, Warned
-from phaul_runtime.journal import Journal, read_records, replay
-from phaul_runtime.lifecycle import Hooks
-from phaul_runtime.policy import BudgetPolicy
+from phaul_runtime.hooks.lifecycle import Hooks
+from phaul_runtime.library.api import PhaulConfig, PhaulRemote
+from phaul_runtime.library.client import PhaulClient
+from phaul_runtime.library.policy import BudgetPolicy
+from phaul_runtime.library.throttle import FACT, Throttle
+from phaul_runtime.recovery import resolve as settle_module
+from phaul_runtime.recovery.resolve import Settler
 from phaul_runtime.report import MigrationReport
-from phaul_runtime.settle import Settler
-from phaul_runtime.states import Role, State, Verdict
+from phaul_runtime.system.cancel import Cancellation
 from phaul_runtime.testing import FakeCase, Place
 from phaul_runtime.testing.fake import CGROUP, FakeSource
-from phaul_runtime.throttle import FACT, Throttle
 
 UNLIMITED = "max 100000"
 ID = "7e" * 8

@@ -11,25 +11,25 @@ from typing import Any
 
 import pytest
 
-from phaul_runtime import agent as agent_module
-from phaul_runtime import incoming as incoming_module
-from phaul_runtime import migration as migration_module
-from phaul_runtime import session as session_module
-from phaul_runtime import settle as settle_module
-from phaul_runtime.agent import Agent
-from phaul_runtime.config import Config
+from phaul_runtime.agent import service as agent_module
+from phaul_runtime.agent.service import Agent
+from phaul_runtime.config.model import Config
+from phaul_runtime.destination import incoming as incoming_module
 from phaul_runtime.engine import DestinationHalf, Inspection, SourceHalf
 from phaul_runtime.errors import DestinationError, PhaulError
 from phaul_runtime.events import Event
-from phaul_runtime.images import ImageDirs
-from phaul_runtime.lifecycle import Hooks
-from phaul_runtime.migration import Migration
+from phaul_runtime.hooks.lifecycle import Hooks
+from phaul_runtime.memory.image_dirs import ImageDirs
+from phaul_runtime.recovery import resolve as settle_module
 from phaul_runtime.report import MigrationReport
 from phaul_runtime.rpc import phaul_pb2 as pb
+from phaul_runtime.source import migration as migration_module
+from phaul_runtime.source import session as session_module
+from phaul_runtime.source.migration import Migration
 from phaul_runtime.testing import FakeCase, FakeEngine, Place
 from phaul_runtime.testing.bench import NoCriu
 from phaul_runtime.testing.fake import MADE, FakeDestination, FakeSource
-from phaul_runtime.transport.agentprocess import AgentProcess
+from phaul_runtime.transport.agent_process import AgentProcess
 
 _FACTS = pb.HostFacts(hostname="here", boot_id="one", page_format=1)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from phaul_runtime.certs import Host, make_fleet
+from phaul_runtime.transport.certs import Host, make_fleet
 from tests.e2e.conftest import Hosts, wait_until
 
 COPY = ("--files", "copy")

@@ -20,35 +20,28 @@ from typing import Any
 import grpc
 import pytest
 
-from phaul_runtime import agent as agent_module
-from phaul_runtime import (
-    cutover,
-    images,
-    incoming,
-    journal,
-    journalfile,
-    journalformat,
-    migration,
-    reach,
-    recovery,
-    session,
-    settle,
-)
-from phaul_runtime import remote as remote_module
-from phaul_runtime.agent import AgentService
-from phaul_runtime.config import Config
+from phaul_runtime.agent import service as agent_module
+from phaul_runtime.agent.service import AgentService
+from phaul_runtime.config.model import Config
+from phaul_runtime.cutover import cutover, journal, journal_file, journal_format
+from phaul_runtime.cutover.journal import Journal, journal_path, read_records, replay
+from phaul_runtime.cutover.states import Role
+from phaul_runtime.destination import incoming
+from phaul_runtime.destination.incoming import Incoming
+from phaul_runtime.destination.lazy_restore import Filled
 from phaul_runtime.errors import DestinationError, MigrationFailed, PhaulError
-from phaul_runtime.hostfacts import PROTOCOL
-from phaul_runtime.incoming import Incoming
-from phaul_runtime.journal import Journal, journal_path, read_records, replay
-from phaul_runtime.lazy import Filled
-from phaul_runtime.lifecycle import Hooks
-from phaul_runtime.migration import Migration
+from phaul_runtime.hooks.lifecycle import Hooks
+from phaul_runtime.memory import image_dirs
+from phaul_runtime.postcopy import page_channels
 from phaul_runtime.postcopy.transfer import Transfer
-from phaul_runtime.recovery import Recovery
+from phaul_runtime.preflight.host_facts import PROTOCOL
+from phaul_runtime.recovery import recover, resolve
+from phaul_runtime.recovery.recover import Recovery
+from phaul_runtime.rpc import client as remote_module
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.rpc import phaul_pb2_grpc
-from phaul_runtime.states import Role
+from phaul_runtime.source import migration, session
+from phaul_runtime.source.migration import Migration
 from phaul_runtime.testing.bench import NoCriu
 from tests.contract.wholemove import _PageServer
 from tests.explorer.world import (
@@ -106,16 +99,16 @@ class Hosts:
 
     def _patch(self, patch: pytest.MonkeyPatch) -> None:
         world, engine = self.world, ModelEngine(self.world)
-        for module in (migration, incoming, agent_module, settle):
+        for module in (migration, incoming, agent_module, resolve):
             patch.setattr(module, "load_engine", lambda _: engine)
         for module in (migration, incoming, agent_module, cutover, journal, remote_module):
             patch.setattr(module, "time", world)
         facts = pb.HostFacts(hostname="here", boot_id="one", page_format=1)
         for module in (migration, agent_module):
             patch.setattr(module, "gather_facts", lambda *_: facts)
-        for module in (migration, recovery):
+        for module in (migration, recover):
             patch.setattr(module, "Criu", lambda *_, **__: NoCriu())
-        for module in (migration, session, reach):
+        for module in (migration, session, page_channels):
             patch.setattr(module, "load_transport", lambda _: self)
         for name, value in {
             "compare_hosts": lambda *_: [],
@@ -126,16 +119,14 @@ class Hosts:
             "Hold": self._holds(),
         }.items():
             patch.setattr(migration, name, value)
-        for module in (recovery, settle, cutover):
+        for module in (recover, resolve, cutover):
             patch.setattr(module, "Hold", self._holds())
-        patch.setattr(recovery, "Transfer", self._transfer)
-        patch.setattr(
-            recovery, "attend", lambda agent, migration_id, _: agent.take_up(migration_id)
-        )
+        patch.setattr(recover, "Transfer", self._transfer)
+        patch.setattr(recover, "attend", lambda agent, migration_id, _: agent.take_up(migration_id))
         patch.setattr(agent_module, "check_space", lambda *_: _fine())
         # Nothing is mounted here, and no journal needs the room that a long move's does.
-        patch.setattr(images, "mounts_below", lambda _: [])
-        for module in (journal, journalfile, journalformat):
+        patch.setattr(image_dirs, "mounts_below", lambda _: [])
+        for module in (journal, journal_file, journal_format):
             patch.setattr(module, "STEP", 4096)
         patch.setattr(incoming, "PhaulServer", _Pages)
         patch.setattr(incoming, "LazyRestore", self._lazy)

@@ -17,9 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from phaul_runtime.api import Outcome, PhaulConfig, PhaulLocal
-from phaul_runtime.cancel import Cancellation
-from phaul_runtime.criu import Criu
+from phaul_runtime.criu.session import Criu
 from phaul_runtime.engine import (
     DestinationHalf,
     Engine,
@@ -29,7 +27,9 @@ from phaul_runtime.engine import (
     SourceHalf,
 )
 from phaul_runtime.errors import MigrationFailed, PhaulError
-from phaul_runtime.images import RESUMED, new_directory
+from phaul_runtime.library.api import Outcome, PhaulConfig, PhaulLocal
+from phaul_runtime.memory.image_dirs import RESUMED, new_directory
+from phaul_runtime.system.cancel import Cancellation
 
 CRASH, DISK, LOST, NO_REPLY, TWICE, CRIU_DIES = (
     "killed", "disk refuses", "message lost", "answer lost", "message twice", "CRIU killed",

@@ -18,20 +18,20 @@ import grpc
 from google.protobuf.message import DecodeError
 from pydantic import BaseModel, ConfigDict
 
-from phaul_runtime import agent as agent_module
-from phaul_runtime import incoming as incoming_module
-from phaul_runtime import settle as settle_module
-from phaul_runtime.agent import Agent
-from phaul_runtime.criu import Criu
+from phaul_runtime.agent import service as agent_module
+from phaul_runtime.agent.service import Agent
+from phaul_runtime.criu.page_format import PageFormat
+from phaul_runtime.criu.session import Criu
+from phaul_runtime.destination import incoming as incoming_module
 from phaul_runtime.engine import OK, Engine, Finding
 from phaul_runtime.errors import DestinationError, PhaulError
-from phaul_runtime.hostfacts import PROTOCOL
-from phaul_runtime.lazyplan import LazyPlan, Runs
-from phaul_runtime.pageformat import PageFormat
+from phaul_runtime.memory.fill_plan import LazyPlan, Runs
 from phaul_runtime.pager import CONTROL_SOCKET, LAZY_SOCKET
 from phaul_runtime.pager.client import PagerClient
+from phaul_runtime.preflight.host_facts import PROTOCOL
+from phaul_runtime.recovery import resolve as settle_module
 from phaul_runtime.rpc import phaul_pb2 as pb
-from phaul_runtime.wire import CONTROL, ID_BYTES, MAX_MESSAGE, MEMORY, VERSION_KEY
+from phaul_runtime.rpc.codec import CONTROL, ID_BYTES, MAX_MESSAGE, MEMORY, VERSION_KEY
 from tests.fuzz.mutation import EDGES, STRINGS, Random, mutated, worse
 from tests.fuzz.streams import page_session
 from tests.fuzz.target import Target, Uncaught

@@ -9,21 +9,21 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from phaul_runtime import journal as journal_module
-from phaul_runtime import settle
-from phaul_runtime.chainindex import ChainIndex
-from phaul_runtime.criu import Criu
+from phaul_runtime.criu.page_format import PageFormat
+from phaul_runtime.criu.session import Criu
+from phaul_runtime.criu.stats import read_dump_stats
+from phaul_runtime.cutover import journal as journal_module
+from phaul_runtime.cutover.journal import Journal, examine, journal_path, unsettled
+from phaul_runtime.cutover.journal_format import HEADER, STEP, decode, encode
+from phaul_runtime.cutover.states import Role, State
+from phaul_runtime.destination.incoming import checked_json
 from phaul_runtime.errors import PhaulError
-from phaul_runtime.incoming import checked_json
-from phaul_runtime.journal import Journal, examine, journal_path, unsettled
-from phaul_runtime.journalformat import HEADER, STEP, decode, encode
-from phaul_runtime.lazyimages import plan_lazy
-from phaul_runtime.lazyplan import LazyPlan
-from phaul_runtime.pageformat import PageFormat
-from phaul_runtime.pagemap import Pagemap, convert_page_maps, read_pagemap, write_pagemap
-from phaul_runtime.settle import Settler
-from phaul_runtime.states import Role, State
-from phaul_runtime.stats import read_dump_stats
+from phaul_runtime.memory.fill_plan import LazyPlan
+from phaul_runtime.memory.mark_lazy import plan_lazy
+from phaul_runtime.memory.page_index import ChainIndex
+from phaul_runtime.memory.pagemap import Pagemap, convert_page_maps, read_pagemap, write_pagemap
+from phaul_runtime.recovery import resolve
+from phaul_runtime.recovery.resolve import Settler
 from tests.fuzz.mutation import Random, mutated, worse
 from tests.fuzz.target import Target
 from tests.movejournals import DEAD, ID, ProcessesEngine, build
@@ -179,11 +179,11 @@ class Journals(Target):
         self._patched: list[tuple[Any, str, Any]] = [
             (module, name, getattr(module, name))
             for module, name in (
-                (settle, "load_engine"), (journal_module, "sync_directory"), (os, "fdatasync"),
+                (resolve, "load_engine"), (journal_module, "sync_directory"), (os, "fdatasync"),
             )
         ]  # fmt: skip
         for module, name, _ in self._patched:
-            wanted = ProcessesEngine if module is settle else None
+            wanted = ProcessesEngine if module is resolve else None
             setattr(module, name, lambda *_, wanted=wanted: wanted)
         self._good: dict[Role, bytes] = {}
         self._records: dict[Role, list[dict[str, Any]]] = {}

@@ -13,16 +13,16 @@ from typing import Any, cast
 
 import zstandard
 
+from phaul_runtime.criu.page_format import PageFormat
 from phaul_runtime.errors import PhaulError
-from phaul_runtime.pageformat import PageFormat
-from phaul_runtime.pagesink import Aborted, Listed, PageSink
-from phaul_runtime.postcopy import wire
-from phaul_runtime.postcopy.arrival import _Arriving
-from phaul_runtime.postcopy.serving import _Serving
+from phaul_runtime.files.tree_server import checked_arguments
+from phaul_runtime.memory.page_receiver import Aborted, Listed, PageSink
+from phaul_runtime.postcopy import protocol
+from phaul_runtime.postcopy.receiver import _Arriving
+from phaul_runtime.postcopy.sender import _Serving
 from phaul_runtime.postcopy.store import PageStore
-from phaul_runtime.transport import carry, image_proxy, link
-from phaul_runtime.transport.link import Deadline
-from phaul_runtime.treeserver import checked_arguments
+from phaul_runtime.transport import handshake, image_proxy, tls_relay
+from phaul_runtime.transport.handshake import Deadline
 from tests.fuzz.mutation import EDGES, Random, fed, mutated
 from tests.fuzz.target import Target, Uncaught
 
@@ -170,7 +170,7 @@ class Pump(Target):
 
     def case(self, rng: Random) -> tuple[int, bool]:
         """See `Target`."""
-        pump = carry._Pump.__new__(carry._Pump)
+        pump = tls_relay._Pump.__new__(tls_relay._Pump)
         pump._undelivered, pump._header = deque(), bytearray()
         pump._left, pump._secured_ended = 0, False
         sizes = [rng.choice((0, 1, 5, 100, (1 << 32) - 1)) for _ in range(rng.randrange(1, 30))]
@@ -184,7 +184,7 @@ class Pump(Target):
                 pump._take_apart(memoryview(bytearray(data[:size])))
                 data = data[size:]
                 count += 1
-        except carry._Broken:
+        except tls_relay._Broken:
             return max(1, count), False
         return count, True
 
@@ -229,7 +229,9 @@ class Arriving(Target):
         for _ in range(rng.randrange(1, 40)):
             kind = rng.random()
             if kind < 0.8:
-                out.append(wire.message(wire.Kind.PAGES, rng.randrange(64), 1) + bytes(PAGE))
+                out.append(
+                    protocol.message(protocol.Kind.PAGES, rng.randrange(64), 1) + bytes(PAGE)
+                )
             elif kind < 0.9:
                 count = rng.choice((0, 1, 2, 5, 64, 65, (1 << 32) - 1))
                 head = struct.pack("!IIQ", rng.choice(range(6)), count, rng.choice(EDGES))
@@ -237,7 +239,7 @@ class Arriving(Target):
             else:
                 out.append(rng.randbytes(rng.randrange(40)))
         try:
-            with fed(mutated(rng, b"".join(out))) as channel, wire.unblocked(channel) as linked:
+            with fed(mutated(rng, b"".join(out))) as channel, protocol.unblocked(channel) as linked:
                 _Arriving(store, linked, cast(Any, self._wants), self._bell).run(_WITHIN_S)
             taken = True
         except PhaulError:
@@ -285,16 +287,16 @@ class Serving(Target):
         """See `Target`."""
         bitmap = rng.choice((bytes(25), b"\xff" * 25, rng.randbytes(25), b"\xff" * 24))
         total = rng.choice((200, 200, 200, 199, 0, 1 << 60))
-        out = [wire.HEAD.pack(wire.MAGIC, total) + bitmap]
+        out = [protocol.HEAD.pack(protocol.MAGIC, total) + bitmap]
         for _ in range(rng.randrange(30)):
             kind, count = rng.choice((1, 1, 1, 2, 3, 0, 9)), rng.choice((0, 1, 2, 32, 33))
             first = rng.choice((0, 1, 100, 168, 199, 200, (1 << 64) - 1))
             out.append(struct.pack("!IIQ", kind, count, first))
         if rng.random() < 0.4:
-            out.append(wire.message(wire.Kind.DONE))
+            out.append(protocol.message(protocol.Kind.DONE))
         with fed(mutated(rng, b"".join(out))) as channel:
             try:
-                with wire.unblocked(channel) as linked:
+                with protocol.unblocked(channel) as linked:
                     source = cast(Any, _TwoHundred())
                     _Serving(source, linked, lambda _: None, _WITHIN_S, lambda: True).run()
                 taken = True
@@ -317,7 +319,7 @@ class Greeting(Target):
         """See `Target`."""
         with fed(mutated(rng, rng.choice(self._KNOWN))) as channel:
             try:
-                link.receive(channel, Deadline.within(_WITHIN_S))
+                handshake.receive(channel, Deadline.within(_WITHIN_S))
             except (OSError, PhaulError):
                 return 1, False
         return 1, True

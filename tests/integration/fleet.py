@@ -13,9 +13,9 @@ from unittest import mock
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from phaul_runtime import certs
-from phaul_runtime.certs import Host, add_hosts, make_fleet
-from phaul_runtime.config import AgentConfig, TransportConfig
+from phaul_runtime.config.model import AgentConfig, TransportConfig
+from phaul_runtime.transport import certs
+from phaul_runtime.transport.certs import Host, add_hosts, make_fleet
 
 SERVER_ONLY = ExtendedKeyUsageOID.SERVER_AUTH
 CLIENT_ONLY = ExtendedKeyUsageOID.CLIENT_AUTH

@@ -6,7 +6,7 @@ import socket
 import sys
 from pathlib import Path
 
-from phaul_runtime.postcopy.arrival import Arrival
+from phaul_runtime.postcopy.receiver import Arrival
 from phaul_runtime.postcopy.store import PageStore
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from phaul_runtime.cancel import Cancellation
-from phaul_runtime.config import AgentConfig, Config, TransportConfig
-from phaul_runtime.criu import Criu
-from phaul_runtime.hangup import hang_up
-from phaul_runtime.lifecycle import Hooks
-from phaul_runtime.remote import RemoteAgent
-from phaul_runtime.service import Service
+from phaul_runtime.agent.listen import Service
+from phaul_runtime.config.model import AgentConfig, Config, TransportConfig
+from phaul_runtime.criu.session import Criu
+from phaul_runtime.hooks.lifecycle import Hooks
+from phaul_runtime.memory.hard_close import hang_up
+from phaul_runtime.rpc.client import RemoteAgent
+from phaul_runtime.system.cancel import Cancellation
 from phaul_runtime.transport import Channel, Destination, load_transport
 
 ID = "2f" * 8

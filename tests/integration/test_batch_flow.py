@@ -18,9 +18,9 @@ from phaul_runtime.batch.outcome import Answer
 from phaul_runtime.batch.record import client, read
 from phaul_runtime.batch.run import Controller, Pace
 from phaul_runtime.batch.store import Store
-from phaul_runtime.cancel import Cancellation
 from phaul_runtime.errors import PhaulError, Refused
 from phaul_runtime.events import Event
+from phaul_runtime.system.cancel import Cancellation
 
 MOVED = Answer(0, {"result": "moved", "downtime_ms": 1.0})
 FAILED = Answer(4, {"result": "failed", "error": "no", "error_kind": "CriuError"})

@@ -15,17 +15,17 @@ from typing import Any
 import grpc
 import pytest
 
-from phaul_runtime import agent as agent_module
+from phaul_runtime.agent import service as agent_module
+from phaul_runtime.agent.streams import Streams
+from phaul_runtime.agent.turnstile import Turnstile
+from phaul_runtime.cutover.states import State
+from phaul_runtime.destination.incoming import Incoming
 from phaul_runtime.engine import load_engine
-from phaul_runtime.hostfacts import PROTOCOL
-from phaul_runtime.incoming import Incoming
-from phaul_runtime.lifecycle import Hooks
+from phaul_runtime.hooks.lifecycle import Hooks
+from phaul_runtime.preflight.host_facts import PROTOCOL
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.rpc import phaul_pb2_grpc
-from phaul_runtime.states import State
-from phaul_runtime.streams import Streams
-from phaul_runtime.turnstile import Turnstile
-from phaul_runtime.wire import VERSION_KEY
+from phaul_runtime.rpc.codec import VERSION_KEY
 from tests.integration import fakecriu
 from tests.integration.serving import Served, agent_behind, channel_to, serving, wait
 from tests.integration.test_tcp import HERE, THERE
@@ -142,7 +142,7 @@ def test_a_look_is_waited_for_in_pieces(
     client: Client, served: Served, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An agent keeps no worker for longer; who has more patience asks again."""
-    from phaul_runtime import remote as remote_module
+    from phaul_runtime.rpc import client as remote_module
 
     monkeypatch.setattr(agent_module, "_LOOK_S", 0.2)
     monkeypatch.setattr(remote_module, "_LOOK_S", 0.2)
@@ -293,8 +293,8 @@ def test_a_second_memory_connection_is_refused_and_the_first_stays(root: Path, c
 
 def test_a_number_that_became_another_s_is_not_used(tmp_path: Path) -> None:
     """A `PhaulServer` has a hand of its own on its connection."""
-    from phaul_runtime.api import PhaulConfig
-    from phaul_runtime.server import PhaulServer
+    from phaul_runtime.library.api import PhaulConfig
+    from phaul_runtime.library.server import PhaulServer
 
     ours, theirs = socket.socketpair()
     number = theirs.fileno()
@@ -414,7 +414,7 @@ def test_a_process_has_no_name_to_be_limited_by() -> None:
 
 
 def test_a_thread_that_must_not_die_does_not(caplog: pytest.LogCaptureFixture) -> None:
-    from phaul_runtime import lasting
+    from phaul_runtime.system import threads
 
     steps: list[int] = []
     stopping = threading.Event()
@@ -426,7 +426,7 @@ def test_a_thread_that_must_not_die_does_not(caplog: pytest.LogCaptureFixture) -
         stopping.set()
 
     with caplog.at_level(logging.ERROR):
-        lasting.keep_doing("watch", step, stopping)
+        threads.keep_doing("watch", step, stopping)
         wait(stopping.is_set)
     assert "watch: a step failed; it goes on" in caplog.text
 
@@ -435,7 +435,7 @@ def test_a_thread_that_must_not_die_does_not(caplog: pytest.LogCaptureFixture) -
 def test_a_destination_names_no_files_of_the_source(tmp_path: Path, name: str) -> None:
     """It answers with the page maps that a dump is to build on."""
     from phaul_runtime.errors import MigrationFailed
-    from phaul_runtime.images import keep_page_maps
+    from phaul_runtime.memory.image_dirs import keep_page_maps
 
     (tmp_path / "1").mkdir()
     with pytest.raises(MigrationFailed, match="the destination names a page map"):
@@ -446,10 +446,10 @@ def test_a_destination_names_no_files_of_the_source(tmp_path: Path, name: str) -
 def test_a_thread_that_dies_is_told(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from phaul_runtime import lasting
+    from phaul_runtime.system import threads
 
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
-    lasting.report_deaths()
+    threads.report_deaths()
     thread = threading.Thread(target=lambda: 1 / 0, name="pages")
     thread.start()
     thread.join(20)
@@ -459,8 +459,8 @@ def test_a_thread_that_dies_is_told(
 
 def test_what_no_program_can_be_told_is_refused() -> None:
     """A hook's environment has words of the other side."""
-    from phaul_runtime import proc
     from phaul_runtime.errors import Refused
+    from phaul_runtime.system import proc
 
     with pytest.raises(Refused, match="null byte"):
         proc.run(["true"], timeout_s=10, env={"PHAUL_TARGET": "x\0y"})

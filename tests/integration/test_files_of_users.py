@@ -15,18 +15,18 @@ from pathlib import Path
 import pytest
 from phaul_engines.proctree import Tree, read_tree
 
+from phaul_runtime.cutover.journal import Journal
+from phaul_runtime.cutover.states import Role, State
 from phaul_runtime.errors import DestinationError, MigrationFailed, PhaulError
-from phaul_runtime.filecarry import FileSender, FileStage
-from phaul_runtime.filesystem import InUse, compare, gather_all
-from phaul_runtime.identity import User, acting_as
-from phaul_runtime.images import remove_tree
-from phaul_runtime.journal import Journal
-from phaul_runtime.pathwalk import make_directories, open_path, who_else, write_file
+from phaul_runtime.files.compare import InUse, compare, gather_all
+from phaul_runtime.files.identity import User, acting_as
+from phaul_runtime.files.staged_files import FileSender, FileStage
+from phaul_runtime.files.tree_sender import Tree as FileTree
+from phaul_runtime.files.tree_sender import _directory_of
+from phaul_runtime.files.tree_server import TreeServer
+from phaul_runtime.memory.image_dirs import remove_tree
 from phaul_runtime.rpc import phaul_pb2 as pb
-from phaul_runtime.states import Role, State
-from phaul_runtime.trees import Tree as FileTree
-from phaul_runtime.trees import _directory_of
-from phaul_runtime.treeserver import TreeServer
+from phaul_runtime.system.pathwalk import make_directories, open_path, who_else, write_file
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="requires root: it works as others")
 

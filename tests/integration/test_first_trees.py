@@ -14,21 +14,21 @@ from typing import Any, Literal
 
 import pytest
 
-from phaul_runtime import settle as settle_module
-from phaul_runtime import trees as trees_module
-from phaul_runtime.cancel import Cancellation
-from phaul_runtime.config import Config, CriuConfig, FilesystemConfig, TimeoutsConfig
-from phaul_runtime.criu import Criu
+from phaul_runtime.config.model import Config, CriuConfig, FilesystemConfig, TimeoutsConfig
+from phaul_runtime.criu.session import Criu
+from phaul_runtime.cutover.journal import Journal
+from phaul_runtime.cutover.states import Role, State, Verdict
 from phaul_runtime.engine import Inspection
 from phaul_runtime.errors import Cancelled, DestinationError, MigrationFailed, PhaulError
 from phaul_runtime.events import Staging, TreeProgress, TreeSynced, Warned
-from phaul_runtime.journal import Journal
-from phaul_runtime.lifecycle import Hooks
-from phaul_runtime.migration import Migration
+from phaul_runtime.files import tree_sender as trees_module
+from phaul_runtime.files.tree_sender import STAGED, Tree
+from phaul_runtime.hooks.lifecycle import Hooks
+from phaul_runtime.recovery import resolve as settle_module
+from phaul_runtime.recovery.resolve import Settler
 from phaul_runtime.rpc import phaul_pb2 as pb
-from phaul_runtime.settle import Settler
-from phaul_runtime.states import Role, State, Verdict
-from phaul_runtime.trees import STAGED, Tree
+from phaul_runtime.source.migration import Migration
+from phaul_runtime.system.cancel import Cancellation
 from tests.integration.test_trees import (
     ID,
     FakeDestination,

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from phaul_hooks.haproxy import HAProxy, run
 
+from phaul_runtime.cutover.states import Role
 from phaul_runtime.errors import MigrationFailed
-from phaul_runtime.lifecycle import Hooks, Move
-from phaul_runtime.states import Role
+from phaul_runtime.hooks.lifecycle import Hooks, Move
 
 pytestmark = pytest.mark.skipif(shutil.which("haproxy") is None, reason="haproxy is not installed")
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from phaul_runtime import lobby as lobby_module
-from phaul_runtime.config import AgentConfig, TransportConfig
-from phaul_runtime.lobby import Lobby
+from phaul_runtime.config.model import AgentConfig, TransportConfig
+from phaul_runtime.transport import lobby as lobby_module
+from phaul_runtime.transport.lobby import Lobby
 from tests.integration.fleet import Fleet
 from tests.integration.serving import (
     Served,

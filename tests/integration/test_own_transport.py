@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from phaul_runtime.agent import Agent
-from phaul_runtime.cancel import Cancellation
-from phaul_runtime.config import Config, TransportConfig
-from phaul_runtime.criu import Criu
+from phaul_runtime.agent.service import Agent
+from phaul_runtime.config.model import Config, TransportConfig
+from phaul_runtime.criu.session import Criu
 from phaul_runtime.errors import DestinationUnreachable
-from phaul_runtime.session import Session
+from phaul_runtime.source.session import Session
+from phaul_runtime.system.cancel import Cancellation
 from phaul_runtime.transport import Destination
 from tests.integration.serving import ID, exactly, open_migration, wait
 

@@ -9,17 +9,17 @@ from typing import Any
 import grpc
 import pytest
 
-from phaul_runtime.certs import Host, add_hosts
-from phaul_runtime.config import AgentConfig, TransportConfig
+from phaul_runtime.config.model import AgentConfig, TransportConfig
+from phaul_runtime.cutover.journal import Journal, read_records, replay
+from phaul_runtime.cutover.states import Role, State, Verdict
 from phaul_runtime.errors import DestinationUnreachable, PhaulError, Refused
-from phaul_runtime.hostfacts import PROTOCOL
-from phaul_runtime.journal import Journal, read_records, replay
-from phaul_runtime.remote import RemoteAgent
+from phaul_runtime.preflight.host_facts import PROTOCOL
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.rpc import phaul_pb2_grpc
-from phaul_runtime.states import Role, State, Verdict
+from phaul_runtime.rpc.client import RemoteAgent
+from phaul_runtime.rpc.codec import VERSION_KEY
 from phaul_runtime.transport import Channel
-from phaul_runtime.wire import VERSION_KEY
+from phaul_runtime.transport.certs import Host, add_hosts
 from tests.integration.fleet import Fleet
 from tests.integration.serving import Served, agent_behind, channel_to, open_migration, serving
 from tests.integration.test_bounds import Client

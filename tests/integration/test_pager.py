@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from phaul_runtime.errors import DestinationError
-from phaul_runtime.lazyplan import PAGE, LazyPlan, Run, Runs
+from phaul_runtime.memory.fill_plan import PAGE, LazyPlan, Run, Runs
 from phaul_runtime.pager.client import PagerClient
 
 TASK = Path(__file__).with_name("lazy_task.py")

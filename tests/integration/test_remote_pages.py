@@ -23,14 +23,14 @@ from pathlib import Path
 
 import pytest
 
+from phaul_runtime.destination.lazy_restore import LazyRestore
 from phaul_runtime.errors import ChannelError, DestinationError, MigrationFailed
-from phaul_runtime.lazy import LazyRestore
-from phaul_runtime.lazyplan import PAGE, LazyPlan, Run, Runs
+from phaul_runtime.memory.fill_plan import PAGE, LazyPlan, Run, Runs
 from phaul_runtime.pager import WANTED
 from phaul_runtime.pager.client import PagerClient
-from phaul_runtime.postcopy.arrival import Arrival
 from phaul_runtime.postcopy.pages import RemotePages
-from phaul_runtime.postcopy.serving import PageSource
+from phaul_runtime.postcopy.receiver import Arrival
+from phaul_runtime.postcopy.sender import PageSource
 from phaul_runtime.postcopy.store import PageStore
 from tests.integration.test_pager import (  # noqa: F401
     BASE,

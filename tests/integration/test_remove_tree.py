@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from phaul_runtime.images import remove_tree
+from phaul_runtime.memory.image_dirs import remove_tree
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="requires root: a mount")

@@ -21,9 +21,9 @@ from phaul_engines.oci_source import OciLocal, OciSource
 from phaul_engines.process import ProcessLocal, ProcessSource
 from phaul_engines.process_options import ProcessOptions
 
-from phaul_runtime.cancel import Cancellation
 from phaul_runtime.engine import Inspection
 from phaul_runtime.errors import TargetGone
+from phaul_runtime.system.cancel import Cancellation
 
 # Root, a child that ends, and one that stays; all tell their pids on stdout, connections a port.
 VICTIM = """

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from phaul_runtime import lobby as lobby_module
-from phaul_runtime.config import AgentConfig, TransportConfig
+from phaul_runtime.config.model import AgentConfig, TransportConfig
 from phaul_runtime.errors import DestinationUnreachable, Refused
-from phaul_runtime.transport.link import _HELLO
+from phaul_runtime.transport import lobby as lobby_module
+from phaul_runtime.transport.handshake import _HELLO
 from tests.integration.serving import (
     ID,
     agent_behind,

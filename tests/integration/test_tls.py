@@ -20,10 +20,10 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from phaul_runtime.config import AgentConfig, TransportConfig
+from phaul_runtime.config.model import AgentConfig, TransportConfig
 from phaul_runtime.errors import DestinationUnreachable, Refused
-from phaul_runtime.transport.link import _HELLO, SPEAKS_TLS, Deadline, cut
-from phaul_runtime.transport.mutualtls import Credentials, as_client, as_server
+from phaul_runtime.transport.handshake import _HELLO, SPEAKS_TLS, Deadline, cut
+from phaul_runtime.transport.mutual_tls import Credentials, as_client, as_server
 from tests.integration.fleet import CLIENT_ONLY, SERVER_ONLY, Fleet, tapped
 from tests.integration.serving import (
     ID,

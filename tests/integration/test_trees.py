@@ -20,24 +20,24 @@ from typing import Any, Literal
 import pytest
 from pydantic import BaseModel
 
-from phaul_runtime import agent as agent_module
-from phaul_runtime import incoming as incoming_module
-from phaul_runtime import proc
-from phaul_runtime import trees as trees_module
-from phaul_runtime.agent import Agent
-from phaul_runtime.cancel import Cancellation
-from phaul_runtime.config import Config, CriuConfig, FilesystemConfig
-from phaul_runtime.criu import Criu
+from phaul_runtime.agent import service as agent_module
+from phaul_runtime.agent.service import Agent
+from phaul_runtime.config.model import Config, CriuConfig, FilesystemConfig
+from phaul_runtime.criu.session import Criu
+from phaul_runtime.destination import incoming as incoming_module
 from phaul_runtime.engine import DestinationHalf, Engine, Finding, Inspection, SourceHalf
 from phaul_runtime.errors import Cancelled, DestinationError, MigrationFailed, PhaulError
 from phaul_runtime.events import Event, TreeSynced
-from phaul_runtime.migration import Migration
-from phaul_runtime.remote import RemoteAgent
+from phaul_runtime.files import tree_sender as trees_module
+from phaul_runtime.files.tree_sender import Tree
 from phaul_runtime.rpc import phaul_pb2 as pb
+from phaul_runtime.rpc.client import RemoteAgent
+from phaul_runtime.rpc.codec import CONTROL, ID_BYTES, MEMORY
+from phaul_runtime.source.migration import Migration
+from phaul_runtime.system import proc
+from phaul_runtime.system.cancel import Cancellation
 from phaul_runtime.transport import Channel
-from phaul_runtime.transport.link import cut, pour
-from phaul_runtime.trees import Tree
-from phaul_runtime.wire import CONTROL, ID_BYTES, MEMORY
+from phaul_runtime.transport.handshake import cut, pour
 from tests.processes import processes_with
 
 ID = "2e" * 8
@@ -498,7 +498,7 @@ def test_a_missing_rsync_there_is_told(move: Move, monkeypatch: pytest.MonkeyPat
     def without(argv: Sequence[str], **how: Any) -> Any:
         return spawn(["no-such-rsync", *argv[1:]] if argv[0] == "rsync" else argv, **how)
 
-    monkeypatch.setattr("phaul_runtime.treeserver.proc.spawn", without)
+    monkeypatch.setattr("phaul_runtime.files.tree_server.proc.spawn", without)
     with pytest.raises(MigrationFailed) as caught:
         move.carry()
     assert caught.value.host == "b"

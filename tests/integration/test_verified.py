@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from phaul_runtime.errors import DestinationError
-from phaul_runtime.lazyplan import LazyPlan, Run
+from phaul_runtime.memory.fill_plan import LazyPlan, Run
 from phaul_runtime.pager.client import PagerClient
 from tests.integration.test_pager import BASE, PAGES, Place, accounted, kill_one, place, pytestmark
 

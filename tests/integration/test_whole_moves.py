@@ -14,20 +14,20 @@ from typing import Any
 
 import pytest
 
-from phaul_runtime import agent as agent_module
-from phaul_runtime import incoming as incoming_module
-from phaul_runtime import migration as migration_module
-from phaul_runtime import settle as settle_module
-from phaul_runtime.api import Outcome, PhaulConfig
-from phaul_runtime.cancel import Cancellation
-from phaul_runtime.config import AgentConfig, Config, TransportConfig
-from phaul_runtime.criu import Criu
+from phaul_runtime.agent import service as agent_module
+from phaul_runtime.config.model import AgentConfig, Config, TransportConfig
+from phaul_runtime.criu.page_format import PageFormat
+from phaul_runtime.criu.session import Criu
+from phaul_runtime.destination import incoming as incoming_module
 from phaul_runtime.engine import DestinationHalf, Finding, Handover
 from phaul_runtime.errors import CheckFailed
 from phaul_runtime.events import Event
-from phaul_runtime.migration import Migration
-from phaul_runtime.pageformat import PageFormat
-from phaul_runtime.pagemap import read_pagemap
+from phaul_runtime.library.api import Outcome, PhaulConfig
+from phaul_runtime.memory.pagemap import read_pagemap
+from phaul_runtime.recovery import resolve as settle_module
+from phaul_runtime.source import migration as migration_module
+from phaul_runtime.source.migration import Migration
+from phaul_runtime.system.cancel import Cancellation
 from phaul_runtime.testing import FakeCase, FakeEngine, Place
 from phaul_runtime.testing.fake import FakeDestination, FakeLocal, FakeSource
 from tests.integration import fakecriu
@@ -222,7 +222,9 @@ def test_the_other_host_has_another_criu(
 AGENT = """
 import sys
 from pathlib import Path
-from phaul_runtime import agent, incoming, settle
+from phaul_runtime.agent import service
+from phaul_runtime.destination import incoming
+from phaul_runtime.recovery import resolve
 from phaul_runtime.cli.main import cli
 from phaul_runtime.testing import FakeCase
 from tests.integration.test_whole_moves import Engine

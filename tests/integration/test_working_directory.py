@@ -14,9 +14,9 @@ import pytest
 
 from phaul_runtime.batch.model import Move
 from phaul_runtime.batch.remote_move import MoveRunner
-from phaul_runtime.cancel import Cancellation
-from phaul_runtime.config import load_config
+from phaul_runtime.config.model import load_config
 from phaul_runtime.pager.client import PagerClient
+from phaul_runtime.system.cancel import Cancellation
 
 NOBODY = 65534
 # What anything of ours imports, and what any interpreter does.

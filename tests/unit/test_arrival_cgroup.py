@@ -18,9 +18,9 @@ from phaul_engines.arrival_cgroup import member, require_free, require_own
 from phaul_engines.runc_arrival import MARK, RuncDestination
 from phaul_engines.runc_options import RuncOptions
 
-from phaul_runtime import cgroup
-from phaul_runtime.criu import Criu
+from phaul_runtime.criu.session import Criu
 from phaul_runtime.errors import DestinationError
+from phaul_runtime.system import cgroup
 
 ID, OTHER = "aa" * 8, "bb" * 8
 

@@ -13,9 +13,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from phaul_runtime.certs import Host
 from phaul_runtime.cli.main import cli
 from phaul_runtime.errors import Refused, UsageError
+from phaul_runtime.transport.certs import Host
 
 
 def cert(*argv: str) -> Result:

@@ -17,12 +17,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phaul_runtime.chainindex import ChainIndex
+from phaul_runtime.criu.page_format import PageFormat
 from phaul_runtime.errors import DestinationError
-from phaul_runtime.lazyimages import plan_lazy, restore_full
-from phaul_runtime.lazyplan import PAGE, LazyPlan
-from phaul_runtime.pageformat import PageFormat
-from phaul_runtime.pagemap import (
+from phaul_runtime.memory.fill_plan import PAGE, LazyPlan
+from phaul_runtime.memory.mark_lazy import plan_lazy, restore_full
+from phaul_runtime.memory.page_index import ChainIndex
+from phaul_runtime.memory.pagemap import (
     IN_PARENT,
     LAZY,
     PRESENT,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from phaul_runtime.checks import check_lazy, compare_hosts
-from phaul_runtime.criu import CriuVersion
+from phaul_runtime.criu.session import CriuVersion
 from phaul_runtime.engine import OK, REFUSED, Finding
+from phaul_runtime.preflight.checks import check_lazy, compare_hosts
 from phaul_runtime.rpc import phaul_pb2 as pb
 
 

@@ -12,10 +12,10 @@ import yaml
 from phaul_engines.process_options import ProcessOptions
 from pydantic import BaseModel, ValidationError
 
-from phaul_runtime import config as config_module
 from phaul_runtime.cli.config_cmd import full_schema
 from phaul_runtime.cli.main import cli
-from phaul_runtime.config import Config, load_config
+from phaul_runtime.config import model as config_module
+from phaul_runtime.config.model import Config, load_config
 from phaul_runtime.engine import engine_names, load_engine
 from phaul_runtime.errors import ConfigError, UsageError
 

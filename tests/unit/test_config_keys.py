@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from phaul_runtime import config as config_module
 from phaul_runtime.cli.config_cmd import full_schema
-from phaul_runtime.config import load_config
+from phaul_runtime.config import model as config_module
+from phaul_runtime.config.model import load_config
 from phaul_runtime.engine import load_engine
 from phaul_runtime.errors import ConfigError
 

@@ -15,12 +15,16 @@ from google.protobuf import descriptor_pb2
 from pycriu import rpc_pb2
 from pycriu.images import stats_pb2
 
-from phaul_runtime import errors, remote
-from phaul_runtime.cancel import Cancellation
-from phaul_runtime.config import Config
-from phaul_runtime.criu import CriuVersion, criu_opts, error_lines
-from phaul_runtime.criu_hints import advice
-from phaul_runtime.cutover import CutOver, Held, Running
+from phaul_runtime import errors
+from phaul_runtime.config.model import Config
+from phaul_runtime.criu.hints import advice
+from phaul_runtime.criu.page_format import PageFormat
+from phaul_runtime.criu.session import CriuVersion, criu_opts, error_lines
+from phaul_runtime.criu.stats import read_dump_stats
+from phaul_runtime.cutover.cutover import CutOver, Held, Running
+from phaul_runtime.cutover.journal import RUNS, Journal, checked_id
+from phaul_runtime.cutover.states import Role, State
+from phaul_runtime.destination.incoming import checked_json, write_images
 from phaul_runtime.errors import (
     Cancelled,
     ChannelError,
@@ -31,16 +35,13 @@ from phaul_runtime.errors import (
     UsageError,
 )
 from phaul_runtime.events import Event
-from phaul_runtime.images import ImageDirs, relative_parent
-from phaul_runtime.incoming import checked_json, write_images
-from phaul_runtime.journal import RUNS, Journal, checked_id
-from phaul_runtime.pageformat import PageFormat
+from phaul_runtime.memory.image_dirs import ImageDirs, relative_parent
+from phaul_runtime.rpc import client
 from phaul_runtime.rpc import phaul_pb2 as pb
-from phaul_runtime.states import Role, State
-from phaul_runtime.stats import read_dump_stats
+from phaul_runtime.rpc.codec import from_wire, to_wire
+from phaul_runtime.system.cancel import Cancellation
 from phaul_runtime.transport import Destination
 from phaul_runtime.transport.ssh import SshTransport
-from phaul_runtime.wire import from_wire, to_wire
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -242,7 +243,7 @@ def test_a_failed_commit_is_an_unknown_outcome(journals: Journals) -> None:
 def test_a_source_that_does_not_die_is_never_committed(
     journals: Journals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("phaul_runtime.cutover.DEAD_WITHIN_S", 0.05)
+    monkeypatch.setattr("phaul_runtime.cutover.cutover.DEAD_WITHIN_S", 0.05)
     recorder = Recorder()
     cut, _, _ = cut_over(recorder, journals())
     cut.freezing({})
@@ -410,14 +411,14 @@ def test_images_are_written_privately(tmp_path: Path) -> None:
 def test_images_that_one_message_does_not_hold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "_MESSAGE", 10)
+    monkeypatch.setattr(client, "_MESSAGE", 10)
     source, arrived = tmp_path / "source", tmp_path / "arrived"
     contents = {"a.img": b"1" * 4, "b.img": bytes(range(25)), "c.img": b"", "d.json": b"{}"}
     for directory in (source, arrived):
         directory.mkdir()
     for name, data in contents.items():
         (source / name).write_bytes(data)
-    messages = remote.in_messages("1f", source)
+    messages = client.in_messages("1f", source)
     assert len(messages) == 4
     for message in messages:
         assert sum(len(part.data) for part in message.parts) <= 10

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from phaul_runtime import swrk as swrk_module
-from phaul_runtime.criu import Criu, criu_opts
+from phaul_runtime.criu import swrk as swrk_module
+from phaul_runtime.criu.session import Criu, criu_opts
 from phaul_runtime.errors import CriuError, Refused
 
 LOADER = "criu: error while loading shared libraries: libnet.so.9: cannot open shared object file"

@@ -10,17 +10,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from phaul_runtime import config as config_module
-from phaul_runtime import journal as journal_module
-from phaul_runtime import leftovers, once, settle
-from phaul_runtime.checks import compare_hosts
 from phaul_runtime.cli.main import cli
-from phaul_runtime.config import load_config
-from phaul_runtime.criu import Criu
-from phaul_runtime.engine import WARNING
-from phaul_runtime.errors import ExitCode, JournalDamaged, NoSuchMigration, PhaulError
-from phaul_runtime.hostfacts import gather_facts
-from phaul_runtime.journal import (
+from phaul_runtime.config import model as config_module
+from phaul_runtime.config.model import load_config
+from phaul_runtime.criu.session import Criu
+from phaul_runtime.cutover import journal as journal_module
+from phaul_runtime.cutover import orphans
+from phaul_runtime.cutover.journal import (
     Journal,
     examine,
     forget_old,
@@ -28,15 +24,21 @@ from phaul_runtime.journal import (
     migration_ids,
     read_records,
 )
-from phaul_runtime.journalformat import STEP
-from phaul_runtime.states import Role, State
-from phaul_runtime.wire import from_wire, to_wire
+from phaul_runtime.cutover.journal_format import STEP
+from phaul_runtime.cutover.states import Role, State
+from phaul_runtime.engine import WARNING
+from phaul_runtime.errors import ExitCode, JournalDamaged, NoSuchMigration, PhaulError
+from phaul_runtime.preflight.checks import compare_hosts
+from phaul_runtime.preflight.host_facts import gather_facts
+from phaul_runtime.recovery import resolve
+from phaul_runtime.rpc.codec import from_wire, to_wire
+from phaul_runtime.source import idempotent
 from tests.movejournals import DEAD, ID, ProcessesEngine, build
 
 
 @pytest.fixture(autouse=True)
 def engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settle, "load_engine", lambda _: ProcessesEngine)
+    monkeypatch.setattr(resolve, "load_engine", lambda _: ProcessesEngine)
     # The disk is not what this is about.
     monkeypatch.setattr(os, "fdatasync", lambda _: None)
     monkeypatch.setattr(journal_module, "sync_directory", lambda _: None)
@@ -127,7 +129,7 @@ def test_recover_settles_the_others(state_dir: Path, monkeypatch: pytest.MonkeyP
     for name in (BROKEN, f"out-{BROKEN}", f"out-{GOOD}"):
         (workdir / name).mkdir(parents=True)
     with monkeypatch.context() as patched:
-        patched.setattr("phaul_runtime.recovery.Recovery.recover", recover)
+        patched.setattr("phaul_runtime.recovery.recover.Recovery.recover", recover)
         result = run("recover")
     assert result.return_value == ExitCode.UNKNOWN
     assert asked == [WAITING]
@@ -142,7 +144,7 @@ def test_recover_settles_the_others(state_dir: Path, monkeypatch: pytest.MonkeyP
 
 def test_hello_and_check_name_it(state_dir: Path) -> None:
     workdir = state_dir.parent / "work"
-    (line, _) = sorted(leftovers.find(workdir, state_dir), key=lambda line: BROKEN not in line)
+    (line, _) = sorted(orphans.find(workdir, state_dir), key=lambda line: BROKEN not in line)
     facts = gather_facts(str(workdir), str(state_dir), Criu("no-such-criu"))
     assert line in facts.leftovers
     findings = compare_hosts(facts, facts, ("here", "there"))
@@ -160,8 +162,8 @@ def test_a_move_asked_for_again_is_not_made_again(state_dir: Path) -> None:
     config = load_config(None, {"engine": "process"})
     asked = {"engine": "process", "target": "1", "to": "ssh://root@b"}
     path = journal_path(state_dir, BROKEN, Role.SOURCE)
-    with once.claimed(state_dir, BROKEN, wait_s=0), pytest.raises(JournalDamaged):
-        once.settled_before(config, BROKEN, asked)
+    with idempotent.claimed(state_dir, BROKEN, wait_s=0), pytest.raises(JournalDamaged):
+        idempotent.settled_before(config, BROKEN, asked)
     assert path.exists()
     # A journal that lost all that it said, beside a report of what was done.
     (state_dir / GOOD / "report.json").write_text('{"result": "moved"}')
@@ -172,10 +174,10 @@ def test_a_move_asked_for_again_is_not_made_again(state_dir: Path) -> None:
         else:
             path.write_bytes(spoiled)
         with (
-            once.claimed(state_dir, GOOD, wait_s=0),
+            idempotent.claimed(state_dir, GOOD, wait_s=0),
             pytest.raises(JournalDamaged, match="the report beside it says moved"),
         ):
-            once.settled_before(config, GOOD, asked)
+            idempotent.settled_before(config, GOOD, asked)
 
 
 @pytest.mark.parametrize("data", [b"\xff\xfe", b"[" * 100_000, b"[1]", b'{"iterations": 7}', b""])
@@ -186,7 +188,7 @@ def test_wrong_bytes_beside_a_journal(state_dir: Path, data: bytes) -> None:
         assert run(*argv).exception is None
     config = load_config(None, {"engine": "process"})
     (state_dir / GOOD / "report.json").write_bytes(b'{"result": "moved", "iterations": [7]}')
-    report = once.settled_before(
+    report = idempotent.settled_before(
         config, GOOD, {"engine": "process", "target": "1", "to": "ssh://root@b"}
     )
     assert report is not None

@@ -11,7 +11,7 @@ from phaul_engines.docker_layer import Layer
 from phaul_engines.proctree import ancestors
 
 from phaul_runtime.errors import DestinationError, NoSuchTarget
-from phaul_runtime.member import Member
+from phaul_runtime.system.process import Member
 
 
 @pytest.fixture

@@ -26,19 +26,19 @@ import pytest
 import yaml
 from phaul_hooks.webhook import signature
 
-from phaul_runtime import config as config_module
-from phaul_runtime import metrics
-from phaul_runtime.api import Outcome, PhaulLocal, PhaulRemote
 from phaul_runtime.batch.model import load_batch
 from phaul_runtime.cli.config_cmd import full_schema
 from phaul_runtime.cli.main import cli
-from phaul_runtime.config import load_config
-from phaul_runtime.criu import Criu
+from phaul_runtime.config import model as config_module
+from phaul_runtime.config.model import load_config
+from phaul_runtime.criu.session import Criu
+from phaul_runtime.cutover.states import Role
 from phaul_runtime.engine import load_engine
 from phaul_runtime.errors import ExitCode
-from phaul_runtime.lifecycle import EVENTS, Failure, Hooks, Move
-from phaul_runtime.logs import _Json
-from phaul_runtime.states import Role
+from phaul_runtime.hooks.lifecycle import EVENTS, Failure, Hooks, Move
+from phaul_runtime.library.api import Outcome, PhaulLocal, PhaulRemote
+from phaul_runtime.source import metrics
+from phaul_runtime.system.logs import _Json
 from phaul_runtime.testing.bench import NoCriu
 from phaul_runtime.transport import Destination, load_transport
 from tests import docsgen

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from phaul_runtime import incoming, recovery
-from phaul_runtime.journal import Journal
-from phaul_runtime.states import Decision, Role, Standing, State, Verdict, decide
+from phaul_runtime.cutover.journal import Journal
+from phaul_runtime.cutover.states import Decision, Role, Standing, State, Verdict, decide
+from phaul_runtime.destination import incoming
+from phaul_runtime.recovery import recover
 from tests.explorer.explore import explore
 
 # Commands after the move, each with a fault or none; docs/recovery.md has the numbers of two.
@@ -65,7 +66,7 @@ def discards_what_is_the_only_one(source: Standing | None, there: Standing | Non
 def test_a_wrong_decision_is_found(
     quick: Path, monkeypatch: pytest.MonkeyPatch, wrong: object, seen: str
 ) -> None:
-    monkeypatch.setattr(recovery, "decide", wrong)
+    monkeypatch.setattr(recover, "decide", wrong)
     assert getattr(explore("pre-copy", 0, quick), seen)
 
 

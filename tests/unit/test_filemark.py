@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from phaul_runtime.filemark import Mark, mark_of
+from phaul_runtime.system.filemark import Mark, mark_of
 
 
 def mark(path: Path) -> Mark:

@@ -15,14 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from phaul_runtime.cutover.journal import Journal
+from phaul_runtime.cutover.states import Role, State
 from phaul_runtime.errors import DestinationError
-from phaul_runtime.filecarry import BLOCK, FileSender, FileStage
-from phaul_runtime.filesystem import Look, Use, build_id, compare, gather
-from phaul_runtime.inuse import changed_since
-from phaul_runtime.journal import Journal
-from phaul_runtime.placing import Place
+from phaul_runtime.files.compare import Look, Use, build_id, compare, gather
+from phaul_runtime.files.in_use import changed_since
+from phaul_runtime.files.placing import Place
+from phaul_runtime.files.staged_files import BLOCK, FileSender, FileStage
 from phaul_runtime.rpc import phaul_pb2 as pb
-from phaul_runtime.states import Role, State
 
 NewJournal = Callable[[], Journal]
 

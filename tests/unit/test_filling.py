@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from phaul_runtime import filling
+from phaul_runtime.destination.lazy_restore import Filled, filled_of
 from phaul_runtime.events import Event
-from phaul_runtime.filling import await_filled
-from phaul_runtime.lazy import Filled, filled_of
 from phaul_runtime.report import MigrationReport
 from phaul_runtime.rpc import phaul_pb2 as pb
+from phaul_runtime.source import await_memory
+from phaul_runtime.source.await_memory import await_filled
 
 STATUS: dict[str, Any] = {
     "state": "done",
@@ -43,7 +43,7 @@ class Agent:
 
 
 def reported(status: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> MigrationReport:
-    monkeypatch.setattr(filling, "_POLL_S", 0)
+    monkeypatch.setattr(await_memory, "_POLL_S", 0)
     report, events = MigrationReport("moved"), list[Event]()
     agent: Any = Agent(status)
     await_filled(agent, report, "", events.append)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from phaul_runtime.criu import CriuNotify
+from phaul_runtime.criu.held_restore import HeldRestore
+from phaul_runtime.criu.session import CriuNotify
 from phaul_runtime.errors import CriuError, DestinationError, PhaulError
-from phaul_runtime.held import HeldRestore
 
 
 class Criu:

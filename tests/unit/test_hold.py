@@ -10,17 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from phaul_runtime import cgroup, hold
-from phaul_runtime.api import Outcome
-from phaul_runtime.cancel import Cancellation
-from phaul_runtime.cutover import CutOver, Held, Running
+from phaul_runtime.criu.page_format import PageFormat
+from phaul_runtime.cutover import freezer
+from phaul_runtime.cutover.cutover import CutOver, Held, Running
+from phaul_runtime.cutover.freezer import FACT, Hold
+from phaul_runtime.cutover.journal import Journal, read_records, replay
+from phaul_runtime.cutover.states import Role, State
 from phaul_runtime.errors import ChannelError, MigrationFailed, OutcomeUnknown
 from phaul_runtime.events import Event
-from phaul_runtime.hold import FACT, Hold
-from phaul_runtime.journal import Journal, read_records, replay
-from phaul_runtime.pageformat import PageFormat
-from phaul_runtime.pagemap import LAZY, Pagemap, write_pagemap
-from phaul_runtime.states import Role, State
+from phaul_runtime.library.api import Outcome
+from phaul_runtime.memory.pagemap import LAZY, Pagemap, write_pagemap
+from phaul_runtime.system import cgroup
+from phaul_runtime.system.cancel import Cancellation
 
 CRIU = 900
 
@@ -74,11 +75,11 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
     made = Kernel(tmp_path / "cgroup", tmp_path / "proc")
     made.root.mkdir()
     now = iter(range(1 << 20))
-    monkeypatch.setattr(hold, "_ROOT", made.root)
-    monkeypatch.setattr(hold, "_PROC", made.proc)
-    monkeypatch.setattr("phaul_runtime.hold.time.sleep", made.look)
-    monkeypatch.setattr("phaul_runtime.hold.time.monotonic", lambda: float(next(now)))
-    monkeypatch.setattr("phaul_runtime.hold.os.kill", made.kill)
+    monkeypatch.setattr(freezer, "_ROOT", made.root)
+    monkeypatch.setattr(freezer, "_PROC", made.proc)
+    monkeypatch.setattr("phaul_runtime.cutover.freezer.time.sleep", made.look)
+    monkeypatch.setattr("phaul_runtime.cutover.freezer.time.monotonic", lambda: float(next(now)))
+    monkeypatch.setattr("phaul_runtime.cutover.freezer.os.kill", made.kill)
     new, write = Path.mkdir, Path.write_text
 
     def write_text(path: Path, text: str, *args: object, **named: object) -> int:
@@ -195,9 +196,9 @@ def test_what_does_not_freeze_is_left_to_criu(kernel: Kernel) -> None:
 
 
 def test_a_host_without_the_freezer_is_refused(kernel: Kernel) -> None:
-    assert hold.check_hold().level == "refused"
+    assert freezer.check_hold().level == "refused"
     (kernel.root / "cgroup.controllers").touch()
-    assert hold.check_hold().level == "ok"
+    assert freezer.check_hold().level == "ok"
 
 
 # -- in the cut-over ------------------------------------------------------------------------------

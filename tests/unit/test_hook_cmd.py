@@ -13,9 +13,9 @@ import pytest
 from click.testing import CliRunner, Result
 from phaul_hooks.docker_host import DockerHost
 
-from phaul_runtime import config as config_module
 from phaul_runtime import hosthooks
 from phaul_runtime.cli.main import cli, main
+from phaul_runtime.config import model as config_module
 from phaul_runtime.errors import Refused
 from phaul_runtime.hosthooks import HostHook, Status, load_host_hook
 

@@ -14,10 +14,10 @@ import pytest
 from phaul_runtime import boundedjson
 from phaul_runtime.batch.model import load_batch
 from phaul_runtime.boundedjson import LEVELS, read_json, read_json_file
-from phaul_runtime.config import load_config
-from phaul_runtime.config_source import read_yaml
+from phaul_runtime.config.model import load_config
+from phaul_runtime.config.yaml import read_yaml
+from phaul_runtime.destination.incoming import checked_json
 from phaul_runtime.errors import ConfigError, DestinationError
-from phaul_runtime.incoming import checked_json
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from phaul_runtime import events as ev
-from phaul_runtime import lifecycle, logs, printable
+from phaul_runtime import printable
 from phaul_runtime.batch import outcome, view
 from phaul_runtime.batch.events import MoveEnded, MoveRetried, MoveTold
 from phaul_runtime.batch.model import Batch, Move
@@ -22,13 +22,15 @@ from phaul_runtime.batch.outcome import Answer, Attempt
 from phaul_runtime.batch.record import BatchRecord
 from phaul_runtime.cli import main as cli_main
 from phaul_runtime.cli import outlet, views
+from phaul_runtime.cutover.states import Role
 from phaul_runtime.errors import CriuError, DestinationError, Refused
-from phaul_runtime.keptlogs import keep_logs
-from phaul_runtime.lifecycle import Hooks
+from phaul_runtime.hooks import lifecycle
+from phaul_runtime.hooks.lifecycle import Hooks
 from phaul_runtime.report import MigrationReport
 from phaul_runtime.rpc import phaul_pb2 as pb
-from phaul_runtime.states import Role
-from phaul_runtime.wire import from_wire, to_wire
+from phaul_runtime.rpc.codec import from_wire, to_wire
+from phaul_runtime.source.failure_logs import keep_logs
+from phaul_runtime.system import logs
 
 ROOT = Path(__file__).parents[2]
 FORGED = "2026-01-01T00:00:00.000Z error phaul_runtime: all is lost"

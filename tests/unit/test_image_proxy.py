@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from phaul_runtime.errors import Refused
-from phaul_runtime.hangup import hang_up
+from phaul_runtime.memory.hard_close import hang_up
 from phaul_runtime.transport import image_proxy
 from phaul_runtime.transport.image_proxy import Bucket, ImageProxy, restored
 

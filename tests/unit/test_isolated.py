@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from phaul_runtime import proc
 from phaul_runtime.errors import Refused
+from phaul_runtime.system import proc
 
 ROOT = Path(__file__).parents[2]
 OURS = ("phaul_runtime", "engines", "hooks", "tests/bench", "tests/lab")

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from phaul_runtime import journal as journal_module
-from phaul_runtime import journalfile, leftovers
-from phaul_runtime.errors import JournalDamaged, MigrationFailed, NoSuchMigration, StillUnderWay
-from phaul_runtime.journal import (
+from phaul_runtime.cutover import journal as journal_module
+from phaul_runtime.cutover import journal_file, orphans
+from phaul_runtime.cutover.journal import (
     Journal,
     forget_old,
     journal_path,
@@ -26,8 +25,9 @@ from phaul_runtime.journal import (
     state_of,
     unsettled,
 )
-from phaul_runtime.journalformat import HEADER, STEP, Contents
-from phaul_runtime.states import Role, State
+from phaul_runtime.cutover.journal_format import HEADER, STEP, Contents
+from phaul_runtime.cutover.states import Role, State
+from phaul_runtime.errors import JournalDamaged, MigrationFailed, NoSuchMigration, StillUnderWay
 
 ID = "1f" * 8
 FORWARD = [State.ITERATING, State.FROZEN, State.PREPARED, State.COMMITTING, State.DONE]
@@ -89,20 +89,20 @@ def test_old_settled_migrations_are_forgotten(tmp_path: Path) -> None:
 
 def test_leftovers_are_what_nobody_works_in(tmp_path: Path) -> None:
     workdir, state_dir = tmp_path / "work", tmp_path / "state"
-    assert leftovers.find(workdir, state_dir) == []
+    assert orphans.find(workdir, state_dir) == []
     for name in (f"out-{ID}", f"agent-{ID}", "else"):
         (workdir / name).mkdir(parents=True)
         os.utime(workdir / name, (0, 0))
     lock = lock_directory(workdir / f"agent-{ID}")
     with Journal.create(state_dir, "2e" * 8, Role.DESTINATION) as journal:
         journal.enter(State.ITERATING)
-        assert [line.split()[0] for line in leftovers.find(workdir, state_dir)] == [
+        assert [line.split()[0] for line in orphans.find(workdir, state_dir)] == [
             f"{workdir}/out-{ID}"
         ]
-    assert "phaul-runtime recover 2e2e2e2e" in leftovers.find(workdir, state_dir)[0]
-    assert leftovers.sweep(workdir, state_dir) == [workdir / f"out-{ID}"]
+    assert "phaul-runtime recover 2e2e2e2e" in orphans.find(workdir, state_dir)[0]
+    assert orphans.sweep(workdir, state_dir) == [workdir / f"out-{ID}"]
     os.close(lock)
-    assert leftovers.sweep(workdir, state_dir) == [workdir / f"agent-{ID}"]
+    assert orphans.sweep(workdir, state_dir) == [workdir / f"agent-{ID}"]
     assert [path.name for path in workdir.iterdir()] == ["else"]
 
 
@@ -139,7 +139,7 @@ def test_of_settled_journals_only_the_end_is_read(
 
     monkeypatch.setattr(os, "pread", pread)
     (tmp_path / "work" / f"agent-{first}").mkdir(parents=True)
-    found = leftovers.find(tmp_path / "work", state_dir)
+    found = orphans.find(tmp_path / "work", state_dir)
     assert found == [f"{tmp_path}/work/agent-{first} belongs to nobody: phaul-runtime recover"]
     assert (len(read), max(read)) == (2000, 256)
     # Of one whose directory is still there.
@@ -261,7 +261,7 @@ def test_a_record_that_has_no_room_was_never_written(
             journal.enter(state)
         before = journal._end, dict(journal.facts), list(journal.records)
         if not wiped:
-            monkeypatch.setattr(journalfile.JournalFile, "_wipe", lambda _: None)
+            monkeypatch.setattr(journal_file.JournalFile, "_wipe", lambda _: None)
         room = 0
         while True:
             with disk(monkeypatch, room):

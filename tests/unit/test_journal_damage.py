@@ -13,12 +13,10 @@ from typing import Any
 
 import pytest
 
-from phaul_runtime import incoming as incoming_module
-from phaul_runtime import journal as journal_module
-from phaul_runtime import leftovers, settle
-from phaul_runtime.criu import Criu
-from phaul_runtime.errors import JournalDamaged, PhaulError
-from phaul_runtime.journal import (
+from phaul_runtime.criu.session import Criu
+from phaul_runtime.cutover import journal as journal_module
+from phaul_runtime.cutover import orphans
+from phaul_runtime.cutover.journal import (
     Journal,
     examine,
     journal_path,
@@ -26,9 +24,12 @@ from phaul_runtime.journal import (
     replay,
     unsettled,
 )
-from phaul_runtime.journalformat import HEADER, STEP, Contents, closed_state, decode
-from phaul_runtime.settle import Settler
-from phaul_runtime.states import Role, State, Verdict, decide
+from phaul_runtime.cutover.journal_format import HEADER, STEP, Contents, closed_state, decode
+from phaul_runtime.cutover.states import Role, State, Verdict, decide
+from phaul_runtime.destination import incoming as incoming_module
+from phaul_runtime.errors import JournalDamaged, PhaulError
+from phaul_runtime.recovery import resolve
+from phaul_runtime.recovery.resolve import Settler
 from tests.movejournals import DEAD, FORWARD, ID, LIVE, ProcessesEngine, build, open_files
 
 V1 = Path(__file__).parent / "journals" / "v1"
@@ -56,7 +57,7 @@ WORLDS = [
 
 @pytest.fixture(autouse=True)
 def engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settle, "load_engine", lambda _: ProcessesEngine)
+    monkeypatch.setattr(resolve, "load_engine", lambda _: ProcessesEngine)
     # The disk is not what this is about.
     monkeypatch.setattr(os, "fdatasync", lambda _: None)
     monkeypatch.setattr(journal_module, "sync_directory", lambda _: None)
@@ -340,4 +341,4 @@ def test_a_damaged_end_keeps_the_directories_of_the_other(tmp_path: Path) -> Non
         settler.settle(ID, Role.DESTINATION, Verdict.DISCARD)
     settler._tidy(ID)
     assert images.exists()
-    assert leftovers.sweep(tmp_path / "work", tmp_path) == []
+    assert orphans.sweep(tmp_path / "work", tmp_path) == []

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from phaul_runtime import lazy
+from phaul_runtime.destination import lazy_restore
+from phaul_runtime.destination.lazy_restore import AUTO_FROM, LazyRestore
+from phaul_runtime.destination.restored import by_image
 from phaul_runtime.errors import DestinationError
-from phaul_runtime.lazy import AUTO_FROM, LazyRestore
-from phaul_runtime.lazyplan import PAGE, LazyPlan, Run, Runs
+from phaul_runtime.memory.fill_plan import PAGE, LazyPlan, Run, Runs
 from phaul_runtime.postcopy.pages import RemotePages
-from phaul_runtime.restored import by_image
 
 MIB = 1 << 20
 ROOT = 4711
@@ -86,10 +86,10 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> type[Pager]:
     class Fresh(Pager):
         pass
 
-    monkeypatch.setattr(lazy, "plan_lazy", plan)
-    monkeypatch.setattr(lazy, "PagerClient", Fresh)
-    monkeypatch.setattr(lazy, "_POLL_S", 0)
-    monkeypatch.setattr(lazy, "by_image", lambda root: {1: root})
+    monkeypatch.setattr(lazy_restore, "plan_lazy", plan)
+    monkeypatch.setattr(lazy_restore, "PagerClient", Fresh)
+    monkeypatch.setattr(lazy_restore, "_POLL_S", 0)
+    monkeypatch.setattr(lazy_restore, "by_image", lambda root: {1: root})
     return Fresh
 
 
@@ -152,7 +152,7 @@ def test_what_cannot_be_verified_is_restored_in_full_or_fails(
 def test_a_tree_that_has_ended_meanwhile_is_no_lazy_restore(
     tmp_path: Path, planned: type[Pager], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lazy, "by_image", by_image)
+    monkeypatch.setattr(lazy_restore, "by_image", by_image)
     restore = begun("lazy", tmp_path)
     assert restore.plan(tmp_path / "3")
     with pytest.raises(DestinationError, match=f"the restored process {1 << 30} has ended"):
@@ -162,7 +162,7 @@ def test_a_tree_that_has_ended_meanwhile_is_no_lazy_restore(
 def test_little_memory_is_restored_at_once(
     tmp_path: Path, planned: type[Pager], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lazy, "AUTO_FROM", AUTO_FROM + 1)
+    monkeypatch.setattr(lazy_restore, "AUTO_FROM", AUTO_FROM + 1)
     restore = begun("auto", tmp_path)
     assert not restore.plan(tmp_path / "3")
     assert restore.why_not == "16 MiB are restored as fast at once"
@@ -204,7 +204,7 @@ def test_it_is_watched_to_the_last_page(tmp_path: Path, planned: type[Pager]) ->
 def test_a_pager_that_does_nothing_is_told(
     tmp_path: Path, planned: type[Pager], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lazy, "STALLED_S", -1.0)
+    monkeypatch.setattr(lazy_restore, "STALLED_S", -1.0)
     planned.missing = (0, 8, 8, 8, 8)
     planned.state = "filling"
     restore = begun("auto", tmp_path)
@@ -228,7 +228,7 @@ def far(planned: type[Pager], monkeypatch: pytest.MonkeyPatch) -> type[Pager]:
     def of(_images_dir: Path) -> RemotePages:
         return RemotePages([(1, PAGE, 3)])
 
-    monkeypatch.setattr(lazy, "plan_lazy", plan)
+    monkeypatch.setattr(lazy_restore, "plan_lazy", plan)
     monkeypatch.setattr(RemotePages, "of", of)
     return planned
 
@@ -272,7 +272,7 @@ def test_a_plan_that_fails_is_no_full_restore(
     def plan(*_: Any) -> LazyPlan:
         raise DestinationError("no image has the page")
 
-    monkeypatch.setattr(lazy, "plan_lazy", plan)
+    monkeypatch.setattr(lazy_restore, "plan_lazy", plan)
     restore = begun("auto", tmp_path)
     with pytest.raises(DestinationError, match="still at the source: no image"):
         restore.plan(tmp_path / "3")
@@ -281,7 +281,7 @@ def test_a_plan_that_fails_is_no_full_restore(
 def test_a_cable_may_be_cut_for_long(
     tmp_path: Path, far: type[Pager], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lazy, "STALLED_S", -1.0)
+    monkeypatch.setattr(lazy_restore, "STALLED_S", -1.0)
     far.missing = (3, 3, 3, 3, 3, 0)
     far.remote_missing = 3
     far.state = "filling"

@@ -17,9 +17,9 @@ from phaul_engines.process_options import ProcessOptions
 from phaul_engines.runc_arrival import RuncDestination
 from phaul_engines.runc_options import RuncOptions
 
-from phaul_runtime import cgroup
 from phaul_runtime.engine import DestinationHalf
-from phaul_runtime.member import Member, start_time
+from phaul_runtime.system import cgroup
+from phaul_runtime.system.process import Member, start_time
 
 
 def harm(*_: object, **__: object) -> Any:

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from phaul_runtime import proc
-from phaul_runtime.config import Config
+from phaul_runtime.config.model import Config
+from phaul_runtime.cutover.states import Role
 from phaul_runtime.errors import MigrationFailed, PhaulError
-from phaul_runtime.hookdir import Effect, HookDirectory
-from phaul_runtime.lifecycle import COMMITTED, EVENTS, PRE_FREEZE, Hooks, Move
-from phaul_runtime.states import Role
+from phaul_runtime.hooks.directory import Effect, HookDirectory
+from phaul_runtime.hooks.lifecycle import COMMITTED, EVENTS, PRE_FREEZE, Hooks, Move
+from phaul_runtime.system import proc
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "hooks/examples/pre_freeze.d/10-not-at-noon"
 MOVE = Move("1f1f1f1f", Role.SOURCE, "runc", "web", "ssh://root@b")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from phaul_runtime import logs
+from phaul_runtime.system import logs
 
 log = logging.getLogger("phaul_runtime.test")
 

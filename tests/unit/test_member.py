@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from phaul_engines.members import Members
 
-from phaul_runtime import member
 from phaul_runtime.errors import OutcomeUnknown
-from phaul_runtime.member import Life, Member
+from phaul_runtime.system import process
+from phaul_runtime.system.process import Life, Member
 
 EXITING = 0x4
 SYS_EXIT = {"x86_64": 60, "aarch64": 93}
@@ -112,7 +112,7 @@ def test_one_that_does_not_get_to_die_is_unknown(
 ) -> None:
     thread(tmp_path / "10", "R", pending=KILLED)
     monkeypatch.setattr(Member, "life", lambda self, proc=tmp_path: Life.DOOMED)
-    monkeypatch.setattr(member, "_POLL_S", 0.0)
+    monkeypatch.setattr(process, "_POLL_S", 0.0)
     with pytest.raises(OutcomeUnknown, match="was killed and has not ended"):
         Member(10, 77).settled(0.0)
 

@@ -12,14 +12,14 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from phaul_runtime import events as ev
-from phaul_runtime import metrics as metrics_module
 from phaul_runtime.cli.observe import Observer
-from phaul_runtime.config import Config
+from phaul_runtime.config.model import Config
+from phaul_runtime.cutover.states import Role
 from phaul_runtime.errors import ConfigError, PhaulError
-from phaul_runtime.lifecycle import COMMITTED, EVENTS, ON_FAILURE, Failure, Move
-from phaul_runtime.metrics import Metrics, observe, serve
+from phaul_runtime.hooks.lifecycle import COMMITTED, EVENTS, ON_FAILURE, Failure, Move
 from phaul_runtime.report import Iteration, MigrationReport
-from phaul_runtime.states import Role
+from phaul_runtime.source import metrics as metrics_module
+from phaul_runtime.source.metrics import Metrics, observe, serve
 
 MOVED = MigrationReport(
     "moved", engine="runc", downtime_ms=250.0, total_ms=4000.0, bytes_transferred=1 << 20,

@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from phaul_runtime import once
-from phaul_runtime.cancel import Cancellation
-from phaul_runtime.config import Config, load_config
+from phaul_runtime.config.model import Config, load_config
+from phaul_runtime.cutover.journal import Journal, journal_path
+from phaul_runtime.cutover.states import Role, State, Verdict
 from phaul_runtime.errors import Cancelled, MigrationFailed, StillUnderWay, UsageError
 from phaul_runtime.events import Event as Told
 from phaul_runtime.events import OutcomeRecorded, Recovering
-from phaul_runtime.journal import Journal, journal_path
-from phaul_runtime.migration import Migration
-from phaul_runtime.recovery import Recovered
+from phaul_runtime.recovery.recover import Recovered
 from phaul_runtime.report import MigrationReport
-from phaul_runtime.states import Role, State, Verdict
+from phaul_runtime.source import idempotent
+from phaul_runtime.source.migration import Migration
+from phaul_runtime.system.cancel import Cancellation
 
 ID = "0123456789abcdef"
 ASKED = {"engine": "fake", "target": "web", "to": "ssh://b"}
@@ -44,8 +44,8 @@ def begun(config: Config, *states: State) -> Journal:
 
 def asked_again(config: Config, told: list[Told] | None = None) -> MigrationReport | None:
     told = [] if told is None else told
-    with once.claimed(Path(config.state_dir), ID, wait_s=0):
-        return once.settled_before(config, ID, ASKED, told.append)
+    with idempotent.claimed(Path(config.state_dir), ID, wait_s=0):
+        return idempotent.settled_before(config, ID, ASKED, told.append)
 
 
 def test_nothing_begun_is_moved_and_leaves_nothing(config: Config) -> None:
@@ -90,8 +90,8 @@ def test_an_unsettled_one_is_settled_first(config: Config) -> None:
         return Recovered(migration_id, Verdict.DISCARD, "it never froze", warnings=("careful",))
 
     told: list[Told] = []
-    with once.claimed(Path(config.state_dir), ID, wait_s=0):
-        report = once.settled_before(config, ID, ASKED, told.append, recover)
+    with idempotent.claimed(Path(config.state_dir), ID, wait_s=0):
+        report = idempotent.settled_before(config, ID, ASKED, told.append, recover)
     assert report is not None
     assert (report.result, report.exit_code) == ("failed", 4)
     assert report.warnings == ["settled by a recovery: it never froze", "careful"]
@@ -122,10 +122,10 @@ def test_one_that_begins_without_a_claim_is_left_alone(config: Config) -> None:
 def test_the_id_of_another_migration_is_refused(config: Config, name: str) -> None:
     begun(config, *PATH).close()
     with (
-        once.claimed(Path(config.state_dir), ID, wait_s=0),
+        idempotent.claimed(Path(config.state_dir), ID, wait_s=0),
         pytest.raises(UsageError, match=f"its {name} is not other"),
     ):
-        once.settled_before(config, ID, {**ASKED, name: "other"})
+        idempotent.settled_before(config, ID, {**ASKED, name: "other"})
 
 
 def test_a_second_command_reports_what_the_first_did(
@@ -140,7 +140,7 @@ def test_a_second_command_reports_what_the_first_did(
 
     monkeypatch.setattr(Migration, "run", run)
     for _ in range(2):
-        assert once.migrate_once(Migration(config, "web", id=ID)).result == "moved"
+        assert idempotent.migrate_once(Migration(config, "web", id=ID)).result == "moved"
     assert len(moves) == 1
     # An earlier command's directories cannot stand in the way of its channel.
     assert moves[0].endswith(ID)
@@ -150,7 +150,7 @@ def test_a_second_command_reports_what_the_first_did(
 HOLD = """
 import sys
 from pathlib import Path
-from phaul_runtime.once import claimed
+from phaul_runtime.source.idempotent import claimed
 with claimed(Path(sys.argv[1]), sys.argv[2], wait_s=0):
     print("held", flush=True)
     sys.stdin.read()
@@ -172,17 +172,17 @@ def an_owner(state_dir: Path) -> Iterator[subprocess.Popen[str]]:
 def test_a_claim_is_waited_for_and_ends_with_its_owner(config: Config) -> None:
     state_dir = Path(config.state_dir)
     with an_owner(state_dir) as owner:
-        with pytest.raises(StillUnderWay), once.claimed(state_dir, ID, wait_s=0.3):
+        with pytest.raises(StillUnderWay), idempotent.claimed(state_dir, ID, wait_s=0.3):
             pass
         stop = Cancellation()
         stop.request()
         with (
             pytest.raises(Cancelled),
-            once.claimed(state_dir, ID, wait_s=60, cancellation=stop),
+            idempotent.claimed(state_dir, ID, wait_s=60, cancellation=stop),
         ):
             pass
         owner.kill()
-        with once.claimed(state_dir, ID, wait_s=60):
+        with idempotent.claimed(state_dir, ID, wait_s=60):
             pass
 
 
@@ -191,7 +191,7 @@ def test_a_claim_whose_directory_its_last_owner_removed_is_made_anew(tmp_path: P
     done: list[None] = []
 
     def take() -> None:
-        with once.claimed(tmp_path, ID, wait_s=60):
+        with idempotent.claimed(tmp_path, ID, wait_s=60):
             assert (tmp_path / ID).is_dir()
             done.append(None)
 
@@ -211,6 +211,6 @@ def test_a_state_directory_that_cannot_be_written_to(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(MigrationFailed, match="cannot write to"),
-        once.claimed(tmp_path / "file", ID, wait_s=0),
+        idempotent.claimed(tmp_path / "file", ID, wait_s=0),
     ):
         pass

@@ -19,13 +19,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phaul_runtime import ahead as ahead_module
-from phaul_runtime.ahead import Ahead
-from phaul_runtime.chainindex import ChainIndex
+from phaul_runtime.criu.page_format import PageFormat
 from phaul_runtime.errors import DestinationError
-from phaul_runtime.pageformat import PageFormat
-from phaul_runtime.pagemap import IN_PARENT, LAZY, PRESENT, read_pagemap
-from phaul_runtime.pagesink import Aborted, Listed, PageSink
+from phaul_runtime.memory import preallocate as ahead_module
+from phaul_runtime.memory.page_index import ChainIndex
+from phaul_runtime.memory.page_receiver import Aborted, Listed, PageSink
+from phaul_runtime.memory.pagemap import IN_PARENT, LAZY, PRESENT, read_pagemap
+from phaul_runtime.memory.preallocate import Ahead
 
 PAGE = 4096
 OPEN, PARENT, ADD, CLOSE, FORCE_CLOSE = 4, 5, 6, 0x1023, 0x1024

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from phaul_runtime.config import AgentConfig, Config
+from phaul_runtime.config.model import AgentConfig, Config
+from phaul_runtime.config.peers import NOBODY, Allowed, Callers, Peer, Rule, certificate_name
 from phaul_runtime.engine import Claim
 from phaul_runtime.errors import DestinationError, PhaulError, Refused
-from phaul_runtime.peers import NOBODY, Allowed, Callers, Peer, Rule, certificate_name
 
 A, B = Peer("a", "10.0.0.1"), Peer("b", "10.0.0.2")
 WEB = Claim("web")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phaul_runtime.policy import (
+from phaul_runtime.library.policy import (
     AncestorPolicy,
     BudgetPolicy,
     Decision,

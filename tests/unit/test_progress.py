@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from phaul_runtime import leftovers
-from phaul_runtime.journal import (
+from phaul_runtime.cutover import orphans
+from phaul_runtime.cutover.journal import (
     Journal,
     forget_old,
     migration_ids,
@@ -13,13 +13,13 @@ from phaul_runtime.journal import (
     read_report,
     unsettled,
 )
-from phaul_runtime.progress import (
+from phaul_runtime.cutover.progress import (
     forget_progress,
     progress_path,
     read_progress,
     write_progress,
 )
-from phaul_runtime.states import Role, State
+from phaul_runtime.cutover.states import Role, State
 
 ID = "1f" * 8
 
@@ -83,7 +83,7 @@ def test_journals_are_read_as_without_it(tmp_path: Path) -> None:
     assert read_records(tmp_path, "00000000", Role.DESTINATION) == []
     assert read_report(tmp_path, "00000000") is None
     assert unsettled(tmp_path) == [("00000000", Role.SOURCE, State.ITERATING)]
-    assert len(leftovers.find(tmp_path / "work", tmp_path)) == 1
+    assert len(orphans.find(tmp_path / "work", tmp_path)) == 1
     forget_old(tmp_path, 1)
     assert migration_ids(tmp_path) == ["00000000", "00000003"]
     assert not (tmp_path / "00000001").exists()

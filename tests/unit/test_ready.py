@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from phaul_runtime.ready import readable, writable
+from phaul_runtime.system.poll import readable, writable
 
 MANY = 1100
 

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from phaul_runtime import recovery, settle
-from phaul_runtime.config import Config
+from phaul_runtime.config.model import Config
+from phaul_runtime.cutover.freezer import FACT as HOLD
+from phaul_runtime.cutover.journal import RUNS, Journal, read_records, replay
+from phaul_runtime.cutover.states import Role, Settled, Standing, State, Verdict
 from phaul_runtime.errors import (
     DestinationError,
     DestinationUnreachable,
@@ -22,10 +24,9 @@ from phaul_runtime.errors import (
     OutcomeUnknown,
     PhaulError,
 )
-from phaul_runtime.hold import FACT as HOLD
-from phaul_runtime.journal import RUNS, Journal, read_records, replay
-from phaul_runtime.recovery import Recovery
-from phaul_runtime.states import Role, Settled, Standing, State, Verdict
+from phaul_runtime.recovery import recover as recovery
+from phaul_runtime.recovery import resolve
+from phaul_runtime.recovery.recover import Recovery
 
 ID = "ab" * 8
 
@@ -108,10 +109,10 @@ class There:
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Here:
     found = Here(tmp_path / "state")
-    for module in (recovery, settle):
+    for module in (recovery, resolve):
         monkeypatch.setattr(module, "Hold", SimpleNamespace(recall=found.hold))
         monkeypatch.setattr(module, "announce", lambda *_: found._do("announce", [])())
-    monkeypatch.setattr(settle, "load_engine", lambda _: found)
+    monkeypatch.setattr(resolve, "load_engine", lambda _: found)
     return found
 
 
@@ -285,7 +286,7 @@ def test_a_frozen_source_serves_its_pages_before_it_is_ended(
 
 def test_a_tree_that_lives_is_not_done_by_a_verdict_alone(here: Here, tmp_path: Path) -> None:
     """Whoever settles it: pages that are missing there, or a copy that was never given up."""
-    settler = settle.Settler(here.state_dir, tmp_path / "work", None)  # type: ignore[arg-type]
+    settler = resolve.Settler(here.state_dir, tmp_path / "work", None)  # type: ignore[arg-type]
     here.journal(State.COMMITTING, **HELD)
     with pytest.raises(OutcomeUnknown, match="are still here"):
         settler.settle(ID, Role.SOURCE, Verdict.RUN)
@@ -311,7 +312,7 @@ def test_a_verdict_that_does_not_fit_what_is_here(
     says: str,
 ) -> None:
     """An agent may be asked for anything."""
-    settler = settle.Settler(here.state_dir, tmp_path / "work", None)  # type: ignore[arg-type]
+    settler = resolve.Settler(here.state_dir, tmp_path / "work", None)  # type: ignore[arg-type]
     here.alive = alive
     here.journal(*states, **facts)
     before = here.state
@@ -357,7 +358,7 @@ def test_an_operators_word_that_the_source_is_dead(
         said.append(verdict)
         return Settled()
 
-    monkeypatch.setattr(settle.Settler, "settle", settled)
+    monkeypatch.setattr(resolve.Settler, "settle", settled)
     with pytest.raises(OutcomeUnknown, match="only the source's host knows"):
         recover(AWAY)
     assert said == []

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from phaul_runtime import restored
+from phaul_runtime.destination import restored
+from phaul_runtime.destination.restored import by_image
 from phaul_runtime.errors import DestinationError
-from phaul_runtime.restored import by_image
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from phaul_runtime.ahead import Ahead
-from phaul_runtime.api import PhaulConfig
-from phaul_runtime.criu import Criu, CriuVersion
+from phaul_runtime.criu.page_format import PageFormat
+from phaul_runtime.criu.session import Criu, CriuVersion
 from phaul_runtime.errors import DestinationError, Refused
-from phaul_runtime.pageformat import PageFormat
-from phaul_runtime.pagemap import IN_PARENT, PRESENT
-from phaul_runtime.server import PhaulServer
+from phaul_runtime.library.api import PhaulConfig
+from phaul_runtime.library.server import PhaulServer
+from phaul_runtime.memory.pagemap import IN_PARENT, PRESENT
+from phaul_runtime.memory.preallocate import Ahead
 from tests.processes import open_descriptors
 from tests.unit.test_chainindex import BASE, pagemap_image
 from tests.unit.test_pagesink import PAGE, Map, Wire, same, session

@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 from phaul_hooks import announce, haproxy, webhook
 
-from phaul_runtime import proc
+from phaul_runtime.cutover.states import Role
 from phaul_runtime.errors import MigrationFailed, PhaulError, UsageError
-from phaul_runtime.lifecycle import EVENTS, Hooks, Move
-from phaul_runtime.states import Role
-from phaul_runtime.transport.link import Deadline
+from phaul_runtime.hooks.lifecycle import EVENTS, Hooks, Move
+from phaul_runtime.system import proc
+from phaul_runtime.transport.handshake import Deadline
 from tests.namespaces import own_network
 
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from phaul_runtime.cutover.states import Role, Standing, State, Verdict, decide, guard
 from phaul_runtime.errors import MigrationFailed
-from phaul_runtime.states import Role, Standing, State, Verdict, decide, guard
 
 FORWARD = [State.ITERATING, State.FROZEN, State.PREPARED, State.COMMITTING, State.DONE]
 UNDONE = {State.ITERATING, State.FROZEN, State.PREPARED}

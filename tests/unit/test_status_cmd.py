@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from phaul_runtime import config as config_module
 from phaul_runtime.cli.main import cli
+from phaul_runtime.config import model as config_module
+from phaul_runtime.cutover.journal import Journal
+from phaul_runtime.cutover.progress import progress_path, write_progress
+from phaul_runtime.cutover.states import Role, State
 from phaul_runtime.errors import NoSuchMigration, UsageError
-from phaul_runtime.journal import Journal
-from phaul_runtime.progress import progress_path, write_progress
-from phaul_runtime.states import Role, State
 
 ID = "1f" * 8
 OTHER = "2e" * 8

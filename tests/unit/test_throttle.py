@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phaul_runtime.errors import MigrationFailed, Refused
-from phaul_runtime.throttle import FLOOR, Throttle, limit_of, next_share, own_cgroup, undo
+from phaul_runtime.library.throttle import FLOOR, Throttle, limit_of, next_share, own_cgroup, undo
 
 UNLIMITED = "max 100000"
 
@@ -53,7 +53,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
         now[0] += 1.0
         return now[0]
 
-    monkeypatch.setattr("phaul_runtime.throttle.time.monotonic", monotonic)
+    monkeypatch.setattr("phaul_runtime.library.throttle.time.monotonic", monotonic)
 
 
 @given(st.floats(0, 64), st.one_of(st.none(), st.floats(0.01, 64)))

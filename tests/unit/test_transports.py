@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from phaul_runtime.agent import Agent
-from phaul_runtime.cancel import Cancellation
-from phaul_runtime.config import Config
+from phaul_runtime.agent.service import Agent
+from phaul_runtime.config.model import Config
 from phaul_runtime.errors import Cancelled, DestinationUnreachable, PhaulError, Refused
+from phaul_runtime.system.cancel import Cancellation
 from phaul_runtime.testing.bench import NoCriu
-from phaul_runtime.transport import Destination, agentprocess, linkchannel, load_transport
+from phaul_runtime.transport import Destination, agent_process, load_transport, service_channel
 from tests.processes import open_descriptors
 
 TOKEN = "0123456789abcdef"
@@ -93,10 +93,10 @@ def test_a_directory_that_cannot_be_locked(
     def locks_nothing(_: Path) -> int:
         raise OSError(28, "No space left on device")
 
-    for module in (agentprocess, linkchannel):
+    for module in (agent_process, service_channel):
         monkeypatch.setattr(module, "lock_directory", locks_nothing)
     with socket.create_server(("127.0.0.1", 0)) as server:
-        monkeypatch.setattr(linkchannel, "greet", lambda *_: None)
+        monkeypatch.setattr(service_channel, "greet", lambda *_: None)
         port = server.getsockname()[1] if url.startswith("tcp") else 22
         fails(f"{url}:{port}", config_of(tmp_path), Refused)
 
@@ -131,7 +131,7 @@ def test_a_socket_s_path_that_is_too_long(tmp_path: Path, monkeypatch: pytest.Mo
     far.mkdir()
     fails("local:", config_of(far))
     with socket.create_server(("127.0.0.1", 0)) as server:
-        monkeypatch.setattr(linkchannel, "greet", lambda *_: None)
+        monkeypatch.setattr(service_channel, "greet", lambda *_: None)
         port = server.getsockname()[1]
         fails(f"tcp://127.0.0.1:{port}", config_of(far), Refused)
 

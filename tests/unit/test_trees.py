@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from phaul_runtime.checks import check_rsync
+from phaul_runtime.cutover.journal import Journal
+from phaul_runtime.cutover.states import Role
 from phaul_runtime.engine import OK, REFUSED, WARNING
 from phaul_runtime.errors import DestinationError, MigrationFailed
-from phaul_runtime.images import mounts_below
-from phaul_runtime.journal import Journal
+from phaul_runtime.files.tree_sender import Tree, rsync_environment, stats, trees_to_carry
+from phaul_runtime.files.tree_server import TreeServer, checked_arguments
+from phaul_runtime.memory.image_dirs import mounts_below
+from phaul_runtime.preflight.checks import check_rsync
 from phaul_runtime.rpc import phaul_pb2 as pb
-from phaul_runtime.states import Role
-from phaul_runtime.trees import Tree, rsync_environment, stats, trees_to_carry
-from phaul_runtime.treeserver import TreeServer, checked_arguments
 
 # As rsync 3.5.0 gives them to its remote shell.
 FLAGS = "-lHogDtpAXrxSe.iLsfxCIvu"

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from phaul_runtime.transport.uncork import Uncorked
+from phaul_runtime.transport.tcp_push import Uncorked
 
 PUSHED = (socket.IPPROTO_TCP, socket.TCP_NODELAY)
 

@@ -29,12 +29,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from phaul_runtime import cutover, events, images, remote
+from phaul_runtime import events
 from phaul_runtime.cli import main as cli
 from phaul_runtime.cli import migrate_cmd
 from phaul_runtime.cli.views import JsonView, View
+from phaul_runtime.cutover import cutover
+from phaul_runtime.cutover.states import State
 from phaul_runtime.errors import ChannelError
-from phaul_runtime.states import State
+from phaul_runtime.memory import image_dirs
+from phaul_runtime.rpc import client
 
 POLL_S = 0.002
 DIES_WITHIN_S = 30
@@ -64,14 +67,14 @@ def acknowledge_early() -> None:
 
 def commit_early() -> None:
     """Break the order: the destination runs while the source can still go back."""
-    in_order = remote.RemoteAgent.prepare
+    in_order = client.RemoteAgent.prepare
 
-    def prepare(self: remote.RemoteAgent, images_dir: Path) -> Any:
+    def prepare(self: client.RemoteAgent, images_dir: Path) -> Any:
         in_order(self, images_dir)
         self.commit()
         raise ChannelError("and then the answer was lost")
 
-    setattr(remote.RemoteAgent, "prepare", prepare)  # noqa: B010
+    setattr(client.RemoteAgent, "prepare", prepare)  # noqa: B010
 
 
 SABOTAGE = {"acknowledge-early": acknowledge_early, "commit-early": commit_early}
@@ -113,20 +116,20 @@ class Child:
             stopping = Stopping(EVENTS[stop_at], stop)
             setattr(migrate_cmd, "move_view", lambda _output: stopping)  # noqa: B010
         elif stop_at == "committing":
-            commit = remote.RemoteAgent.commit
+            commit = client.RemoteAgent.commit
 
-            def stopped(self: remote.RemoteAgent) -> cutover.Running:
+            def stopped(self: client.RemoteAgent) -> cutover.Running:
                 stop()
                 return commit(self)
 
-            setattr(remote.RemoteAgent, "commit", stopped)  # noqa: B010
+            setattr(client.RemoteAgent, "commit", stopped)  # noqa: B010
         elif stop_at == "copy":
 
             def half(directory: Path) -> list[Path]:
                 return [Late(path, stop) if n == 3 else path
-                        for n, path in enumerate(images.image_files(directory))]  # fmt: skip
+                        for n, path in enumerate(image_dirs.image_files(directory))]  # fmt: skip
 
-            setattr(remote, "image_files", half)  # noqa: B010
+            setattr(client, "image_files", half)  # noqa: B010
         sys.argv = ["phaul-runtime", *argv]
         code: Any = 1
         try:

@@ -23,7 +23,7 @@ from phaul_runtime import (
     PhaulRemote,
     PhaulServer,
 )
-from phaul_runtime.criu import criu_opts
+from phaul_runtime.criu.session import criu_opts
 
 
 class Local(PhaulLocal, CriuNotify):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from phaul_runtime import Criu, PhaulClient, PhaulConfig, PhaulServer
 from phaul_runtime.errors import DestinationError, PhaulError
-from phaul_runtime.policy import AncestorPolicy
+from phaul_runtime.library.policy import AncestorPolicy
 
 if TYPE_CHECKING:
     from tests.e2e.programs import library_use

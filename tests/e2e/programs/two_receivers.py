@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from phaul_runtime import Criu, PhaulConfig, PhaulServer
-from phaul_runtime.criu import criu_opts
-from phaul_runtime.images import image_files
-from phaul_runtime.pagemap import IN_PARENT, PRESENT, read_pagemap
+from phaul_runtime.criu.session import criu_opts
+from phaul_runtime.memory.image_dirs import image_files
+from phaul_runtime.memory.pagemap import IN_PARENT, PRESENT, read_pagemap
 
 PAGE = 4096
 OWN, SHARED = 1500, 700

@@ -36,14 +36,14 @@ def log(host: str, **facts: object) -> None:
 
 def phaul(argv: list[str]) -> None:
     """`phaul-runtime` at $FAKE_HOST: its own command line, with an engine that moves files."""
-    from phaul_runtime import migration
     from phaul_runtime.cli.main import main
+    from phaul_runtime.cutover.journal import Journal
+    from phaul_runtime.cutover.states import Role, State, Verdict
     from phaul_runtime.errors import MigrationFailed, NoSuchTarget
     from phaul_runtime.events import Committed, Frozen, MigrationStarted
-    from phaul_runtime.journal import Journal
-    from phaul_runtime.recovery import Recovered, Recovery
+    from phaul_runtime.recovery.recover import Recovered, Recovery
     from phaul_runtime.report import MigrationReport
-    from phaul_runtime.states import Role, State, Verdict
+    from phaul_runtime.source import migration
     from phaul_runtime.transport import Destination
 
     host = os.environ["FAKE_HOST"]

@@ -26,8 +26,8 @@ from phaul_runtime.batch.model import Batch, Move
 from phaul_runtime.batch.outcome import Answer
 from phaul_runtime.batch.run import Controller, Pace
 from phaul_runtime.batch.store import Store
-from phaul_runtime.cancel import Cancellation
 from phaul_runtime.events import Event
+from phaul_runtime.system.cancel import Cancellation
 
 ID = "simulated"
 

@@ -22,7 +22,6 @@ from phaul_runtime.batch.report_html import page
 from phaul_runtime.batch.run import summary
 from phaul_runtime.batch.store import PostgresStore, SqliteStore, Store, checked_batch_id
 from phaul_runtime.batch.view import JsonLines, LiveTable, stage
-from phaul_runtime.cancel import Cancellation
 from phaul_runtime.cli.main import cli
 from phaul_runtime.errors import (
     ConfigError,
@@ -32,6 +31,7 @@ from phaul_runtime.errors import (
     UsageError,
 )
 from phaul_runtime.events import Warned
+from phaul_runtime.system.cancel import Cancellation
 
 EVENTS = [
     ev.BatchStarted("b", 4, {"zero": "moved"}),

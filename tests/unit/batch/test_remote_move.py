@@ -12,8 +12,8 @@ import pytest
 
 from phaul_runtime.batch.model import Move
 from phaul_runtime.batch.remote_move import MoveRunner
-from phaul_runtime.cancel import Cancellation
-from phaul_runtime.config import load_config
+from phaul_runtime.config.model import load_config
+from phaul_runtime.system.cancel import Cancellation
 
 ID = "0123456789abcdef"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from phaul_runtime.pager.account import Fate
-from phaul_runtime.pager.journal import Journal, Kind
+from phaul_runtime.pager.shared_log import Journal, Kind
 from phaul_runtime.pager.uffd import EVENT_PAGEFAULT, EVENT_UNMAP
 
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phaul_runtime.pager.remote import SWEEP, Remote, Sweep, found_missing
-from phaul_runtime.pager.space import Space
-from phaul_runtime.pager.tasks import Task
+from phaul_runtime.pager.missing_ranges import Space
+from phaul_runtime.pager.network_pages import SWEEP, Remote, Sweep, found_missing
+from phaul_runtime.pager.task import Task
 
 P = 4096
 BASE = 1 << 40

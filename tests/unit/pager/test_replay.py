@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from phaul_runtime.errors import DestinationError
-from phaul_runtime.lazyplan import LazyPlan, Run, Runs
-from phaul_runtime.pager import criusock, serve, uffd
+from phaul_runtime.memory.fill_plan import LazyPlan, Run, Runs
+from phaul_runtime.pager import criu_socket, loop, uffd
 from phaul_runtime.pager.account import Fate
-from phaul_runtime.pager.journal import Kind
-from phaul_runtime.pager.serve import Pager
-from phaul_runtime.pager.space import Space
-from phaul_runtime.pager.tasks import Task
+from phaul_runtime.pager.loop import Pager
+from phaul_runtime.pager.missing_ranges import Space
+from phaul_runtime.pager.shared_log import Kind
+from phaul_runtime.pager.task import Task
 
 P = uffd.PAGE
 
@@ -82,10 +82,10 @@ def test_what_criu_had_said(pager: Pager) -> None:
     pager._journal.keep()
     happens(pager, Kind.HANDED, 0, struct.pack("=QiiI", 20, 1, 1, 9))
     pager._journal.keep()
-    happens(pager, Kind.SAID, 0, struct.pack("=i", criusock.FINISHED))
+    happens(pager, Kind.SAID, 0, struct.pack("=i", criu_socket.FINISHED))
     pager._replay()
     assert [task.fd for task in pager._tasks] == [9]
-    assert pager._board[serve.STAGE] == serve.RUNNING
+    assert pager._board[loop.STAGE] == loop.RUNNING
 
 
 def test_what_ended_stays_so(pager: Pager) -> None:
@@ -176,7 +176,7 @@ def test_a_twin_that_only_has_to_leave_the_result_has_all_of_it(
 
     monkeypatch.setattr(os, "_exit", leave)
     board = pager._board
-    board[serve.STAGE] = serve.RUNNING
+    board[loop.STAGE] = loop.RUNNING
     pager._tasks.add(Task(-1, Space([P], [4 * P], [0]), 42))
     pager._tasks.settle(0, P, 3 * P, Fate.GONE)
     with pytest.raises(SystemExit):
@@ -184,7 +184,7 @@ def test_a_twin_that_only_has_to_leave_the_result_has_all_of_it(
     left = Path("pager.json").read_text()
     assert (json.loads(left)["lost"], json.loads(left)["state"]) == (3, "done")
     Path("pager.json").unlink()
-    board[serve.CLEAN] = 0
+    board[loop.CLEAN] = 0
     # It was born before anything was restored, and reads no journal any more.
     pager._tasks.forget()
     with pytest.raises(SystemExit):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from phaul_runtime.pager.space import Space
+from phaul_runtime.pager.missing_ranges import Space
 
 P = 4096
 SPAN = 64

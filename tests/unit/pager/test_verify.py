@@ -12,9 +12,9 @@ import pytest
 
 from phaul_runtime.errors import DestinationError
 from phaul_runtime.pager import uffd, verify
-from phaul_runtime.pager.remote import Remote
-from phaul_runtime.pager.space import Space
-from phaul_runtime.pager.tasks import Task
+from phaul_runtime.pager.missing_ranges import Space
+from phaul_runtime.pager.network_pages import Remote
+from phaul_runtime.pager.task import Task
 from phaul_runtime.pager.uffd import PAGE as P
 from phaul_runtime.pager.verify import Area, Verified, Verifying, areas
 

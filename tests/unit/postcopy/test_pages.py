@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phaul_runtime.chainindex import ChainIndex
 from phaul_runtime.errors import DestinationError
-from phaul_runtime.lazyimages import plan_lazy
-from phaul_runtime.lazyplan import PAGE, LazyPlan
-from phaul_runtime.pagemap import IN_PARENT, LAZY, PRESENT, Entry, Pagemap, write_pagemap
+from phaul_runtime.memory.fill_plan import PAGE, LazyPlan
+from phaul_runtime.memory.mark_lazy import plan_lazy
+from phaul_runtime.memory.page_index import ChainIndex
+from phaul_runtime.memory.pagemap import IN_PARENT, LAZY, PRESENT, Entry, Pagemap, write_pagemap
 from phaul_runtime.postcopy.pages import RemotePages
 from phaul_runtime.postcopy.store import PageStore
 

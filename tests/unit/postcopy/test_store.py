@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from phaul_runtime.ahead import Ahead
 from phaul_runtime.errors import DestinationError
-from phaul_runtime.lazyplan import PAGE
+from phaul_runtime.memory.fill_plan import PAGE
+from phaul_runtime.memory.preallocate import Ahead
 from phaul_runtime.postcopy.store import PageStore
 
 PAGES = 256

@@ -15,17 +15,17 @@ from typing import Any
 
 import pytest
 
-from phaul_runtime.cancel import Cancellation
-from phaul_runtime.config import Config
+from phaul_runtime.config.model import Config
+from phaul_runtime.criu.page_format import PageFormat
+from phaul_runtime.cutover.journal import Journal
+from phaul_runtime.cutover.states import Role, State
 from phaul_runtime.errors import MigrationFailed, OutcomeUnknown
 from phaul_runtime.events import Event, Listener, nobody
-from phaul_runtime.journal import Journal
-from phaul_runtime.pageformat import PageFormat
-from phaul_runtime.pagemap import LAZY, Pagemap, write_pagemap
-from phaul_runtime.postcopy import wire
-from phaul_runtime.postcopy.serving import PageSource
+from phaul_runtime.memory.pagemap import LAZY, Pagemap, write_pagemap
+from phaul_runtime.postcopy import protocol
+from phaul_runtime.postcopy.sender import PageSource
 from phaul_runtime.postcopy.transfer import Transfer
-from phaul_runtime.states import Role, State
+from phaul_runtime.system.cancel import Cancellation
 
 PAGES = 64
 PAGE = 4096
@@ -66,12 +66,14 @@ class Stand:
         """Be a destination that takes what comes until so many bytes; then says that it has all."""
 
         def take() -> None:
-            self.theirs.sendall(wire.HEAD.pack(wire.MAGIC, PAGES) + bytes(wire.bitmap_size(PAGES)))
+            self.theirs.sendall(
+                protocol.HEAD.pack(protocol.MAGIC, PAGES) + bytes(protocol.bitmap_size(PAGES))
+            )
             got = 0
             while not until(got) and (data := self.theirs.recv(1 << 16)):
                 got += len(data)
             if done:
-                self.theirs.sendall(wire.message(wire.Kind.DONE, 0))
+                self.theirs.sendall(protocol.message(protocol.Kind.DONE, 0))
 
         thread = threading.Thread(target=take, daemon=True)
         thread.start()

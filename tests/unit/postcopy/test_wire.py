@@ -19,14 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phaul_runtime.errors import ChannelError, DestinationError, MigrationFailed
-from phaul_runtime.lazyplan import PAGE
+from phaul_runtime.memory.fill_plan import PAGE
 from phaul_runtime.pager import WANTED
-from phaul_runtime.postcopy import wire
-from phaul_runtime.postcopy.arrival import Arrival
+from phaul_runtime.postcopy import protocol
 from phaul_runtime.postcopy.pages import RemotePages
-from phaul_runtime.postcopy.serving import PageSource
+from phaul_runtime.postcopy.protocol import Kind
+from phaul_runtime.postcopy.receiver import Arrival
+from phaul_runtime.postcopy.sender import PageSource
 from phaul_runtime.postcopy.store import PageStore
-from phaul_runtime.postcopy.wire import Kind
 
 PAGES = 300
 PID = 42
@@ -123,15 +123,15 @@ def whole(place: Path) -> bool:
 @given(st.lists(st.booleans(), max_size=200))
 def test_bitmaps(here: list[bool]) -> None:
     flags = bytes(here)
-    bitmap = wire.to_bitmap(flags)
+    bitmap = protocol.to_bitmap(flags)
     assert len(bitmap) == (len(flags) + 7) // 8
     assert [bool(bitmap[at // 8] >> at % 8 & 1) for at in range(len(here))] == here
-    assert wire.from_bitmap(bitmap, len(flags)) == flags
+    assert protocol.from_bitmap(bitmap, len(flags)) == flags
     with pytest.raises(ValueError, match="another size"):
-        wire.from_bitmap(bitmap + b"\0", len(flags))
+        protocol.from_bitmap(bitmap + b"\0", len(flags))
     if len(flags) % 8:
         with pytest.raises(ValueError, match="another size"):
-            wire.from_bitmap(b"\xff" * len(bitmap), len(flags))
+            protocol.from_bitmap(b"\xff" * len(bitmap), len(flags))
 
 
 HOLES = st.lists(st.tuples(st.integers(0, PAGES - 1), st.integers(1, 60)), max_size=6)
@@ -174,7 +174,7 @@ def test_all_pages_come_whatever_is_there_wanted_or_cut(
             while not (arrived and served) and time.monotonic() < deadline:
                 time.sleep(0.001)
             cut.close()
-        assert source.bytes_sent - sent <= before * (PAGE + wire.MESSAGE.size)
+        assert source.bytes_sent - sent <= before * (PAGE + protocol.MESSAGE.size)
         assert arrived == [store.complete]
         assert served == [None] or isinstance(served[0], ChannelError)
         if last:
@@ -202,7 +202,7 @@ def test_what_is_wanted_comes_first_and_the_rest_waits_for_its_receipt() -> None
     def piece(timeout_s: float) -> bool:
         ours.settimeout(timeout_s)
         try:
-            kind, count, first = wire.MESSAGE.unpack(exactly(ours, wire.MESSAGE.size))
+            kind, count, first = protocol.MESSAGE.unpack(exactly(ours, protocol.MESSAGE.size))
         except TimeoutError:
             return False
         assert kind == Kind.PAGES
@@ -214,20 +214,20 @@ def test_what_is_wanted_comes_first_and_the_rest_waits_for_its_receipt() -> None
         return sum(count for _, count in order)
 
     with running(source.serve, theirs, lambda _: None, silent_s=10) as served:
-        wants = [wire.message(Kind.WANT, first, 1) for first in (3500, 3505, 2995, 3500)]
+        wants = [protocol.message(Kind.WANT, first, 1) for first in (3500, 3505, 2995, 3500)]
         # At once: what is on its way already when it is asked for is not looked at.
-        ours.sendall(wire.HEAD.pack(wire.MAGIC, 4000) + bytes(500) + b"".join(wants))
+        ours.sendall(protocol.HEAD.pack(protocol.MAGIC, 4000) + bytes(500) + b"".join(wants))
         while piece(0.5):
             pass
-        assert wire.FLIGHT - wire.PIECE < got() <= wire.FLIGHT
+        assert protocol.FLIGHT - protocol.PIECE < got() <= protocol.FLIGHT
         # It comes although too much is on its way.
-        ours.sendall(wire.message(Kind.WANT, 3900, 32))
+        ours.sendall(protocol.message(Kind.WANT, 3900, 32))
         assert piece(10)
         assert order[-1] == (3900, 32)
         while got() < 4000:
-            ours.sendall(wire.message(Kind.ACK, got()))
+            ours.sendall(protocol.message(Kind.ACK, got()))
             assert piece(10)
-        ours.sendall(wire.message(Kind.DONE))
+        ours.sendall(protocol.message(Kind.DONE))
     assert served == [None]
     # With what lies beside it in one piece of memory; before, what was on its way already.
     urgent = [(3500, 32), (3532, 5), (2995, 5)]
@@ -241,9 +241,9 @@ def test_what_is_wanted_comes_first_and_the_rest_waits_for_its_receipt() -> None
 
 
 def test_more_than_may_be_on_its_way_at_once(tmp_path: Path) -> None:
-    memory = Memory(3 * wire.FLIGHT)
+    memory = Memory(3 * protocol.FLIGHT)
     ours, theirs = socket.socketpair()
-    store = PageStore.create(tmp_path, 3 * wire.FLIGHT)
+    store = PageStore.create(tmp_path, 3 * protocol.FLIGHT)
     source, told = memory.source(), []  # type: PageSource, list[int]
     with running(source.serve, ours, told.append, silent_s=5) as served:
         assert Arrival(store, tmp_path, silent_s=5).serve(theirs)
@@ -263,22 +263,22 @@ def exactly(channel: socket.socket, size: int) -> bytes:
     return data
 
 
-GOOD = wire.HEAD.pack(wire.MAGIC, PAGES) + bytes((PAGES + 7) // 8)
+GOOD = protocol.HEAD.pack(protocol.MAGIC, PAGES) + bytes((PAGES + 7) // 8)
 
 
 @pytest.mark.parametrize(
     ("said", "match"),
     [
         (b"HTTP/1.1 400 Bad Request\r\n", "speaks something else"),
-        (wire.HEAD.pack(wire.MAGIC, PAGES + 1), "knows 301 pages, not 300"),
-        (wire.HEAD.pack(wire.MAGIC, PAGES) + b"\xff" * 38, "list of pages is malformed"),
-        (GOOD + wire.message(Kind.WANT, PAGES, 1), "makes no sense: 1"),
-        (GOOD + wire.message(Kind.WANT, 0, 0), "makes no sense: 1"),
-        (GOOD + wire.message(Kind.WANT, 0, 33), "makes no sense: 1"),
-        (GOOD + wire.message(Kind.WANT, (1 << 64) - 1, 2), "makes no sense: 1"),
-        (GOOD + wire.message(Kind.ACK, PAGES + 1), "makes no sense: 2"),
-        (GOOD + wire.message(Kind.DONE, 5), "makes no sense: 3"),
-        (GOOD + wire.message(Kind.PAGES, 0, 1), "makes no sense: 4"),
+        (protocol.HEAD.pack(protocol.MAGIC, PAGES + 1), "knows 301 pages, not 300"),
+        (protocol.HEAD.pack(protocol.MAGIC, PAGES) + b"\xff" * 38, "list of pages is malformed"),
+        (GOOD + protocol.message(Kind.WANT, PAGES, 1), "makes no sense: 1"),
+        (GOOD + protocol.message(Kind.WANT, 0, 0), "makes no sense: 1"),
+        (GOOD + protocol.message(Kind.WANT, 0, 33), "makes no sense: 1"),
+        (GOOD + protocol.message(Kind.WANT, (1 << 64) - 1, 2), "makes no sense: 1"),
+        (GOOD + protocol.message(Kind.ACK, PAGES + 1), "makes no sense: 2"),
+        (GOOD + protocol.message(Kind.DONE, 5), "makes no sense: 3"),
+        (GOOD + protocol.message(Kind.PAGES, 0, 1), "makes no sense: 4"),
         (GOOD + bytes(16), "makes no sense: 0"),
         (GOOD[:-1], "ended the channel"),
         (b"", "ended the channel"),
@@ -302,11 +302,11 @@ def test_a_destination_that_makes_no_sense(said: bytes, match: str) -> None:
     "said",
     [
         b"HTTP/1.1 400 Bad Request\r\n",
-        wire.message(Kind.PAGES, PAGES, 1),
-        wire.message(Kind.PAGES, 0, 0),
-        wire.message(Kind.PAGES, 0, wire.PIECE + 1),
-        wire.message(Kind.PAGES, (1 << 64) - 1, 2),
-        wire.message(Kind.DONE),
+        protocol.message(Kind.PAGES, PAGES, 1),
+        protocol.message(Kind.PAGES, 0, 0),
+        protocol.message(Kind.PAGES, 0, protocol.PIECE + 1),
+        protocol.message(Kind.PAGES, (1 << 64) - 1, 2),
+        protocol.message(Kind.DONE),
     ],
 )
 def test_a_source_that_makes_no_sense(tmp_path: Path, said: bytes) -> None:
