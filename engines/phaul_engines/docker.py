@@ -51,8 +51,8 @@ from phaul_runtime.engine import (
     Inspection,
     SourceHalf,
 )
+from phaul_runtime.engine import Tree as FileTree
 from phaul_runtime.errors import MigrationFailed, NoSuchTarget, PhaulError, Refused, UsageError
-from phaul_runtime.files.tree_sender import Tree as FileTree
 from phaul_runtime.memory.image_dirs import remove_tree
 from phaul_runtime.system.cancel import Cancellation
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from phaul_engines.proctree import Process, tracer_of
 from phaul_runtime.errors import OutcomeUnknown
-from phaul_runtime.preflight.host_facts import boot_id
+from phaul_runtime.system.host import boot_id
 from phaul_runtime.system.process import Member
 
 LET_GO_WITHIN_S = 20.0

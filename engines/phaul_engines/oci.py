@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from phaul_runtime.boundedjson import read_json, read_json_file
+from phaul_runtime.engine import FileFact
 from phaul_runtime.errors import MigrationFailed, NoSuchTarget, Refused
 from phaul_runtime.files.compare import InUse, Use, gather_all
 from phaul_runtime.files.identity import ROOT
 from phaul_runtime.memory.image_dirs import unmount_below
-from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.system import proc
 
 CONFIG = "config.json"
@@ -179,7 +179,7 @@ def is_bind(mount: Mapping[str, Any]) -> bool:
     return mount.get("type") == "bind" or bool({"bind", "rbind"} & set(mount.get("options") or ()))
 
 
-def single_files(mounts: Iterable[Mount]) -> list[pb.FileFact]:
+def single_files(mounts: Iterable[Mount]) -> list[FileFact]:
     """The facts of files that are mounted in; directories are carried as trees, or not at all."""
     # An administrator's, not the container's: who may mount may replace.
     return gather_all(

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from phaul_runtime.engine import User
 from phaul_runtime.errors import NoSuchTarget
 from phaul_runtime.files.compare import Use
-from phaul_runtime.files.identity import ROOT, User
+from phaul_runtime.files.identity import ROOT
 from phaul_runtime.system.filemark import Mark, mark_of
 from phaul_runtime.system.process import Member
 

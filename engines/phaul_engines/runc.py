@@ -30,8 +30,8 @@ from phaul_engines.oci_source import OciSource
 from phaul_engines.runc_arrival import RuncDestination, leave_bundle
 from phaul_engines.runc_options import CrunOptions, RuncOptions
 from phaul_runtime.engine import DestinationHalf, Engine, Inspection, SourceHalf
+from phaul_runtime.engine import Tree as FileTree
 from phaul_runtime.errors import PhaulError, Refused, UsageError
-from phaul_runtime.files.tree_sender import Tree as FileTree
 
 ROOTFS = "rootfs"
 _NAME = re.compile(r"[A-Za-z0-9_+.][A-Za-z0-9_+.-]*")

@@ -13,8 +13,8 @@ import grpc
 from phaul_runtime import __version__
 from phaul_runtime.bounds import LONGEST_S
 from phaul_runtime.errors import PhaulError, Refused
-from phaul_runtime.preflight.host_facts import PROTOCOL
-from phaul_runtime.rpc.codec import VERSION_KEY, to_wire
+from phaul_runtime.rpc.codec import to_wire
+from phaul_runtime.rpc.protocol import PROTOCOL, VERSION_KEY
 from phaul_runtime.system import logs
 
 log = logging.getLogger(__name__)

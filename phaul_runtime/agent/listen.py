@@ -23,11 +23,11 @@ from phaul_runtime.cutover.journal import KEPT, is_locked
 from phaul_runtime.errors import Refused, UsageError
 from phaul_runtime.hooks.lifecycle import Hooks
 from phaul_runtime.memory.image_dirs import remove_tree
-from phaul_runtime.rpc.codec import CONTROL
 from phaul_runtime.transport.base import socket_directory
 from phaul_runtime.transport.handshake import parse_listen
 from phaul_runtime.transport.listener import Front, Secure
 from phaul_runtime.transport.mutual_tls import Credentials, as_server
+from phaul_runtime.transport.preamble import CONTROL
 
 # For hooks, and for the pagers of copies that have just begun to run.
 _SETTLE_S = 30.0

@@ -38,26 +38,22 @@ from phaul_runtime.cutover.journal import (
 )
 from phaul_runtime.cutover.states import Role, Settled, Standing, State, Verdict
 from phaul_runtime.destination.incoming import CANNOT_BE_LAZY, Incoming, checked_json
-from phaul_runtime.engine.interface import REFUSED, Claim, DestinationHalf, Finding, load_engine
+from phaul_runtime.engine.findings import REFUSED, Finding
+from phaul_runtime.engine.interface import Claim, DestinationHalf, load_engine
 from phaul_runtime.errors import DestinationError, PhaulError, Refused, StillUnderWay
 from phaul_runtime.files.compare import compare
 from phaul_runtime.hooks.lifecycle import Hooks, Move
 from phaul_runtime.preflight.checks import check_cpu, check_hooks, check_space
-from phaul_runtime.preflight.host_facts import PROTOCOL, gather_facts
+from phaul_runtime.preflight.host_facts import gather_facts
 from phaul_runtime.recovery.resolve import Settler
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.rpc import phaul_pb2_grpc
-from phaul_runtime.rpc.codec import (
-    CONTROL,
-    ID_BYTES,
-    MAX_MESSAGE,
-    MEMORY,
-    PAGES,
-    ZSTD,
-)
+from phaul_runtime.rpc.codec import fact_from_wire, finding_to_wire, part_from_wire, verdict_to_wire
+from phaul_runtime.rpc.protocol import MAX_MESSAGE, PROTOCOL
 from phaul_runtime.system import cgroup
 from phaul_runtime.system.threads import keep_doing
 from phaul_runtime.transport.image_proxy import restored
+from phaul_runtime.transport.preamble import CONTROL, ID_BYTES, MEMORY, PAGES, ZSTD
 
 log = logging.getLogger(__name__)
 
@@ -195,10 +191,8 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
         if request.cpuinfo:
             findings.append(check_cpu(str(self._workdir), self._criu, request.cpuinfo))
         return pb.CheckReply(
-            findings=[
-                pb.Finding(check=f.check, level=f.level, text=f.text, hint=f.hint) for f in findings
-            ],
-            files=compare(request.files),
+            findings=map(finding_to_wire, findings),
+            files=map(verdict_to_wire, compare(map(fact_from_wire, request.files))),
         )
 
     @answers(pb.OpenReply)
@@ -258,7 +252,7 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
         with self.streams.moving(request, context) as parts:
             first = next(parts, None)
             if first is not None:
-                self._of(first.id, context).put_files(_chain(first, parts))
+                self._of(first.id, context).put_files(map(part_from_wire, _chain(first, parts)))
 
     @answers(pb.Done)
     def PutImages(self, request: Iterator[pb.ImageParts], context: Context) -> None:  # noqa: D102, N802

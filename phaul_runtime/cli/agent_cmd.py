@@ -18,7 +18,7 @@ from phaul_runtime.cli.logoptions import set_up_logs
 from phaul_runtime.cli.outlet import show
 from phaul_runtime.config.model import Config, load_config
 from phaul_runtime.criu.session import Criu
-from phaul_runtime.preflight.host_facts import PROTOCOL
+from phaul_runtime.rpc.protocol import PROTOCOL
 from phaul_runtime.system.poll import readable
 from phaul_runtime.system.threads import report_deaths
 

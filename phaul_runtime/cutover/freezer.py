@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from phaul_runtime.engine.interface import OK, REFUSED, Finding
+from phaul_runtime.engine.findings import OK, REFUSED, Finding
 from phaul_runtime.errors import MigrationFailed
-from phaul_runtime.preflight.host_facts import boot_id
 from phaul_runtime.system import cgroup
+from phaul_runtime.system.host import boot_id
 from phaul_runtime.system.process import Life, Member, start_time, status_words
 
 FACT = "hold"

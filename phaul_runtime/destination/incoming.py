@@ -24,7 +24,7 @@ from phaul_runtime.cutover.states import Role, State
 from phaul_runtime.destination.lazy_restore import PLACE, Filled, LazyRestore
 from phaul_runtime.engine.interface import DestinationHalf, load_engine
 from phaul_runtime.errors import DestinationError, MigrationFailed, OutcomeUnknown, PhaulError
-from phaul_runtime.files.staged_files import FileStage
+from phaul_runtime.files.staged_files import FilePart, FileStage
 from phaul_runtime.files.tree_server import TreeServer, read_line
 from phaul_runtime.hooks.lifecycle import (
     ANNOUNCED,
@@ -364,7 +364,7 @@ class Incoming:
             raise DestinationError("no iteration was started")
         return self._server
 
-    def put_files(self, parts: Iterable[pb.FilePart]) -> None:
+    def put_files(self, parts: Iterable[FilePart]) -> None:
         """Stage files."""
         with self._step:
             self._expect(State.ITERATING)

@@ -4,21 +4,18 @@ An engine imports from here alone; the rest of the core imports the modules belo
 first.
 """
 
+from phaul_runtime.engine.findings import OK, REFUSED, WARNING, Finding
 from phaul_runtime.engine.interface import (
-    OK,
-    REFUSED,
-    WARNING,
     Claim,
     DestinationHalf,
     Engine,
-    Finding,
     Handover,
     Inspection,
     SourceHalf,
-    Tree,
     engine_names,
     load_engine,
 )
+from phaul_runtime.engine.targets import FileFact, Tree, User
 
 __all__ = [
     "OK",
@@ -27,11 +24,13 @@ __all__ = [
     "Claim",
     "DestinationHalf",
     "Engine",
+    "FileFact",
     "Finding",
     "Handover",
     "Inspection",
     "SourceHalf",
     "Tree",
+    "User",
     "engine_names",
     "load_engine",
 ]

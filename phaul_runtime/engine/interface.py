@@ -14,10 +14,10 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from phaul_runtime.engine.findings import Finding
+from phaul_runtime.engine.targets import FileFact, Tree
 from phaul_runtime.errors import Refused, UsageError
-from phaul_runtime.files.tree_sender import Tree
 from phaul_runtime.library.api import Outcome, PhaulLocal
-from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.system.cancel import Cancellation
 
 if TYPE_CHECKING:
@@ -26,20 +26,6 @@ if TYPE_CHECKING:
     from phaul_runtime.criu.session import Criu
 
 GROUP = "phaul_runtime.engines"
-
-OK = "ok"
-WARNING = "warning"
-REFUSED = "refused"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What one preflight check found; `check` is the name that `--ignore` takes."""
-
-    check: str
-    level: str
-    text: str
-    hint: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,7 +46,7 @@ class Inspection:
 
     pid: int
     memory: int
-    files: Sequence[pb.FileFact] = ()
+    files: Sequence[FileFact] = ()
     manifest: Mapping[str, Any] = field(default_factory=dict)
     findings: Sequence[Finding] = ()
     trees: Sequence[Tree] = ()
@@ -350,20 +336,3 @@ def load_engine(name: str) -> Engine:
     raise UsageError(
         f"unknown engine {name!r}", hint=f"installed engines: {', '.join(engine_names()) or 'none'}"
     )
-
-
-__all__ = [
-    "OK",
-    "REFUSED",
-    "WARNING",
-    "Claim",
-    "DestinationHalf",
-    "Engine",
-    "Finding",
-    "Handover",
-    "Inspection",
-    "SourceHalf",
-    "Tree",
-    "engine_names",
-    "load_engine",
-]

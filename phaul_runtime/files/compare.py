@@ -18,12 +18,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import BinaryIO, TypeVar
 
+from phaul_runtime.engine.targets import FileFact, FileVerdict, User
 from phaul_runtime.files import placing
-from phaul_runtime.files.identity import User
 from phaul_runtime.files.in_use import find_held
 from phaul_runtime.files.leases import has_lease, leased_inodes
 from phaul_runtime.files.patience import while_it_moves
-from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.system.filemark import Mark, mark_of
 from phaul_runtime.system.pathwalk import open_path, reopen
 
@@ -104,7 +103,7 @@ class InUse:
     known: Mark | None = None
 
 
-def gather_all(files: Iterable[InUse]) -> list[pb.FileFact]:
+def gather_all(files: Iterable[InUse]) -> list[FileFact]:
     """The facts of those that are regular files and directories.
 
     Raises:
@@ -112,7 +111,7 @@ def gather_all(files: Iterable[InUse]) -> list[pb.FileFact]:
     """
     look = Look()
 
-    def work() -> list[pb.FileFact]:
+    def work() -> list[FileFact]:
         facts = (gather(f.path, use=f.use, known=f.known, look=look) for f in files)
         return [fact for fact in facts if fact is not None]
 
@@ -126,7 +125,7 @@ def gather(
     written: bool = False,
     known: Mark | None = None,
     look: Look | None = None,
-) -> pb.FileFact | None:
+) -> FileFact | None:
     """The facts of a regular file or directory; None if `path` is anything else or gone.
 
     Args:
@@ -144,14 +143,14 @@ def gather(
 
 def _gather(
     path: str, use: Use, known: Mark | None, look: Look, *, written: bool = False
-) -> pb.FileFact | None:
+) -> FileFact | None:
     look.moves(path)
     with _looked_at(path, use.held_by, known) as fd:
         info, mark = os.fstat(fd), mark_of(fd)
         directory = stat.S_ISDIR(info.st_mode)
         if not directory and not stat.S_ISREG(info.st_mode):
             return None
-        fact = pb.FileFact(
+        fact = FileFact(
             path=path,
             directory=directory,
             size=0 if directory else info.st_size,
@@ -163,22 +162,19 @@ def _gather(
             executable=use.executable,
             shared_map=use.shared_map,
             path_only=use.path_only,
+            user=use.user,
             device=mark.device,
             inode=mark.inode,
             born_ns=mark.born_ns,
             held_by=use.held_by,
             owner_may_place=placing.may_place(path, User(info.st_uid, info.st_gid)),
         )
-        if use.user is not None:
-            fact.user.CopyFrom(
-                pb.FileUser(uid=use.user.uid, gid=use.user.gid, groups=use.user.groups)
-            )
         if not directory:
             _read_into(fact, fd, look)
         return fact
 
 
-def _read_into(fact: pb.FileFact, fd: int, look: Look) -> None:
+def _read_into(fact: FileFact, fd: int, look: Look) -> None:
     """Add what only the contents tell, if they can be read without disturbing anybody."""
     fact.leased = fact.inode in look.leased or any(map(has_lease, fact.held_by))
     if fact.leased:
@@ -202,7 +198,7 @@ def _looked_at(path: str, held_by: Iterable[str], known: Mark | None) -> Iterato
 # -- comparison --------------------------------------------------------------------------------
 
 
-def compare(facts: Iterable[pb.FileFact]) -> list[pb.FileVerdict]:
+def compare(facts: Iterable[FileFact]) -> list[FileVerdict]:
     """Hold another host's facts against this host; returns only what differs.
 
     A verdict is `copyable` if carrying the file cannot harm this host: it is missing, or it is
@@ -214,13 +210,9 @@ def compare(facts: Iterable[pb.FileFact]) -> list[pb.FileVerdict]:
     """
     look = Look()
 
-    def work() -> list[pb.FileVerdict]:
+    def work() -> list[FileVerdict]:
         found = ((theirs.path, *_difference(theirs, look)) for theirs in facts)
-        return [
-            pb.FileVerdict(path=path, reason=reason, copyable=copyable)
-            for path, reason, copyable in found
-            if reason
-        ]
+        return [FileVerdict(path, reason, copyable) for path, reason, copyable in found if reason]
 
     return _patiently(work, look)
 
@@ -229,7 +221,7 @@ def _patiently(work: Callable[[], list[_T]], look: Look) -> list[_T]:
     return while_it_moves(work, lambda: look.moved_at, SILENT_S, lambda: f"looking at {look.at}")
 
 
-def _difference(theirs: pb.FileFact, look: Look) -> tuple[str, bool]:
+def _difference(theirs: FileFact, look: Look) -> tuple[str, bool]:
     kind = "directory" if theirs.directory else "file"
     try:
         ours = _gather(theirs.path, UNUSED, None, look)
@@ -250,7 +242,7 @@ def _difference(theirs: pb.FileFact, look: Look) -> tuple[str, bool]:
     return reason, True
 
 
-def _contents(theirs: pb.FileFact, ours: pb.FileFact) -> tuple[str, bool]:
+def _contents(theirs: FileFact, ours: FileFact) -> tuple[str, bool]:
     """How a file differs, and whether it is of a kind that may be replaced at all."""
     if theirs.build_id or ours.build_id:
         if theirs.build_id != ours.build_id and not theirs.leased and not ours.leased:
@@ -273,7 +265,7 @@ def _contents(theirs: pb.FileFact, ours: pb.FileFact) -> tuple[str, bool]:
     return _mode_difference(theirs, ours)
 
 
-def _mode_difference(theirs: pb.FileFact, ours: pb.FileFact) -> tuple[str, bool]:
+def _mode_difference(theirs: FileFact, ours: FileFact) -> tuple[str, bool]:
     # CRIU compares the mode of a file that is held open ("File ... has bad mode").
     if theirs.mode != ours.mode:
         return f"has mode {ours.mode:o} there, {theirs.mode:o} here", not theirs.build_id

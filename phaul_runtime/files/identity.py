@@ -13,7 +13,8 @@ import errno
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+
+from phaul_runtime.engine.targets import User
 
 # glibc's own function changes all threads.
 _SETGROUPS = {
@@ -28,16 +29,6 @@ _CAP_DAC_OVERRIDE = 1 << 1
 _CAPABILITY_VERSION_3 = 0x20080522
 _NOBODY_AT_ALL = (1 << 32) - 1
 _libc = ctypes.CDLL(None, use_errno=True)
-
-
-@dataclass(frozen=True)
-class User:
-    """Who works on files: the first two are those that new files get."""
-
-    uid: int
-    gid: int
-    groups: Sequence[int] = ()
-
 
 ROOT = User(0, 0)
 

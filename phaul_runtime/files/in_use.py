@@ -12,27 +12,25 @@ import os
 import stat
 from collections.abc import Iterable
 
-from phaul_runtime.files.identity import User, acting_as
+from phaul_runtime.engine.targets import FileFact, User
+from phaul_runtime.files.identity import acting_as
 from phaul_runtime.files.leases import has_lease, leased_inodes
-from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.system.filemark import Mark, mark_of
 from phaul_runtime.system.pathwalk import open_path, reopen
 
 
-def user_of(fact: pb.FileFact) -> User:
+def user_of(fact: FileFact) -> User:
     """As whom the target uses a file."""
-    if fact.HasField("user"):
-        return User(fact.user.uid, fact.user.gid, tuple(fact.user.groups))
-    return owner_of(fact)
+    return fact.user or owner_of(fact)
 
 
-def owner_of(fact: pb.FileFact) -> User:
+def owner_of(fact: FileFact) -> User:
     """Whose a file is, with the groups that the target's user has, if he is the owner."""
-    ours = fact.HasField("user") and fact.user.uid == fact.uid
-    return User(fact.uid, fact.gid, tuple(fact.user.groups) if ours else ())
+    groups = fact.user.groups if fact.user and fact.user.uid == fact.uid else ()
+    return User(fact.uid, fact.gid, groups)
 
 
-def _mark(fact: pb.FileFact) -> Mark:
+def _mark(fact: FileFact) -> Mark:
     return Mark(fact.device, fact.inode, fact.born_ns)
 
 
@@ -57,7 +55,7 @@ def find_held(held_by: Iterable[str], known: Mark | None = None) -> int:
     raise FileNotFoundError(errno.ENOENT, "is not in use any more")
 
 
-def find(fact: pb.FileFact) -> int:
+def find(fact: FileFact) -> int:
     """An O_PATH descriptor of a target's file: of the one that is known, else what is at its path.
 
     Raises:
@@ -70,7 +68,7 @@ def find(fact: pb.FileFact) -> int:
     return open_path(fact.path)
 
 
-def changed_since(fact: pb.FileFact) -> bool:
+def changed_since(fact: FileFact) -> bool:
     """Whether a file may have other contents now than when `fact` was gathered."""
     if fact.shared_map:
         return True
@@ -85,7 +83,7 @@ def changed_since(fact: pb.FileFact) -> bool:
     return (mark, info.st_size, info.st_mtime_ns) != (_mark(fact), fact.size, fact.mtime_ns)
 
 
-def open_to_read(fact: pb.FileFact, found: int) -> int:
+def open_to_read(fact: FileFact, found: int) -> int:
     """Open what `find` found for reading; the caller closes it.
 
     The file that is known, as root: it goes with its owner and mode. Another, as the target's user.

@@ -19,9 +19,9 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
-from phaul_runtime.files.identity import ROOT, User, acting_as
+from phaul_runtime.engine.targets import FileFact, User
+from phaul_runtime.files.identity import ROOT, acting_as
 from phaul_runtime.files.in_use import owner_of, user_of
-from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.system.filemark import Mark, mark_of
 from phaul_runtime.system.pathwalk import walk
 
@@ -93,7 +93,7 @@ class Place:
         return os.fsdecode(b"." + name + end)
 
 
-def find_place(fact: pb.FileFact, note: Callable[[Place], None], *, made: bool = False) -> Place:
+def find_place(fact: FileFact, note: Callable[[Place], None], *, made: bool = False) -> Place:
     """The place of a file, or of a directory that is missing; directories above it are made.
 
     Args:
@@ -147,7 +147,7 @@ def make_directory(place: Place, mode: int, note: Callable[[Place], None]) -> Pl
     return place
 
 
-def _place(fact: pb.FileFact, owner: User, directory: int, *, made: bool) -> Place:
+def _place(fact: FileFact, owner: User, directory: int, *, made: bool) -> Place:
     info = os.fstat(directory)
     if not stat.S_ISDIR(info.st_mode):
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), fact.path)
@@ -189,7 +189,7 @@ def _may_write(directory: int, user: User) -> bool:
 # -- what may be replaced ----------------------------------------------------------------------
 
 
-def obstacle(fact: pb.FileFact, *, replaces: bool) -> str:
+def obstacle(fact: FileFact, *, replaces: bool) -> str:
     """Why a file cannot be put in its place on this host; empty if it can. Changes nothing."""
     if fact.path_only and not fact.directory:
         return "the target knows it by its path alone (O_PATH)"
@@ -212,7 +212,7 @@ def obstacle(fact: pb.FileFact, *, replaces: bool) -> str:
     return ""
 
 
-def may_replace(fact: pb.FileFact, directory: int, name: str) -> bool:
+def may_replace(fact: FileFact, directory: int, name: str) -> bool:
     """Whether there is a file in the place of another; that it may be replaced, too.
 
     Raises:

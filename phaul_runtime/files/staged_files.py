@@ -17,13 +17,14 @@ import logging
 import os
 import stat
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 from phaul_runtime.cutover.journal import Journal
+from phaul_runtime.engine.targets import FileFact
 from phaul_runtime.errors import DestinationError, MigrationFailed, PhaulError
 from phaul_runtime.files.in_use import changed_since, find, open_to_read
 from phaul_runtime.files.placing import Place, find_place, make_directory, may_replace
-from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.system.filemark import Mark, mark_of
 
 log = logging.getLogger(__name__)
@@ -34,26 +35,37 @@ _HOW = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _PLACES = "places"
 
 
+@dataclass(frozen=True)
+class FilePart:
+    """A piece of a stream of files: first what a file is, then its blocks.
+
+    Attributes:
+        head: begins a file.
+        offset: in the file, bytes, of `data`.
+        data: at most a `BLOCK`.
+    """
+
+    head: FileFact | None = None
+    offset: int = 0
+    data: bytes = b""
+
+
 class FileSender:
     """The source's side: knows what the destination has of each file.
 
     Args:
-        migration_id: goes into each message.
         facts: all files of the target.
         differing: paths that the destination lacks or has otherwise.
     """
 
-    def __init__(
-        self, migration_id: str, facts: Iterable[pb.FileFact], differing: Iterable[str]
-    ) -> None:
-        self._id = migration_id
+    def __init__(self, facts: Iterable[FileFact], differing: Iterable[str]) -> None:
         self._facts = {fact.path: fact for fact in facts}
         self._differing = set(differing)
         self._sent: dict[str, list[bytes]] = {}
         self.files = 0
         self.bytes = 0
 
-    def first(self) -> Iterator[pb.FilePart]:
+    def first(self) -> Iterator[FilePart]:
         """While the target runs: everything that differs.
 
         Raises:
@@ -64,7 +76,7 @@ class FileSender:
             if path in self._facts:
                 yield from self._parts(path)
 
-    def changed(self) -> list[pb.FileFact]:
+    def changed(self) -> list[FileFact]:
         """Files that the target may have changed since they were compared or sent."""
         return [
             fact
@@ -74,18 +86,17 @@ class FileSender:
             and changed_since(fact)
         ]
 
-    def again(self, changed: Iterable[pb.FileFact]) -> Iterator[pb.FilePart]:
+    def again(self, changed: Iterable[FileFact]) -> Iterator[FilePart]:
         """In the freeze: the changed blocks of `changed`. Raises as `first`."""
         for fact in changed:
             yield from self._parts(fact.path)
 
-    def _parts(self, path: str) -> Iterator[pb.FilePart]:
-        head = pb.FileFact()
-        head.CopyFrom(self._facts[path])
-        head.ClearField("held_by")
+    def _parts(self, path: str) -> Iterator[FilePart]:
+        held_by = self._facts[path].held_by
+        head = replace(self._facts[path], held_by=())
         if head.directory:
             self._sent[path] = []
-            yield pb.FilePart(id=self._id, head=head)
+            yield FilePart(head)
             return
         known = self._sent.get(path, [])
         with _file_of(self._facts[path]) as file:
@@ -94,23 +105,21 @@ class FileSender:
             # Of the file that is read, not of the one that was looked at.
             head.uid, head.gid, head.mode = info.st_uid, info.st_gid, stat.S_IMODE(info.st_mode)
             head.device, head.inode, head.born_ns = mark_of(file.fileno())
-            yield pb.FilePart(id=self._id, head=head)
+            yield FilePart(head)
             digests = []
             for number, block in enumerate(iter(lambda: file.read(BLOCK), b"")):
                 digests.append(hashlib.blake2b(block, digest_size=20).digest())
                 if number < len(known) and known[number] == digests[-1]:
                     continue
                 self.bytes += len(block)
-                yield pb.FilePart(id=self._id, offset=number * BLOCK, data=block)
+                yield FilePart(offset=number * BLOCK, data=block)
         self.files += path not in self._sent
         self._sent[path] = digests
-        held_by = self._facts[path].held_by
-        self._facts[path].CopyFrom(head)
-        self._facts[path].held_by.extend(held_by)
+        self._facts[path] = replace(head, held_by=held_by)
 
 
 @contextlib.contextmanager
-def _file_of(fact: pb.FileFact) -> Iterator[BinaryIO]:
+def _file_of(fact: FileFact) -> Iterator[BinaryIO]:
     """A target's file, to be read.
 
     Raises:
@@ -143,7 +152,7 @@ class FileStage:
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
         self._places: dict[str, Place] = {}
-        self._staged: dict[str, pb.FileFact] = {}
+        self._staged: dict[str, FileFact] = {}
         self._marks: dict[str, Mark] = {}
         self._made: list[str] = []
         self._replaced: list[tuple[str, bool]] = []
@@ -155,14 +164,14 @@ class FileStage:
     def _place_of(self, path: str) -> Place:
         return self._places.get(path) or Place(path)
 
-    def take(self, part: pb.FilePart) -> None:
+    def take(self, part: FilePart) -> None:
         """Take one message of a stream.
 
         Raises:
             DestinationError: the path is unusable, or this host's file system refuses.
         """
         try:
-            if part.HasField("head"):
+            if part.head is not None:
                 self._begin(part.head)
             elif self._current is None:
                 raise DestinationError("file contents came before their name")
@@ -171,7 +180,7 @@ class FileStage:
             else:
                 _write(self._current[1], part.data, part.offset)
         except OSError as error:
-            path = part.head.path or (self._current[0] if self._current else "")
+            path = part.head.path if part.head else self._current[0] if self._current else ""
             raise _failed("stage", path, error) from error
 
     def end_stream(self) -> None:
@@ -180,7 +189,7 @@ class FileStage:
             os.close(self._current[1])
             self._current = None
 
-    def _begin(self, fact: pb.FileFact) -> None:
+    def _begin(self, fact: FileFact) -> None:
         self.end_stream()
         path = fact.path
         if not path.startswith("/") or path.endswith("/") or {".", ".."} & set(path.split("/")):
@@ -203,7 +212,7 @@ class FileStage:
         self._staged[path] = fact
         os.ftruncate(fd, fact.size)
 
-    def _find(self, fact: pb.FileFact) -> Place:
+    def _find(self, fact: FileFact) -> Place:
         above = fact.path.rpartition("/")[0]
         return find_place(fact, lambda made: self._note("made", made), made=above in self._made)
 
@@ -214,7 +223,7 @@ class FileStage:
         if kind == "made":
             self._made.append(place.path)
 
-    def _make_directory(self, fact: pb.FileFact) -> None:
+    def _make_directory(self, fact: FileFact) -> None:
         place = self._find(fact)
         with place.entered() as (directory, name), contextlib.suppress(FileNotFoundError):
             info = os.stat(name, dir_fd=directory, follow_symlinks=False)
@@ -241,14 +250,14 @@ class FileStage:
                 raise _failed("install", path, error) from error
         self._staged.clear()
 
-    def _exists(self, fact: pb.FileFact) -> bool:
+    def _exists(self, fact: FileFact) -> bool:
         try:
             with self._places[fact.path].entered() as (directory, name):
                 return may_replace(fact, directory, name)
         except OSError as error:
             raise _failed("install", fact.path, error) from error
 
-    def _install(self, place: Place, fact: pb.FileFact, *, replaces: bool) -> None:
+    def _install(self, place: Place, fact: FileFact, *, replaces: bool) -> None:
         staged, saved = self._beside(place, "new"), self._beside(place, "old")
         with place.entered() as (directory, name):
             fd = os.open(staged, os.O_RDONLY | _HOW, dir_fd=directory)
@@ -277,7 +286,7 @@ class FileStage:
             self._places[place.path] = place
         self._made = [str(path) for path in facts.get("made", [])]
         self._replaced = [(str(path), bool(existed)) for path, existed in facts.get("replaced", [])]
-        self._staged = {str(path): pb.FileFact() for path in facts.get("staged", [])}
+        self._staged = {str(path): FileFact(str(path)) for path in facts.get("staged", [])}
 
     def keep(self) -> None:
         """The move succeeded: forget what was replaced; idempotent. What stays is logged."""

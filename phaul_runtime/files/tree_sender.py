@@ -22,13 +22,13 @@ from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from phaul_runtime.engine.targets import Tree
 from phaul_runtime.errors import DestinationError, MigrationFailed, PhaulError
 from phaul_runtime.events import Listener, TreeProgress, TreeSynced
 from phaul_runtime.system import proc
 from phaul_runtime.system.cancel import Cancellation
 from phaul_runtime.system.pathwalk import open_path
 
-TREE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,19}")
 INSTALL_RSYNC = "apt-get install rsync, on both hosts"
 # In the source's journal: the trees of which `SourceHalf.stage` has begun.
 STAGED = "staged"
@@ -54,35 +54,6 @@ _AT_ONCE = 4
 _END_S = 5.0
 _LOG_LINES = 5
 _WRITTEN = re.compile(r"^wchar: ([0-9]+)$", re.MULTILINE)
-
-
-@dataclass(frozen=True)
-class Tree:
-    """A directory of the target, with all that is in it on the same file system.
-
-    Attributes:
-        name: what the two halves of an engine call it: `[a-z0-9][a-z0-9-]{0,19}`.
-        path: where it lies at the source, absolute.
-        always: files, relative to it, whose contents are compared in the freeze whatever their
-            times say: those that are mapped shared and writable.
-        first: carried once, before the trees that are not, if the destination has a place for it.
-            `SourceHalf.stage` makes it just before, so that its path need not exist until then.
-    """
-
-    name: str
-    path: str
-    always: tuple[str, ...] = ()
-    first: bool = False
-
-    def __post_init__(self) -> None:
-        if not TREE_NAME.fullmatch(self.name):
-            raise ValueError(f"malformed name of a tree: {self.name!r}")
-        if not Path(self.path).is_absolute() or "\0" in self.path:
-            raise ValueError(f"the path of a tree is not absolute: {self.path!r}")
-        for path in self.always:
-            parts = Path(path).parts
-            if not parts or parts[0] == "/" or ".." in parts or "\0" in path:
-                raise ValueError(f"not a path within a tree: {path!r}")
 
 
 def trees_to_carry(

@@ -18,8 +18,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from phaul_runtime.cutover.journal import Journal
+from phaul_runtime.engine.targets import TREE_NAME
 from phaul_runtime.errors import DestinationError, PhaulError, Refused
-from phaul_runtime.files.tree_sender import INSTALL_RSYNC, TREE_NAME, rsync_environment
+from phaul_runtime.files.tree_sender import INSTALL_RSYNC, rsync_environment
 from phaul_runtime.memory.image_dirs import mounts_below, remove_tree
 from phaul_runtime.system import proc
 from phaul_runtime.system.filemark import Mark, mark_of

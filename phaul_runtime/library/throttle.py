@@ -16,8 +16,8 @@ from types import TracebackType
 from typing import Any
 
 from phaul_runtime.errors import PhaulError, Refused
-from phaul_runtime.preflight.host_facts import boot_id
 from phaul_runtime.system.cgroup import below
+from phaul_runtime.system.host import boot_id
 
 ROOT = Path("/sys/fs/cgroup")
 PERIOD_US = 100_000

@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 
 from phaul_runtime.memory.fill_plan import PAGE
-from phaul_runtime.preflight.host_facts import filesystem_of, memory_available
+from phaul_runtime.system.host import filesystem_of, memory_available
 
 # What is allocated at a time: pages that come meanwhile wait so long.
 _PIECE = 1 << 20

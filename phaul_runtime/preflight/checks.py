@@ -13,7 +13,7 @@ from typing import Protocol
 
 from phaul_runtime.criu.page_format import OTHER_RECEIVER, unknown_format
 from phaul_runtime.criu.session import Criu
-from phaul_runtime.engine.interface import OK, REFUSED, WARNING, Finding
+from phaul_runtime.engine.findings import OK, REFUSED, WARNING, Finding
 from phaul_runtime.errors import CheckFailed, MigrationFailed, UsageError
 from phaul_runtime.events import Checked, Listener
 from phaul_runtime.files.tree_sender import INSTALL_RSYNC

@@ -16,10 +16,9 @@ from phaul_runtime.cutover import orphans
 from phaul_runtime.errors import PhaulError
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.system import proc
-from phaul_runtime.system.pathwalk import who_else
+from phaul_runtime.system.host import boot_id, filesystem_of, memory_available
+from phaul_runtime.system.pathwalk import private_problem
 
-# The version of the control channel's protocol; client and agent must agree.
-PROTOCOL = 9
 CPUINFO = "cpuinfo.img"
 
 
@@ -47,32 +46,12 @@ def gather_facts(workdir: str, state_dir: str, criu: Criu) -> pb.HostFacts:
     return facts
 
 
-def boot_id() -> str:
-    """What tells one boot of this kernel from another, and one kernel from another."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-
-
 def one_host(here: pb.HostFacts, there: pb.HostFacts) -> bool:
     """Whether both are of one host: a pid names the same process for both.
 
     Hosts of namespaces share a kernel, and so its boot_id, but not their pids.
     """
     return (here.boot_id, here.pid_namespace) == (there.boot_id, there.pid_namespace)
-
-
-def memory_available() -> int:
-    """Bytes that new work can have without swapping, as the kernel estimates."""
-    return _meminfo().get("MemAvailable", 0) * 1024
-
-
-def _meminfo() -> dict[str, int]:
-    """/proc/meminfo, KiB by name."""
-    values = {}
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        name, _, rest = line.partition(":")
-        if rest.split():
-            values[name] = int(rest.split()[0])
-    return values
 
 
 def _add_cpu(facts: pb.HostFacts) -> None:
@@ -88,7 +67,7 @@ def _add_cpu(facts: pb.HostFacts) -> None:
 
 def _add_workdir(facts: pb.HostFacts) -> None:
     path = Path(facts.workdir)
-    facts.workdir_problem = _private_problem(path)
+    facts.workdir_problem = private_problem(path)
     if not facts.workdir_problem:
         usage = os.statvfs(path)
         facts.workdir_free = usage.f_bavail * usage.f_frsize
@@ -97,30 +76,9 @@ def _add_workdir(facts: pb.HostFacts) -> None:
 
 def _add_state_dir(facts: pb.HostFacts) -> None:
     path = Path(facts.state_dir)
-    facts.state_problem = _private_problem(path)
+    facts.state_problem = private_problem(path)
     if not facts.state_problem:
         facts.state_fs = filesystem_of(path)
-
-
-def _private_problem(path: Path) -> str:
-    """Why a directory cannot be made, or be trusted; empty if it is private and can be used."""
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        return f"{error.strerror}"
-    return who_else(str(path))
-
-
-def filesystem_of(path: Path) -> str:
-    """The type of the file system that holds `path`, as `tmpfs`; empty if unknown."""
-    best, kind = "", ""
-    resolved = str(path.resolve())
-    for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines():
-        _source, mount_point, fs_type, *_ = line.split(" ")
-        inside = mount_point in ("/", resolved) or resolved.startswith(mount_point + "/")
-        if inside and len(mount_point) >= len(best):
-            best, kind = mount_point, fs_type
-    return kind
 
 
 def _add_criu(facts: pb.HostFacts, criu: Criu) -> None:

@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,19 +16,28 @@ import grpc
 from phaul_runtime import __version__
 from phaul_runtime.cutover.cutover import Held, Running
 from phaul_runtime.cutover.states import Role, Settled, Standing, State, Verdict
+from phaul_runtime.engine.findings import Finding
+from phaul_runtime.engine.targets import FileFact, FileVerdict, Tree
 from phaul_runtime.errors import Cancelled, ChannelError, MigrationFailed, PhaulError, StillUnderWay
 from phaul_runtime.events import Listener
 from phaul_runtime.files.compare import gather
-from phaul_runtime.files.staged_files import FileSender
-from phaul_runtime.files.tree_sender import Tree, TreeSender
+from phaul_runtime.files.staged_files import FilePart, FileSender
+from phaul_runtime.files.tree_sender import TreeSender
 from phaul_runtime.library.api import PhaulRemote
 from phaul_runtime.memory.image_dirs import image_files
-from phaul_runtime.preflight.host_facts import PROTOCOL
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.rpc import phaul_pb2_grpc
-from phaul_runtime.rpc.codec import MAX_MESSAGE, PAGES, VERSION_KEY, from_wire
+from phaul_runtime.rpc.codec import (
+    fact_to_wire,
+    finding_from_wire,
+    from_wire,
+    part_to_wire,
+    verdict_from_wire,
+)
+from phaul_runtime.rpc.protocol import MAX_MESSAGE, PROTOCOL, VERSION_KEY
 from phaul_runtime.system.cancel import Cancellation
 from phaul_runtime.transport.base import Channel
+from phaul_runtime.transport.preamble import PAGES
 
 _Reply = TypeVar("_Reply", bound=Any)
 _MESSAGE = MAX_MESSAGE // 2
@@ -148,10 +157,17 @@ class RemoteAgent(PhaulRemote):
         facts: pb.HostFacts = self._call(self._stub.Hello.future, request, self._call_s).facts
         return facts
 
-    def check(self, request: pb.CheckRequest) -> pb.CheckReply:
-        """Hold a target against the destination; changes nothing there."""
+    def check(
+        self, request: pb.CheckRequest, files: Iterable[FileFact] = ()
+    ) -> tuple[list[Finding], list[FileVerdict]]:
+        """Hold a target against the destination; changes nothing there.
+
+        Returns:
+            What was found, and which of `files` differ.
+        """
+        request.files.extend(map(fact_to_wire, files))
         reply: pb.CheckReply = self._call(self._stub.Check.future, request, self._prepare_s)
-        return reply
+        return [*map(finding_from_wire, reply.findings)], [*map(verdict_from_wire, reply.files)]
 
     def open(
         self,
@@ -310,21 +326,22 @@ class RemoteAgent(PhaulRemote):
 
     # -- files and the cut-over (`cutover.Destination`) ------------------------------------
 
-    def carry_files(self, facts: Iterable[pb.FileFact], differing: Iterable[str]) -> FileSender:
+    def carry_files(self, facts: Iterable[FileFact], differing: Iterable[str]) -> FileSender:
         """While the target runs: stage the files that differ, remember the others."""
-        self._sender = FileSender(self._id, facts, differing)
+        self._sender = FileSender(facts, differing)
         self._copy_files = True
         self._put(self._sender.first())
         self._staged = self._sender.bytes
         return self._sender
 
-    def watch_files(self, facts: Iterable[pb.FileFact]) -> None:
+    def watch_files(self, facts: Iterable[FileFact]) -> None:
         """Files are not to be copied: refuse in the freeze if one was changed meanwhile."""
-        self._sender = FileSender(self._id, facts, ())
+        self._sender = FileSender(facts, ())
         self._copy_files = False
 
-    def _put(self, parts: Iterator[pb.FilePart]) -> None:
-        self._call(self._stub.PutFiles.future, parts, self._prepare_s)
+    def _put(self, parts: Iterable[FilePart]) -> None:
+        messages = (part_to_wire(part, self._id) for part in parts)
+        self._call(self._stub.PutFiles.future, messages, self._prepare_s)
 
     def carry_first(self, tree: Tree, listener: Listener) -> tuple[int, dict[str, str]]:
         """While the target runs: carry a tree that goes first, and let the engine there have it.
@@ -418,7 +435,7 @@ class RemoteAgent(PhaulRemote):
         self._put(self._sender.again(changed))
         return self._sender.files, self._sender.bytes - self._staged
 
-    def _refuse_changed(self, changed: list[pb.FileFact]) -> None:
+    def _refuse_changed(self, changed: list[FileFact]) -> None:
         facts = [fact for fact in (gather(c.path) for c in changed) if fact is not None]
         differing = self.check(pb.CheckRequest(files=facts)).files
         if differing:

@@ -1,7 +1,11 @@
-"""What client and agent agree on beside phaul.proto: names, sizes, errors as messages."""
+"""Our values as messages of phaul.proto, and back: errors, findings, facts of files."""
 
 from __future__ import annotations
 
+from dataclasses import fields
+
+from phaul_runtime.engine.findings import Finding
+from phaul_runtime.engine.targets import FileFact, FileVerdict, User
 from phaul_runtime.errors import (
     CriuError,
     DestinationError,
@@ -11,20 +15,9 @@ from phaul_runtime.errors import (
     Refused,
     StillUnderWay,
 )
+from phaul_runtime.files.staged_files import FilePart
 from phaul_runtime.printable import encodable
 from phaul_runtime.rpc import phaul_pb2 as pb
-
-# The agent's two sockets, in its socket directory.
-CONTROL = "control.sock"
-MEMORY = "memory.sock"
-# A memory connection begins with the migration's id, a tree's with that and the tree's name; then
-# what was done to the stream, if anything was; padded to this length.
-ID_BYTES = 96
-# In the place of a tree's name: the pages of a post-copy move.
-PAGES = "@pages"
-ZSTD = "+zstd"
-# Of the control channel; streams send parts of 1 MiB.
-MAX_MESSAGE = 8 << 20
 
 # Errors that keep their meaning on the other side; any other is the destination's failure.
 _KINDS: dict[str, type[PhaulError]] = {
@@ -35,9 +28,6 @@ _KINDS: dict[str, type[PhaulError]] = {
     "OutcomeUnknown": OutcomeUnknown,
     "JournalDamaged": JournalDamaged,
 }
-# In the metadata of every call: PROTOCOL of hostfacts.
-VERSION_KEY = "phaul-protocol"
-
 # gRPC's own limit for a message is 4 MiB; a log's end is enough.
 _LOG_TEXT = 256 << 10
 # What is taken of an error that the other side tells, characters and lines.
@@ -73,3 +63,59 @@ def from_wire(message: pb.Error, host: str) -> PhaulError:
         return CriuError(said, hint=hint, host=host, log=log, log_text=log_text)
     kind = _KINDS.get(message.kind, DestinationError)
     return kind(said, hint=hint, host=host, log=log)
+
+
+def finding_to_wire(finding: Finding) -> pb.Finding:
+    """What a check here found."""
+    return pb.Finding(
+        check=finding.check, level=finding.level, text=finding.text, hint=finding.hint
+    )
+
+
+def finding_from_wire(message: pb.Finding) -> Finding:
+    """What a check there found."""
+    return Finding(message.check, message.level, message.text, message.hint)
+
+
+# By the same names in both.
+_FACT_FIELDS = tuple(field.name for field in fields(FileFact) if field.name != "user")
+
+
+def fact_to_wire(fact: FileFact) -> pb.FileFact:
+    """What the destination has to know of a file."""
+    message = pb.FileFact(**{name: getattr(fact, name) for name in _FACT_FIELDS})
+    if fact.user is not None:
+        user = pb.FileUser(uid=fact.user.uid, gid=fact.user.gid, groups=fact.user.groups)
+        message.user.CopyFrom(user)
+    return message
+
+
+def fact_from_wire(message: pb.FileFact) -> FileFact:
+    """What the source says of a file; nothing in it is checked."""
+    fact = FileFact(**{name: getattr(message, name) for name in _FACT_FIELDS})
+    fact.held_by = tuple(message.held_by)
+    if message.HasField("user"):
+        fact.user = User(message.user.uid, message.user.gid, tuple(message.user.groups))
+    return fact
+
+
+def verdict_to_wire(verdict: FileVerdict) -> pb.FileVerdict:
+    """How a file differs here."""
+    return pb.FileVerdict(path=verdict.path, reason=verdict.reason, copyable=verdict.copyable)
+
+
+def verdict_from_wire(message: pb.FileVerdict) -> FileVerdict:
+    """How a file differs there."""
+    return FileVerdict(message.path, message.reason, message.copyable)
+
+
+def part_to_wire(part: FilePart, migration_id: str) -> pb.FilePart:
+    """A piece of a stream of files."""
+    head = None if part.head is None else fact_to_wire(part.head)
+    return pb.FilePart(id=migration_id, head=head, offset=part.offset, data=part.data)
+
+
+def part_from_wire(message: pb.FilePart) -> FilePart:
+    """A piece of a stream of files, as it came."""
+    head = fact_from_wire(message.head) if message.HasField("head") else None
+    return FilePart(head, message.offset, message.data)

@@ -20,16 +20,9 @@ from phaul_runtime.cutover.freezer import FACT as HOLD
 from phaul_runtime.cutover.freezer import Hold, check_hold
 from phaul_runtime.cutover.journal import Journal, forget_old
 from phaul_runtime.cutover.states import Role, State, Verdict
-from phaul_runtime.engine.interface import (
-    OK,
-    REFUSED,
-    WARNING,
-    Engine,
-    Finding,
-    Inspection,
-    SourceHalf,
-    load_engine,
-)
+from phaul_runtime.engine.findings import OK, REFUSED, WARNING, Finding
+from phaul_runtime.engine.interface import Engine, Inspection, SourceHalf, load_engine
+from phaul_runtime.engine.targets import FileVerdict, Tree
 from phaul_runtime.errors import (
     MigrationFailed,
     OutcomeUnknown,
@@ -52,7 +45,7 @@ from phaul_runtime.events import (
     guarded,
     nobody,
 )
-from phaul_runtime.files.tree_sender import STAGED, Tree, trees_to_carry
+from phaul_runtime.files.tree_sender import STAGED, trees_to_carry
 from phaul_runtime.hooks.lifecycle import ON_ROLLBACK, PRE_FREEZE, Move, announce, move_of
 from phaul_runtime.library.api import PhaulConfig
 from phaul_runtime.library.client import POST_COPY, PRE_COPY, PhaulClient
@@ -246,7 +239,6 @@ class Migration:
         request = pb.CheckRequest(
             engine=self.config.engine,
             manifest=json.dumps(self._manifest(inspection)).encode(),
-            files=() if self._same_host else inspection.files,
             memory=inspection.memory,
             cpuinfo=self._here.cpuinfo,
             same_host=self._same_host,
@@ -255,20 +247,19 @@ class Migration:
             source=self._here.hostname,
             restore=self.config.restore,
         )
-        reply = session.agent.check(request)
+        files = () if self._same_host else inspection.files
+        found, differing = session.agent.check(request, files)
         there = session.agent.name
-        findings += [
-            HostFinding(there, Finding(f.check, f.level, f.text, f.hint)) for f in reply.findings
-        ]
-        findings.append(HostFinding(there, self._files_finding(reply.files, inspection)))
+        findings += [HostFinding(there, finding) for finding in found]
+        findings.append(HostFinding(there, self._files_finding(differing, inspection)))
         if trees := self._trees_of(inspection):
             # Within one host they may be at their place already; the first may not be needed.
             needed = not self._same_host and not all(tree.first for tree in trees)
             for host, facts in ((HERE, self._here), (there, self._there)):
                 findings.append(HostFinding(host, check_rsync(facts, needed=needed)))
-        return findings, [verdict.path for verdict in reply.files]
+        return findings, [verdict.path for verdict in differing]
 
-    def _files_finding(self, verdicts: Sequence[pb.FileVerdict], inspection: Inspection) -> Finding:
+    def _files_finding(self, verdicts: Sequence[FileVerdict], inspection: Inspection) -> Finding:
         copy = self.config.filesystem.files == "copy"
         stuck = [v for v in verdicts if not (copy and v.copyable)]
         if stuck:

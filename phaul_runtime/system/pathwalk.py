@@ -142,6 +142,15 @@ def who_else(path: str) -> str:
         place = place.rpartition("/")[0] or "/"
 
 
+def private_problem(path: Path) -> str:
+    """Why a directory cannot be made, or be trusted; empty if it is private and can be used."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        return f"{error.strerror}"
+    return who_else(str(path))
+
+
 def _walk(opened: list[int], path: str) -> list[str]:
     """Open what is on the path; returns what is missing of it."""
     links = 0

@@ -12,7 +12,7 @@ from typing import Any
 
 from phaul_runtime.criu.session import Criu
 from phaul_runtime.engine.interface import Engine
-from phaul_runtime.files.tree_sender import Tree
+from phaul_runtime.engine.targets import Tree
 
 
 class NotConforming(AssertionError):

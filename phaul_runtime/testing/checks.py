@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from phaul_runtime.engine.interface import OK, REFUSED, WARNING, Finding, SourceHalf
+from phaul_runtime.engine.findings import OK, REFUSED, WARNING, Finding
+from phaul_runtime.engine.interface import SourceHalf
+from phaul_runtime.engine.targets import Tree
 from phaul_runtime.errors import Cancelled, DestinationError, NoSuchTarget, PhaulError, Refused
-from phaul_runtime.files.tree_sender import Tree
 from phaul_runtime.system.cancel import Cancellation
 from phaul_runtime.testing.bench import Bench, Move, as_json, read_line
 from phaul_runtime.testing.case import NotConforming, Place, expect

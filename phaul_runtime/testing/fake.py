@@ -25,17 +25,16 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from phaul_runtime.criu.session import Criu
+from phaul_runtime.engine.findings import OK, REFUSED, Finding
 from phaul_runtime.engine.interface import (
-    OK,
-    REFUSED,
     Claim,
     DestinationHalf,
     Engine,
-    Finding,
     Handover,
     Inspection,
     SourceHalf,
 )
+from phaul_runtime.engine.targets import Tree
 from phaul_runtime.errors import (
     DestinationError,
     MigrationFailed,
@@ -44,7 +43,6 @@ from phaul_runtime.errors import (
     Refused,
     TargetGone,
 )
-from phaul_runtime.files.tree_sender import Tree
 from phaul_runtime.library.api import Outcome, PhaulConfig, PhaulLocal
 from phaul_runtime.memory.image_dirs import RESUMED, new_directory, remove_tree
 from phaul_runtime.system import proc

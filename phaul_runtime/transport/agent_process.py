@@ -17,11 +17,11 @@ from pathlib import Path
 from phaul_runtime.cutover.journal import lock_directory
 from phaul_runtime.errors import ChannelError, DestinationUnreachable, Refused
 from phaul_runtime.memory.image_dirs import remove_tree
-from phaul_runtime.rpc.codec import CONTROL, MEMORY
 from phaul_runtime.system import proc
 from phaul_runtime.system.cancel import Cancellation
 from phaul_runtime.system.poll import readable
 from phaul_runtime.transport.base import Channel
+from phaul_runtime.transport.preamble import CONTROL, MEMORY
 
 READY = b"phaul-runtime agent ready"
 _LOADER = "error while loading shared libraries"

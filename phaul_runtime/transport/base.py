@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from phaul_runtime.errors import ChannelError, UsageError
-from phaul_runtime.rpc.codec import ID_BYTES
+from phaul_runtime.transport.preamble import ID_BYTES
 
 if TYPE_CHECKING:
     import socket

@@ -28,9 +28,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from phaul_runtime.errors import ChannelError, Refused
-from phaul_runtime.rpc.codec import ZSTD
 from phaul_runtime.transport.base import Channel
 from phaul_runtime.transport.handshake import cut, pour
+from phaul_runtime.transport.preamble import ZSTD
 
 if TYPE_CHECKING:
     from phaul_runtime.config.model import TransportConfig

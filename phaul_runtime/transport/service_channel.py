@@ -21,7 +21,6 @@ from phaul_runtime.config.peers import certificate_name
 from phaul_runtime.cutover.journal import lock_directory
 from phaul_runtime.errors import ChannelError, DestinationUnreachable, PhaulError, Refused
 from phaul_runtime.memory.image_dirs import remove_tree
-from phaul_runtime.rpc.codec import CONTROL as CONTROL_SOCKET
 from phaul_runtime.transport.base import Channel, Destination
 from phaul_runtime.transport.handshake import (
     CONTROL,
@@ -34,6 +33,7 @@ from phaul_runtime.transport.handshake import (
     greet,
 )
 from phaul_runtime.transport.mutual_tls import explain
+from phaul_runtime.transport.preamble import CONTROL as CONTROL_SOCKET
 from phaul_runtime.transport.tcp_push import Uncorked
 from phaul_runtime.transport.tls_relay import expose, join
 

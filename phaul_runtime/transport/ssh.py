@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phaul_runtime.errors import UsageError
-from phaul_runtime.rpc.codec import CONTROL, MEMORY
 from phaul_runtime.transport.agent_process import AgentProcess
 from phaul_runtime.transport.base import Channel, Destination, Transport, socket_directory
+from phaul_runtime.transport.preamble import CONTROL, MEMORY
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

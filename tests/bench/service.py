@@ -36,11 +36,10 @@ from phaul_runtime.destination import incoming as incoming_module
 from phaul_runtime.engine import DestinationHalf, Handover, SourceHalf
 from phaul_runtime.hooks.lifecycle import Hooks
 from phaul_runtime.library.api import Outcome, PhaulConfig
-from phaul_runtime.preflight.host_facts import PROTOCOL
 from phaul_runtime.recovery import resolve as settle_module
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.rpc import phaul_pb2_grpc
-from phaul_runtime.rpc.codec import VERSION_KEY
+from phaul_runtime.rpc.protocol import PROTOCOL, VERSION_KEY
 from phaul_runtime.source import migration as migration_module
 from phaul_runtime.source.migration import Migration
 from phaul_runtime.system.cancel import Cancellation

@@ -24,12 +24,12 @@ from phaul_runtime.hooks.lifecycle import Hooks, announce
 from phaul_runtime.memory.image_dirs import RESUMED
 from phaul_runtime.postcopy import page_channels as reach_module
 from phaul_runtime.postcopy.transfer import Transfer
-from phaul_runtime.preflight.host_facts import PROTOCOL
 from phaul_runtime.recovery import recover as recovery_module
 from phaul_runtime.recovery.recover import Recovery
 from phaul_runtime.recovery.resolve import Settler
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.rpc.client import RemoteAgent
+from phaul_runtime.rpc.protocol import PROTOCOL
 from phaul_runtime.source.migration import Migration
 from phaul_runtime.testing import Place
 from phaul_runtime.testing.bench import NoCriu

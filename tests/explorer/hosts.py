@@ -34,12 +34,12 @@ from phaul_runtime.hooks.lifecycle import Hooks
 from phaul_runtime.memory import image_dirs
 from phaul_runtime.postcopy import page_channels
 from phaul_runtime.postcopy.transfer import Transfer
-from phaul_runtime.preflight.host_facts import PROTOCOL
 from phaul_runtime.recovery import recover, resolve
 from phaul_runtime.recovery.recover import Recovery
 from phaul_runtime.rpc import client as remote_module
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.rpc import phaul_pb2_grpc
+from phaul_runtime.rpc.protocol import PROTOCOL
 from phaul_runtime.source import migration, session
 from phaul_runtime.source.migration import Migration
 from phaul_runtime.testing.bench import NoCriu

@@ -28,10 +28,10 @@ from phaul_runtime.errors import DestinationError, PhaulError
 from phaul_runtime.memory.fill_plan import LazyPlan, Runs
 from phaul_runtime.pager import CONTROL_SOCKET, LAZY_SOCKET
 from phaul_runtime.pager.client import PagerClient
-from phaul_runtime.preflight.host_facts import PROTOCOL
 from phaul_runtime.recovery import resolve as settle_module
 from phaul_runtime.rpc import phaul_pb2 as pb
-from phaul_runtime.rpc.codec import CONTROL, ID_BYTES, MAX_MESSAGE, MEMORY, VERSION_KEY
+from phaul_runtime.rpc.protocol import MAX_MESSAGE, PROTOCOL, VERSION_KEY
+from phaul_runtime.transport.preamble import CONTROL, ID_BYTES, MEMORY
 from tests.fuzz.mutation import EDGES, STRINGS, Random, mutated, worse
 from tests.fuzz.streams import page_session
 from tests.fuzz.target import Target, Uncaught

@@ -18,13 +18,13 @@ from phaul_runtime.criu.session import Criu, CriuFeatures, CriuVersion
 from phaul_runtime.cutover.journal import Journal, journal_path, migration_ids
 from phaul_runtime.cutover.states import Role, State
 from phaul_runtime.errors import ChannelError, PhaulError
-from phaul_runtime.preflight.host_facts import PROTOCOL
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.rpc import phaul_pb2_grpc
 from phaul_runtime.rpc.client import RemoteAgent
-from phaul_runtime.rpc.codec import CONTROL, ID_BYTES, MEMORY, VERSION_KEY
+from phaul_runtime.rpc.protocol import PROTOCOL, VERSION_KEY
 from phaul_runtime.system.cancel import Cancellation
 from phaul_runtime.transport import Channel
+from phaul_runtime.transport.preamble import CONTROL, ID_BYTES, MEMORY
 
 ID = "1f" * 8
 

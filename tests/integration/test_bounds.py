@@ -22,10 +22,9 @@ from phaul_runtime.cutover.states import State
 from phaul_runtime.destination.incoming import Incoming
 from phaul_runtime.engine import load_engine
 from phaul_runtime.hooks.lifecycle import Hooks
-from phaul_runtime.preflight.host_facts import PROTOCOL
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.rpc import phaul_pb2_grpc
-from phaul_runtime.rpc.codec import VERSION_KEY
+from phaul_runtime.rpc.protocol import PROTOCOL, VERSION_KEY
 from tests.integration import fakecriu
 from tests.integration.serving import Served, agent_behind, channel_to, serving, wait
 from tests.integration.test_tcp import HERE, THERE

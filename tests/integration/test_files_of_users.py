@@ -17,15 +17,15 @@ from phaul_engines.proctree import Tree, read_tree
 
 from phaul_runtime.cutover.journal import Journal
 from phaul_runtime.cutover.states import Role, State
+from phaul_runtime.engine.targets import FileFact, User
+from phaul_runtime.engine.targets import Tree as FileTree
 from phaul_runtime.errors import DestinationError, MigrationFailed, PhaulError
 from phaul_runtime.files.compare import InUse, compare, gather_all
-from phaul_runtime.files.identity import User, acting_as
-from phaul_runtime.files.staged_files import FileSender, FileStage
-from phaul_runtime.files.tree_sender import Tree as FileTree
+from phaul_runtime.files.identity import acting_as
+from phaul_runtime.files.staged_files import FilePart, FileSender, FileStage
 from phaul_runtime.files.tree_sender import _directory_of
 from phaul_runtime.files.tree_server import TreeServer
 from phaul_runtime.memory.image_dirs import remove_tree
-from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.system.pathwalk import make_directories, open_path, who_else, write_file
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="requires root: it works as others")
@@ -88,7 +88,7 @@ def target() -> Iterator[Callable[..., Tree]]:
         process.communicate()
 
 
-def facts_of(tree: Tree, *paths: Path) -> list[pb.FileFact]:
+def facts_of(tree: Tree, *paths: Path) -> list[FileFact]:
     wanted = {str(path) for path in paths}
     files = [file for file in tree.files.values() if file.path in wanted]
     facts = gather_all(InUse(file.path, file.use, file.known) for file in files)
@@ -96,17 +96,17 @@ def facts_of(tree: Tree, *paths: Path) -> list[pb.FileFact]:
     return facts
 
 
-def parts_of(*facts: pb.FileFact) -> list[pb.FilePart]:
-    return list(FileSender("ab" * 8, facts, [fact.path for fact in facts]).first())
+def parts_of(*facts: FileFact) -> list[FilePart]:
+    return list(FileSender(facts, [fact.path for fact in facts]).first())
 
 
-def feed(stage: FileStage, parts: list[pb.FilePart]) -> None:
+def feed(stage: FileStage, parts: list[FilePart]) -> None:
     for part in parts:
         stage.take(part)
     stage.end_stream()
 
 
-def verdicts(*facts: pb.FileFact) -> dict[str, tuple[str, bool]]:
+def verdicts(*facts: FileFact) -> dict[str, tuple[str, bool]]:
     return {Path(v.path).name: (v.reason, v.copyable) for v in compare(facts)}
 
 
@@ -310,7 +310,7 @@ def test_the_file_that_the_target_has_is_sent_whatever_has_its_name(
         target("f = open('f', 'w'); f.write('hello'); f.flush()", host / "home"),
         host / "home" / "f",
     )
-    sender = FileSender("ab" * 8, facts, [fact.path for fact in facts])
+    sender = FileSender(facts, [fact.path for fact in facts])
     user(swap.format(etc=host / "etc"), host / "home")
     parts = list(sender.first())
     assert b"".join(part.data for part in parts) == b"hello"
@@ -323,8 +323,8 @@ def test_of_a_file_that_was_written_anew_only_what_the_user_may_read_is_sent(
     path = host / "home" / "f"
     facts = facts_of(target("f = open('f', 'w')", host / "home"), path)
     for fact in facts:
-        fact.held_by[:] = ["/proc/self/fd/999"]  # closed by now
-    sender = FileSender("ab" * 8, facts, [str(path)])
+        fact.held_by = ["/proc/self/fd/999"]  # closed by now
+    sender = FileSender(facts, [str(path)])
     user("rm f; echo new > f", host / "home")
     assert b"".join(part.data for part in sender.first()) == b"new\n"
     path.unlink()

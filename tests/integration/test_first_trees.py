@@ -19,10 +19,11 @@ from phaul_runtime.criu.session import Criu
 from phaul_runtime.cutover.journal import Journal
 from phaul_runtime.cutover.states import Role, State, Verdict
 from phaul_runtime.engine import Inspection
+from phaul_runtime.engine.targets import Tree
 from phaul_runtime.errors import Cancelled, DestinationError, MigrationFailed, PhaulError
 from phaul_runtime.events import Staging, TreeProgress, TreeSynced, Warned
 from phaul_runtime.files import tree_sender as trees_module
-from phaul_runtime.files.tree_sender import STAGED, Tree
+from phaul_runtime.files.tree_sender import STAGED
 from phaul_runtime.hooks.lifecycle import Hooks
 from phaul_runtime.recovery import resolve as settle_module
 from phaul_runtime.recovery.resolve import Settler

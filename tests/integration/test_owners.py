@@ -13,11 +13,10 @@ from phaul_runtime.config.model import AgentConfig, TransportConfig
 from phaul_runtime.cutover.journal import Journal, read_records, replay
 from phaul_runtime.cutover.states import Role, State, Verdict
 from phaul_runtime.errors import DestinationUnreachable, PhaulError, Refused
-from phaul_runtime.preflight.host_facts import PROTOCOL
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.rpc import phaul_pb2_grpc
 from phaul_runtime.rpc.client import RemoteAgent
-from phaul_runtime.rpc.codec import VERSION_KEY
+from phaul_runtime.rpc.protocol import PROTOCOL, VERSION_KEY
 from phaul_runtime.transport import Channel
 from phaul_runtime.transport.certs import Host, add_hosts
 from tests.integration.fleet import Fleet
@@ -187,7 +186,7 @@ def test_a_host_lets_in_whom_it_likes(root: Path, fleet: Fleet) -> None:
                 ("runc", hooked, "hooks of its own"),
             ):
                 request = pb.CheckRequest(engine=engine, manifest=json.dumps(manifest).encode())
-                refused = [f.text for f in remote.check(request).findings if f.check == "allowed"]
+                refused = [f.text for f in remote.check(request)[0] if f.check == "allowed"]
                 assert [said in text for text in refused] == [True]
                 with pytest.raises(PhaulError, match=said):
                     remote.open(

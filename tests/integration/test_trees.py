@@ -26,18 +26,18 @@ from phaul_runtime.config.model import Config, CriuConfig, FilesystemConfig
 from phaul_runtime.criu.session import Criu
 from phaul_runtime.destination import incoming as incoming_module
 from phaul_runtime.engine import DestinationHalf, Engine, Finding, Inspection, SourceHalf
+from phaul_runtime.engine.targets import Tree
 from phaul_runtime.errors import Cancelled, DestinationError, MigrationFailed, PhaulError
 from phaul_runtime.events import Event, TreeSynced
 from phaul_runtime.files import tree_sender as trees_module
-from phaul_runtime.files.tree_sender import Tree
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.rpc.client import RemoteAgent
-from phaul_runtime.rpc.codec import CONTROL, ID_BYTES, MEMORY
 from phaul_runtime.source.migration import Migration
 from phaul_runtime.system import proc
 from phaul_runtime.system.cancel import Cancellation
 from phaul_runtime.transport import Channel
 from phaul_runtime.transport.handshake import cut, pour
+from phaul_runtime.transport.preamble import CONTROL, ID_BYTES, MEMORY
 from tests.processes import processes_with
 
 ID = "2e" * 8

@@ -17,23 +17,23 @@ from hypothesis import strategies as st
 
 from phaul_runtime.cutover.journal import Journal
 from phaul_runtime.cutover.states import Role, State
+from phaul_runtime.engine.targets import FileFact
 from phaul_runtime.errors import DestinationError
 from phaul_runtime.files.compare import Look, Use, build_id, compare, gather
 from phaul_runtime.files.in_use import changed_since
 from phaul_runtime.files.placing import Place
-from phaul_runtime.files.staged_files import BLOCK, FileSender, FileStage
-from phaul_runtime.rpc import phaul_pb2 as pb
+from phaul_runtime.files.staged_files import BLOCK, FilePart, FileSender, FileStage
 
 NewJournal = Callable[[], Journal]
 
 
-def fact_of(path: Path, *, written: bool = False, shared_map: bool = False) -> pb.FileFact:
+def fact_of(path: Path, *, written: bool = False, shared_map: bool = False) -> FileFact:
     fact = gather(str(path), use=Use(written=written, shared_map=shared_map))
     assert fact is not None
     return fact
 
 
-def verdict(fact: pb.FileFact) -> tuple[str, bool]:
+def verdict(fact: FileFact) -> tuple[str, bool]:
     found = compare([fact])
     return (found[0].reason, found[0].copyable) if found else ("", True)
 
@@ -85,7 +85,7 @@ def test_what_a_target_only_reads_is_carried_where_it_is_missing_and_never_repla
     path.write_text("theirs")
     fact = gather(str(path), use=how)
     assert fact is not None
-    parts = list(FileSender("1f", [fact], [str(path)]).first())
+    parts = list(FileSender([fact], [str(path)]).first())
     path.write_text("precious")
     reason, copyable = verdict(fact)
     assert "bytes there" in reason
@@ -105,7 +105,7 @@ def test_any_name_is_carried_and_put_back(
 ) -> None:
     path = tmp_path / name
     path.write_text("carried")
-    parts = list(FileSender("1f", [fact_of(path, written=True)], [str(path)]).first())
+    parts = list(FileSender([fact_of(path, written=True)], [str(path)]).first())
     path.write_text("precious")
     stage = FileStage(new_journal())
     feed(stage, parts)
@@ -188,7 +188,7 @@ def new_journal(tmp_path_factory: pytest.TempPathFactory) -> NewJournal:
     return new
 
 
-def feed(stage: FileStage, parts: list[pb.FilePart]) -> None:
+def feed(stage: FileStage, parts: list[FilePart]) -> None:
     for part in parts:
         stage.take(part)
     stage.end_stream()
@@ -199,7 +199,7 @@ def test_carried_whole_then_only_what_changed(tmp_path: Path, new_journal: NewJo
     path.parent.mkdir()
     path.write_bytes(b"a" * (2 * BLOCK) + b"end")
     path.chmod(0o640)
-    sender = FileSender("1f", [fact_of(path, written=True)], [str(path)])
+    sender = FileSender([fact_of(path, written=True)], [str(path)])
     stage = FileStage(new_journal())
     feed(stage, list(sender.first()))
     assert sender.bytes == 2 * BLOCK + 3
@@ -230,7 +230,7 @@ def test_undo_restores_what_was_there_and_removes_what_was_made(
     new.parent.mkdir(parents=True)
     new.write_text("carried too")
     facts = [fact_of(old, written=True), fact_of(new), fact_of(new.parent)]
-    sender = FileSender("1f", facts, [fact.path for fact in facts])
+    sender = FileSender(facts, [fact.path for fact in facts])
     parts = list(sender.first())
     old.write_text("precious")
     new.unlink()
@@ -257,7 +257,7 @@ def test_a_crash_between_the_two_names_of_a_file_is_undone(
 ) -> None:
     path = tmp_path / "conf"
     path.write_text("carried")
-    parts = list(FileSender("1f", [fact_of(path, written=True)], [str(path)]).first())
+    parts = list(FileSender([fact_of(path, written=True)], [str(path)]).first())
     path.write_text("precious")
     journal = new_journal()
     feed(FileStage(journal), parts)
@@ -273,12 +273,12 @@ def test_a_crash_between_the_two_names_of_a_file_is_undone(
 @pytest.mark.parametrize("path", ["relative", "/tmp/../etc/passwd", "/", ""])
 def test_unusable_paths_are_refused(path: str, new_journal: NewJournal) -> None:
     with pytest.raises(DestinationError):
-        FileStage(new_journal()).take(pb.FilePart(head=pb.FileFact(path=path)))
+        FileStage(new_journal()).take(FilePart(head=FileFact(path=path)))
 
 
 def test_contents_without_a_name_are_refused(new_journal: NewJournal) -> None:
     with pytest.raises(DestinationError):
-        FileStage(new_journal()).take(pb.FilePart(data=b"x"))
+        FileStage(new_journal()).take(FilePart(data=b"x"))
 
 
 @settings(max_examples=30, deadline=None)
@@ -288,7 +288,7 @@ def test_any_history_of_a_file_arrives(tmp_path_factory: pytest.TempPathFactory,
                                        versions: list[bytes]) -> None:  # fmt: skip
     path = tmp_path_factory.mktemp("history") / "file"
     path.write_bytes(versions[0])
-    sender = FileSender("1f", [fact_of(path, shared_map=True, written=True)], [str(path)])
+    sender = FileSender([fact_of(path, shared_map=True, written=True)], [str(path)])
     stage = FileStage(new_journal())
     feed(stage, list(sender.first()))
     for version in versions[1:]:

@@ -10,8 +10,9 @@ import pytest
 from phaul_runtime.cutover.journal import Journal
 from phaul_runtime.cutover.states import Role
 from phaul_runtime.engine import OK, REFUSED, WARNING
+from phaul_runtime.engine.targets import Tree
 from phaul_runtime.errors import DestinationError, MigrationFailed
-from phaul_runtime.files.tree_sender import Tree, rsync_environment, stats, trees_to_carry
+from phaul_runtime.files.tree_sender import rsync_environment, stats, trees_to_carry
 from phaul_runtime.files.tree_server import TreeServer, checked_arguments
 from phaul_runtime.memory.image_dirs import mounts_below
 from phaul_runtime.preflight.checks import check_rsync
