@@ -1,531 +1,137 @@
-"""The destination's service: control by gRPC, memory by a stream socket, both unix sockets.
+"""The agent as a service: one port, many migrations, until it is told to stop.
 
-Whoever may open the sockets may restore processes as root: they lie in a directory of mode 0700,
-and are reached from other hosts only through ssh, or through the port of `front`.
+What it has restored and been told to run outlives it: each restored tree, and each pager that still
+fills one, has a cgroup of its own (`cgroup`), and the unit ends only the service's main process.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
+import functools
+import hashlib
 import os
-import shutil
 import socket
-import threading
-import time
-from collections.abc import Callable, Iterator
-from concurrent import futures
-from dataclasses import asdict
+import ssl
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
 
-import grpc
-
-from phaul_runtime.agent.answers import answers
-from phaul_runtime.agent.streams import Streams
-from phaul_runtime.agent.turnstile import Turnstile
-from phaul_runtime.agent.watch import Watch, give_up
-from phaul_runtime.bounds import LONGEST_S, bounded, plain_text
-from phaul_runtime.config.peers import NOBODY, OWNER, Allowed, Callers, Peer
+from phaul_runtime.agent.server import Agent
+from phaul_runtime.config.model import AgentConfig
 from phaul_runtime.criu.session import Criu
-from phaul_runtime.cutover.journal import (
-    KEPT,
-    checked_id,
-    forget_old,
-    lock_directory,
-    read_records,
-    replay,
-)
-from phaul_runtime.cutover.states import Role, Settled, Standing, State, Verdict
-from phaul_runtime.destination.incoming import CANNOT_BE_LAZY, Incoming, checked_json
-from phaul_runtime.engine.findings import REFUSED, Finding
-from phaul_runtime.engine.interface import Claim, DestinationHalf, load_engine
-from phaul_runtime.errors import DestinationError, PhaulError, Refused, StillUnderWay
-from phaul_runtime.files.compare import compare
-from phaul_runtime.hooks.lifecycle import Hooks, Move
-from phaul_runtime.preflight.checks import check_cpu, check_hooks, check_space
-from phaul_runtime.preflight.host_facts import gather_facts
-from phaul_runtime.recovery.resolve import Settler
-from phaul_runtime.rpc import phaul_pb2 as pb
-from phaul_runtime.rpc import phaul_pb2_grpc
-from phaul_runtime.rpc.codec import fact_from_wire, finding_to_wire, part_from_wire, verdict_to_wire
-from phaul_runtime.rpc.protocol import MAX_MESSAGE, PROTOCOL
-from phaul_runtime.system import cgroup
-from phaul_runtime.system.threads import keep_doing
-from phaul_runtime.transport.image_proxy import restored
-from phaul_runtime.transport.preamble import CONTROL, ID_BYTES, MEMORY, PAGES, ZSTD
+from phaul_runtime.cutover import orphans
+from phaul_runtime.cutover.journal import KEPT, is_locked
+from phaul_runtime.errors import Refused, UsageError
+from phaul_runtime.hooks.lifecycle import Hooks
+from phaul_runtime.memory.image_dirs import remove_tree
+from phaul_runtime.transport.base import socket_directory
+from phaul_runtime.transport.handshake import parse_listen
+from phaul_runtime.transport.listener import Front, Secure
+from phaul_runtime.transport.mutual_tls import Credentials, as_server
+from phaul_runtime.transport.preamble import CONTROL
 
-log = logging.getLogger(__name__)
-
-Context = grpc.ServicerContext
-
-# Started as they are needed; a service may have many restores under way, and each keeps one. One
-# client gets no more than its share.
-_WORKERS, _SHARE = 1024, 256
-# A stream from which nothing has come for so long has ended.
-_SILENT_STREAM_S = 60.0
-# A worker waits no longer for who still works on a migration; who asks may ask again.
-_LOOK_S, _LOOK_AGAIN_S = 30.0, 1.0
-_PREAMBLE_S = 10.0
-_STOP_S = 5.0
-_ABORTS_AT_ONCE = 32
+# For hooks, and for the pagers of copies that have just begun to run.
+_SETTLE_S = 30.0
 
 
-class AgentService(phaul_pb2_grpc.AgentServicer):
-    """The calls of phaul.proto.
+class Service:
+    """An `Agent` behind a port.
 
     Args:
-        workdir: private directory for images.
+        config: its `listen` has the address.
+        workdir: private directory for images and the agent's sockets.
         state_dir: of the journals.
         criu: a session factory.
         hooks: of this host.
         history: how many settled migrations are remembered.
-        callers: who is behind a connection.
-        allowed: who may send what.
+
+    Raises:
+        UsageError: the address is malformed.
+        Refused: `tcp://` without `insecure`, or `tls://` without certificates.
     """
 
     def __init__(
         self,
+        config: AgentConfig,
         workdir: Path,
         state_dir: Path,
         criu: Criu,
         hooks: Hooks,
         *,
         history: int = KEPT,
-        callers: Callers | None = None,
-        allowed: Allowed | None = None,
     ) -> None:
-        self.turnstile = Turnstile(_SHARE)
-        self.streams = Streams(_SILENT_STREAM_S)
-        self._callers = callers or Callers(workdir)
-        self._allowed = allowed or Allowed()
-        self._workdir = workdir
-        self._history = history
-        self._hooks = hooks
-        self._state_dir = state_dir
-        self._criu = criu
-        self._settler = Settler(state_dir, workdir, criu, hooks)
-        self.heard = time.monotonic()
-        self._migrations: dict[str, Incoming] = {}
-        self._opening: set[str] = set()
-        self._closed = False
-        self._lock = threading.Lock()
-
-    def who(self, context: Context) -> Peer:
-        """Whose call it is."""
-        return self._callers.of(str(context.peer()))
-
-    def find(self, migration_id: str, peer: Peer = NOBODY) -> Incoming:
-        """The migration with that id, for whoever it belongs to.
-
-        Raises:
-            DestinationError: there is none.
-            Refused: it is another one's.
-        """
-        with self._lock:
-            found = self._migrations.get(checked_id(migration_id))
-        if found is None:
-            raise DestinationError(f"no migration {migration_id}")
-        peer.require(migration_id, found.owner)
-        return found
-
-    def _of(self, migration_id: str, context: Context) -> Incoming:
-        return self.find(migration_id, self.who(context))
-
-    def _require_ends(self, migration_id: str, peer: Peer) -> None:
-        """Refuse whoever owns not every end of a migration that this host has."""
-        if not peer.certificate:
-            return
-        for role in Role:
-            _, facts = replay(read_records(self._state_dir, migration_id, role))
-            if facts:
-                peer.require(migration_id, str(facts.get(OWNER, "")))
-
-    def all(self) -> list[Incoming]:
-        """All migrations of this agent."""
-        with self._lock:
-            return list(self._migrations.values())
-
-    def close(self) -> list[Incoming]:
-        """Open no more; returns all migrations. One that opens just now is put away by itself."""
-        with self._lock:
-            self._closed = True
-            return list(self._migrations.values())
-
-    def forget(self, silent_s: float) -> None:
-        """Drop what is over, and whose client has been silent for so long."""
-        with self._lock:
-            for migration in list(self._migrations.values()):
-                silent = time.monotonic() - migration.seen
-                if migration.over and silent > silent_s and migration.wait_settled(0):
-                    del self._migrations[migration.id]
-
-    @answers(pb.HelloReply)
-    def Hello(self, request: pb.HelloRequest, _context: Context) -> pb.HelloReply:  # noqa: D102, N802
-        facts = gather_facts(str(self._workdir), str(self._state_dir), self._criu)
-        return pb.HelloReply(protocol=PROTOCOL, facts=facts)
-
-    @answers(pb.CheckReply)
-    def Check(self, request: pb.CheckRequest, context: Context) -> pb.CheckReply:  # noqa: D102, N802
-        findings: list[Finding] = []
-        if request.engine:
-            for name, text in (("target", request.target), ("source", request.source)):
-                plain_text(name, text)
-            move = Move(
-                request.id, Role.DESTINATION, request.engine, request.target, request.source
+        if config.listen is None:
+            raise UsageError("no address to listen on", hint="--listen tls://0.0.0.0:7007")
+        self._workdir, self._state_dir = workdir, state_dir
+        self._scheme, self._host, self._port = parse_listen(config.listen)
+        if self._scheme == "tcp" and not config.insecure:
+            raise Refused(
+                "tcp:// lets whoever reaches the port restore processes as root",
+                hint="use tls://, or set agent.insecure: true",
             )
-            findings.extend(check_hooks(self._hooks, move))
-            half = _arriving(request.engine)
-            manifest = checked_json(request.manifest, "manifest")
-            try:
-                self._allowed.send(self.who(context), request.engine, lambda: half.claim(manifest))
-            except Refused as error:
-                findings.append(Finding("allowed", REFUSED, error.message, error.hint))
-            else:
-                findings.extend(half.check({**manifest, "same_host": request.same_host}))
-            if request.restore == "lazy" and not half.can_be_lazy:
-                findings.append(Finding("lazy-pages", REFUSED, CANNOT_BE_LAZY, "--restore auto"))
-        if request.memory:
-            facts = gather_facts(str(self._workdir), str(self._state_dir), self._criu)
-            findings.append(check_space(facts, request.memory))
-        if request.cpuinfo:
-            findings.append(check_cpu(str(self._workdir), self._criu, request.cpuinfo))
-        return pb.CheckReply(
-            findings=map(finding_to_wire, findings),
-            files=map(verdict_to_wire, compare(map(fact_from_wire, request.files))),
-        )
-
-    @answers(pb.OpenReply)
-    def Open(self, request: pb.OpenRequest, context: Context) -> pb.OpenReply:  # noqa: D102, N802
-        peer = self.who(context)
-        self._require_allowed(peer, request)
-        with self._lock:
-            if checked_id(request.id) in {*self._migrations, *self._opening}:
-                raise DestinationError(f"migration {request.id} is open already")
-            self._opening.add(request.id)
-        try:
-            # It may take its time, in which others are served.
-            incoming = Incoming.open(
-                request,
-                self._workdir,
-                self._state_dir,
-                self._criu,
-                self._hooks,
-                owner=peer.certificate,
+        # By its address, so that the next one finds what this one could not put away.
+        token = hashlib.sha256(config.listen.encode()).hexdigest()[:16]
+        self._sockets = socket_directory(str(workdir), token)
+        allowed = config.allowed()
+        if config.allow is not None and self._scheme == "tcp":
+            raise Refused(
+                "agent.allow is about certificates, and tcp:// has none", hint="use tls://"
             )
-            self._take_up(incoming)
-        finally:
-            with self._lock:
-                self._opening.discard(request.id)
-        forget_old(self._state_dir, self._history)
-        return pb.OpenReply(trees=_places(incoming))
-
-    def _require_allowed(self, peer: Peer, request: pb.OpenRequest) -> None:
-        def claim() -> Claim | None:
-            return _arriving(request.engine).claim(checked_json(request.manifest, "manifest"))
-
-        self._allowed.send(peer, request.engine, claim)
-
-    @answers(pb.ArrivedReply)
-    def Arrived(self, request: pb.ArrivedRequest, context: Context) -> pb.ArrivedReply:  # noqa: D102, N802
-        incoming = self._of(request.id, context)
-        incoming.arrived(request.name)
-        return pb.ArrivedReply(trees=_places(incoming))
-
-    @answers(pb.StartIterReply)
-    def StartIter(self, request: pb.StartIterRequest, context: Context) -> pb.StartIterReply:  # noqa: D102, N802
-        migration = self._of(request.id, context)
-        if not request.local:
-            migration.start_iter()
-            return pb.StartIterReply()
-        maps = migration.start_local()
-        return pb.StartIterReply(
-            parent=[pb.ImagePart(name=name, data=data) for name, data in maps.items()]
-        )
-
-    @answers(pb.Done)
-    def StopIter(self, request: pb.MigrationRef, context: Context) -> None:  # noqa: D102, N802
-        self._of(request.id, context).stop_iter()
-
-    @answers(pb.Done)
-    def PutFiles(self, request: Iterator[pb.FilePart], context: Context) -> None:  # noqa: D102, N802
-        with self.streams.moving(request, context) as parts:
-            first = next(parts, None)
-            if first is not None:
-                self._of(first.id, context).put_files(map(part_from_wire, _chain(first, parts)))
-
-    @answers(pb.Done)
-    def PutImages(self, request: Iterator[pb.ImageParts], context: Context) -> None:  # noqa: D102, N802
-        with self.streams.moving(request, context) as parts:
-            first = next(parts, None)
-            if first is not None:
-                self._of(first.id, context).put_images(_chain(first, parts))
-
-    @answers(pb.PrepareReply)
-    def Prepare(self, request: pb.ImageParts, context: Context) -> pb.PrepareReply:  # noqa: D102, N802
-        return self._of(request.id, context).prepare(request.parts)
-
-    @answers(pb.CommitReply)
-    def Commit(self, request: pb.MigrationRef, context: Context) -> pb.CommitReply:  # noqa: D102, N802
-        return self._of(request.id, context).commit()
-
-    @answers(pb.Done)
-    def Abort(self, request: pb.MigrationRef, context: Context) -> None:  # noqa: D102, N802
-        self._of(request.id, context).abort()
-
-    @answers(pb.FilledReply)
-    def Filled(self, request: pb.MigrationRef, context: Context) -> pb.FilledReply:  # noqa: D102, N802
-        incoming = self._of(request.id, context)
-        if incoming.full_because:
-            return pb.FilledReply(over=True, full_because=incoming.full_because)
-        now = incoming.filled()
-        return pb.FilledReply() if now is None else pb.FilledReply(**asdict(now))
-
-    @answers(pb.BeatReply)
-    def Beat(self, request: pb.MigrationRef, context: Context) -> pb.BeatReply:  # noqa: D102, N802
-        return self._of(request.id, context).beat()
-
-    @answers(pb.LookReply)
-    def Look(self, request: pb.LookRequest, context: Context) -> pb.LookReply:  # noqa: D102, N802
-        wait_s = bounded("wait_s", request.wait_s, 0, LONGEST_S)
-        peer = self.who(context)
-        self._require_ends(request.id, peer)
-        reply = pb.LookReply()
-        mine = self._running(request.id)
-        deadline = time.monotonic() + min(wait_s, _LOOK_S)
-        for role, end in ((Role.SOURCE, reply.source), (Role.DESTINATION, reply.destination)):
-            if mine is not None and role is Role.DESTINATION:
-                end.CopyFrom(pb.End(state=mine.state.value))
-                continue
-            standing = self._look(request.id, role, deadline, context)
-            if standing is not None:
-                end.CopyFrom(
-                    pb.End(state=standing.state.value, alive=standing.alive, held=standing.held)
-                )
-        return reply
-
-    def _look(
-        self, migration_id: str, role: Role, deadline: float, context: Context
-    ) -> Standing | None:
-        """As `Settler.look`; nothing is waited for on behalf of a client that has left."""
-        while True:
-            left = deadline - time.monotonic()
-            try:
-                return self._settler.look(migration_id, role, wait_s=min(left, _LOOK_AGAIN_S))
-            except StillUnderWay:
-                if left <= _LOOK_AGAIN_S or not context.is_active():
-                    raise
-
-    @answers(pb.SettleReply)
-    def Settle(self, request: pb.SettleRequest, context: Context) -> pb.SettleReply:  # noqa: D102, N802
-        try:
-            role, verdict = Role(request.role), Verdict(request.verdict)
-        except ValueError as error:
-            raise DestinationError(f"malformed request: {error}") from error
-        self._require_ends(request.id, self.who(context))
-        mine = self._running(request.id)
-        if mine is not None and (role, verdict) == (Role.DESTINATION, Verdict.RUN):
-            mine.seen = time.monotonic()
-            settled = Settled(mine.commit().pid, missing=mine.missing)
-        else:
-            settled = self._settler.settle(request.id, role, verdict, self._take_up)
-        return pb.SettleReply(
-            pid=settled.pid,
-            warnings=settled.warnings,
-            post_copy=settled.missing is not None,
-            missing=settled.missing or 0,
-        )
-
-    def _running(self, migration_id: str) -> Incoming | None:
-        """A copy of this agent's own that misses pages: its client has come back."""
-        with self._lock:
-            found = self._migrations.get(migration_id)
-        if found is None or found.given_up or found.state is not State.POST_COPY:
-            return None
-        return found
-
-    def _take_up(self, incoming: Incoming) -> None:
-        """One that was opened, or a copy that runs and misses pages, which its source will bring.
-
-        Raises:
-            DestinationError: this agent ends.
-        """
-        with self._lock:
-            if not self._closed:
-                self._migrations[incoming.id] = incoming
-                return
-        incoming.abort(client_lost=True)
-        raise DestinationError("the agent ends")
-
-
-def _arriving(engine: str) -> DestinationHalf:
-    """An engine's half here with no options of its own: to ask it, not to move with it."""
-    found = load_engine(engine)
-    return found.destination(found.options_model(), criu_log_level=4, hold_s=1.0)
-
-
-def _places(incoming: Incoming) -> list[pb.TreePlace]:
-    return [
-        pb.TreePlace(name=name, path=os.fsencode(path)) for name, path in incoming.places.items()
-    ]
-
-
-_Part = TypeVar("_Part")
-
-
-def _chain(first: _Part, rest: Iterator[_Part]) -> Iterator[_Part]:
-    yield first
-    yield from rest
-
-
-class Agent:
-    """Sockets, threads and the watch over lost clients around an `AgentService`.
-
-    Args:
-        sockets: directory for the two sockets; created with mode 0700, removed by `stop`.
-        workdir: private directory for images, one below it for each migration.
-        state_dir: of the journals.
-        criu: a session factory.
-        hooks: of this host.
-        on_lost: called once a client was given up: what was started for it may end.
-        history: how many settled migrations are remembered.
-        allowed: who may send what; those who reach the sockets themselves may send everything.
-    """
-
-    def __init__(
-        self,
-        sockets: Path,
-        workdir: Path,
-        state_dir: Path,
-        criu: Criu,
-        *,
-        on_lost: Callable[[], object] = lambda: None,
-        hooks: Hooks | None = None,
-        history: int = KEPT,
-        allowed: Allowed | None = None,
-    ) -> None:
-        self._sockets = sockets
-        self._on_lost = on_lost
-        self.callers = Callers(sockets)
-        self.service = AgentService(
+        self._agent = Agent(
+            self._sockets,
             workdir,
             state_dir,
             criu,
-            hooks or Hooks(),
+            hooks=hooks,
             history=history,
-            callers=self.callers,
             allowed=allowed,
         )
-        self._made = False
-        self._lock = -1
-        self._workdir = workdir
-        self._server = grpc.server(
-            futures.ThreadPoolExecutor(_WORKERS, thread_name_prefix="call"),
-            options=[("grpc.max_receive_message_length", MAX_MESSAGE)],
+        secure: Secure | None = None
+        if self._scheme == "tls":
+            credentials = Credentials(config.ca, config.cert, config.key)
+            credentials.load(ssl.PROTOCOL_TLS_SERVER)
+            secure = functools.partial(as_server, credentials)
+        self._front = Front(
+            self._sockets / CONTROL,
+            self._agent.callers,
+            self._agent.take_stream,
+            allowed.enter,
+            secure,
         )
-        phaul_pb2_grpc.add_AgentServicer_to_server(self.service, self._server)
-        self._stopping = threading.Event()
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
 
-    def start(self) -> None:
-        """Listen on both sockets.
+    def start(self) -> str:
+        """Listen; returns the address with the port that it has.
 
         Raises:
-            Refused: the directories cannot be made or the sockets not be bound; nothing is left.
+            Refused: another one does, or something cannot be made.
         """
+        # What an agent left that was killed, or that left a pager at work: a pager has what it
+        # needs open.
+        orphans.sweep(self._workdir, self._state_dir)
+        if self._sockets.exists():
+            if is_locked(self._sockets):
+                raise Refused("another agent serves this address", hint=f"it has {self._sockets}")
+            remove_tree(self._sockets)
+        self._agent.start()
         try:
-            self._workdir.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._sockets.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._sockets.mkdir(mode=0o700)
-            self._made = True
-            self._lock = lock_directory(self._sockets)
-            self._listener.bind(str(self._sockets / MEMORY))
-            self._listener.listen()
-            self._server.add_insecure_port(f"unix:{self._sockets / CONTROL}")
-        except (OSError, RuntimeError) as error:
-            self._leave()
-            raise Refused(f"cannot listen in {self._sockets}: {error}") from error
-        # Of trees and pagers that ended while no agent was there.
-        cgroup.sweep()
-        self._server.start()
-        keep_doing("accept", self._accept, self._stopping)
-        Watch(self.service, self._on_lost, self._stopping).start()
-
-    def stop(self, *, settle_within_s: float | None = None) -> None:
-        """Discard what was not committed, and go; what was committed runs on. Idempotent.
-
-        Args:
-            settle_within_s: how long to wait for pagers whose copies still miss pages, to put away
-                the images after them; None for as long as it takes. A pager goes on by itself.
-        """
-        self._stopping.set()
-        with futures.ThreadPoolExecutor(_ABORTS_AT_ONCE, thread_name_prefix="abort") as pool:
-            for migration in self.service.close():
-                pool.submit(give_up, migration)
-        self._server.stop(_STOP_S).wait(_STOP_S)
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._leave()
-        deadline = time.monotonic() + (settle_within_s or 0)
-        for migration in self.service.all():
-            left = None if settle_within_s is None else max(0.0, deadline - time.monotonic())
-            if not migration.wait_settled(left):
-                log.warning("%s: left to its pager; its images are put away later", migration.id)
-
-    def _leave(self) -> None:
-        """Give up the sockets and their directory; idempotent."""
-        self._listener.close()
-        if self._made:
-            shutil.rmtree(self._sockets, ignore_errors=True)
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
-
-    def _accept(self) -> None:
-        try:
-            channel, _ = self._listener.accept()
-        except OSError:
-            if self._stopping.is_set():
-                return
+            port = self._front.start(self._host, self._port)
+        except Refused:
+            self._agent.stop()
             raise
-        threading.Thread(target=self.take_stream, args=(channel,), daemon=True).start()
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        return f"{self._scheme}://{host}:{port}"
 
-    def take_stream(self, channel: socket.socket, peer: Peer = NOBODY) -> None:
-        """Hand a connection to the migration that it names: for memory, a tree, or late pages.
+    def stop(self) -> None:
+        """Discard what was not committed, and go; what was committed runs on. Idempotent."""
+        self._front.stop()
+        self._agent.stop(settle_within_s=_SETTLE_S)
 
-        It has to be the peer's.
 
-        Returns once it is handed over, or has ended; never raises.
-        """
-        try:
-            deadline = time.monotonic() + _PREAMBLE_S
-            name = b""
-            while len(name) < ID_BYTES:
-                channel.settimeout(max(0.001, deadline - time.monotonic()))
-                data = channel.recv(ID_BYTES - len(name))
-                if not data:
-                    raise DestinationError("the memory channel closed before it named a migration")
-                name += data
-            channel.settimeout(None)
-            words = name.decode("ascii", "replace").split()
-            migration = self.service.find(words.pop(0) if words else "", peer)
-            if words[-1:] == [ZSTD]:
-                words.pop()
-                try:
-                    channel = restored(channel)
-                except Refused as error:
-                    migration.refuse_memory(error)
-                    raise
-            tree = " ".join(words)
-            if tree == PAGES:
-                migration.serve_pages(channel)
-            elif tree:
-                migration.serve_tree(tree, channel)
-            else:
-                migration.connect_memory(channel)
-        except (OSError, PhaulError) as error:
-            log.warning("memory channel refused: %s", error)
-            channel.close()
-        except Exception:
-            log.exception("memory channel failed")
-            channel.close()
+def notify(state: str, environment: Mapping[str, str] = os.environ) -> None:
+    """Tell systemd, if it asked to be told: `READY=1`, `STOPPING=1`."""
+    address = environment.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel, contextlib.suppress(OSError):
+        channel.sendto(state.encode(), address)

@@ -7,14 +7,11 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+from phaul_runtime.agent.calls import AgentService
 from phaul_runtime.destination.incoming import Incoming
 from phaul_runtime.system import logs
 from phaul_runtime.system.threads import attempt, keep_doing
-
-if TYPE_CHECKING:
-    from phaul_runtime.agent.service import AgentService
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from typing import Any
 import click
 
 from phaul_runtime import __version__
-from phaul_runtime.agent.listen import Service, notify
-from phaul_runtime.agent.service import Agent
+from phaul_runtime.agent.server import Agent
+from phaul_runtime.agent.service import Service, notify
 from phaul_runtime.cli.agentmetrics import agent_hooks
 from phaul_runtime.cli.logoptions import set_up_logs
 from phaul_runtime.cli.outlet import show

@@ -21,15 +21,14 @@ import contextlib
 import json
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from phaul_runtime.boundedjson import read_json
 from phaul_runtime.errors import PhaulError
 from phaul_runtime.pager import CONTROL_SOCKET
 from phaul_runtime.pager.criu_socket import accept, listen
-
-if TYPE_CHECKING:
-    from phaul_runtime.pager.loop import Pager
+from phaul_runtime.pager.poller import Poller
+from phaul_runtime.pager.verify import Verified
 
 # Twenty bytes for each process of a tree.
 _MOST = 1 << 22
@@ -41,13 +40,30 @@ _NO_REQUEST = (
 )  # fmt: skip
 
 
+class Asked(Protocol):
+    """What the requests are about: `loop.Pager`."""
+
+    def plan(self, path: str) -> str:
+        """Take a plan; what is wrong with it, or nothing."""
+
+    def verify(self, pids: Mapping[int, int]) -> Verified:
+        """See that all that is planned can be served."""
+
+    def stop(self) -> str:
+        """End; why not, or nothing."""
+
+    def status(self) -> dict[str, object]:
+        """How far it is."""
+
+
 class Control:
-    """The listening socket and whoever is connected."""
+    """The listening socket and the connected clients."""
 
     name = CONTROL_SOCKET
 
-    def __init__(self, pager: Pager) -> None:
+    def __init__(self, pager: Asked, poller: Poller) -> None:
         self._pager = pager
+        self._poller = poller
         self.listener = listen(CONTROL_SOCKET)
         self._clients: dict[int, bytearray] = {}
         self._waiting: set[int] = set()
@@ -68,7 +84,7 @@ class Control:
         client = accept(fd)
         if client >= 0:
             self._clients[client] = bytearray()
-            self._pager.watch(client, self._hear)
+            self._poller.watch(client, self._hear)
 
     def reserve_result(self, name: str) -> None:
         """Have room for the result while there is some: the images may fill the file system."""
@@ -110,7 +126,7 @@ class Control:
         if not data or len(kept) > _MOST:
             del self._clients[fd]
             self._waiting.discard(fd)
-            self._pager.close(fd)
+            self._poller.close(fd)
             return
         *lines, rest = kept.split(b"\n")
         self._clients[fd] = bytearray(rest)

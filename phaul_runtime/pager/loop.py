@@ -33,19 +33,14 @@ MADV_GUARD_INSTALL and MADV_GUARD_REMOVE are not announced; a page that was miss
 back with what it held. Another: a forked child's MADV_WIPEONFORK area gets what its parent missed
 there, instead of zeros.
 
-Before CRIU has finished only faults are served: the restorer may touch lazy memory, but until a
-task has registered its areas, a page of them cannot be told from one that is gone. Afterwards the
-rest is filled in pieces of `CHUNK`: a fault waits for one piece at most. A fault brings `WINDOW`.
-
-A page that comes over the network (`remote`) is filled once it is here, and so is who waits for it.
-Nothing of that is known to one of the two alone: what is here stands in the map, who waits in the
-journal, and the socket on which more is announced is in the table.
+How faults are answered and pages filled is in `filling`. Nothing of what comes over the network is
+known to one of the two alone: the pages that are here stand in the map, the faults that wait for
+more in the journal, and the socket on which more is announced is in the table.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -53,7 +48,7 @@ import resource
 import select
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from phaul_runtime.errors import DestinationError, PhaulError
@@ -65,33 +60,42 @@ from phaul_runtime.pager import (
     fork_twin,
     uffd,
 )
-from phaul_runtime.pager.account import Fate
 from phaul_runtime.pager.control import Control
+from phaul_runtime.pager.filling import Filler
 from phaul_runtime.pager.missing_ranges import Space
-from phaul_runtime.pager.network_pages import ASK_MS, Remote, Sweep, Waiting, found_missing
+from phaul_runtime.pager.network_pages import ASK_MS
 from phaul_runtime.pager.plan_files import Source
-from phaul_runtime.pager.shared_log import Board, Journal, Kind
-from phaul_runtime.pager.task import Task, Tasks
+from phaul_runtime.pager.poller import Poller
+from phaul_runtime.pager.shared_log import (
+    CLEAN,
+    DONE,
+    FAULTS,
+    FINISHED_NS,
+    HEIR,
+    KEEPER,
+    LAST_NS,
+    LISTENING,
+    PLANS,
+    RUNNING,
+    STAGE,
+    STOPPED,
+    TAKEN_OVER,
+    WORKER,
+    WORST_NS,
+    Board,
+    Journal,
+    Kind,
+)
+from phaul_runtime.pager.task import Task
 from phaul_runtime.pager.uffd import PAGE
 from phaul_runtime.pager.verify import Verified, verify
 
-CHUNK = 128 * PAGE
-WINDOW = 32 * PAGE
 GRACE_S = 30.0
-_EVENTS_AT_ONCE = 16
 _TICK_MS = 1000
-_BACK_OFF_MS = 1
-_TROUBLE_MS = 100
 _RETRY_S = 1.0
-# Who waits for the network is asked now and then whether it still lives.
-_ALIVE_S = 1.0
 # A twin that has read the plan itself is made when the freeze is over.
 _RENEW_S = 1.0
 
-# Words of the board.
-STAGE, HEIR, WORKER, KEEPER, CLEAN = range(5)
-FINISHED_NS, LAST_NS, FAULTS, WORST_NS, PLANS, TAKEN_OVER = range(5, 11)
-WAITING, LISTENING, RUNNING, DONE, STOPPED = range(5)
 _NAMES = ("waiting", "listening", "filling", "done", "stopped")
 
 
@@ -109,33 +113,25 @@ class Pager:
     """
 
     def __init__(self, *, grace_s: float = GRACE_S, keep: bool = True, pause_ms: int = 0) -> None:
-        self._pause_ms = pause_ms
         self._grace_s = grace_s
         self._keep = keep
         self._board = Board()
         self._source: Source | None = None
         self._plans = 0
         self._renew_at = math.inf
-        self._tasks = Tasks(self._look_again)
         self._pid = 0
-        self._deferred: list[tuple[int, int, int]] = []
-        self._waiting = Waiting()
-        self._sweep = Sweep()
-        self._ask_alive_at = 0.0
         self._connection = -1
         # From the start: a restore may be begun before the plan is here, it is heard only then.
         self._listener = criu_socket.listen(LAZY_SOCKET)
         self._self_fd = self._keeper_fd = -1
         self._generation = 0
         self._stopping = False
-        self._trouble = ""
         self._retry_at = 0.0
-        self._back_off_ms = 0
-        self._looked_ns = 0
         self._owned_at = time.monotonic()
-        self._poll = select.poll()
-        self._handlers: dict[int, Callable[[int], None]] = {}
-        self._control = Control(self)
+        self._poller = Poller()
+        self._filler = Filler(self._board, self._poller, pause_ms)
+        self._tasks = self._filler.tasks
+        self._control = Control(self, self._poller)
         self._control.reserve_result(RESULT_FILE)
 
     # -- life ------------------------------------------------------------------------------
@@ -161,8 +157,7 @@ class Pager:
         self._finish()
 
     def _begin(self, inherited: bool) -> None:
-        self._handlers.clear()
-        self._poll = select.poll()
+        self._poller.clear()
         known = self._control.forget()
         if inherited:
             self._board[TAKEN_OVER] += 1
@@ -173,18 +168,18 @@ class Pager:
         self._self_fd = os.pidfd_open(os.getpid())
         self._board[WORKER] = os.getpid()
         if inherited:
-            self._adopt({*known, self._self_fd, self._listener, self._waiting.fd})
-        self.watch(self._control.listener, self._control.accept)
-        self.watch(self._waiting.fd, self._waiting.heard)
+            self._adopt({*known, self._self_fd, self._listener, self._filler.waiting.fd})
+        self._poller.watch(self._control.listener, self._control.accept)
+        self._poller.watch(self._filler.waiting.fd, self._filler.waiting.heard)
         if self._connection >= 0:
-            self.watch(self._connection, self._hear)
+            self._poller.watch(self._connection, self._hear)
         elif self._board[STAGE] == LISTENING:
             if self._tasks or self._pid:
                 self._reset()
             else:
-                self.watch(self._listener, self._accept)
+                self._poller.watch(self._listener, self._accept)
         for index, task in enumerate(self._tasks):
-            self._watch_task(index, task)
+            self._filler.watch_task(index, task)
         self.renew()
 
     def _know_plan(self) -> None:
@@ -195,13 +190,17 @@ class Pager:
         since = time.monotonic()
         while self._plans != self._board[PLANS]:
             try:
-                self._source = Source(Path(self._board.path))
+                self._take(Source(Path(self._board.path)))
                 self._plans = self._board[PLANS]
             except (PhaulError, OSError):
                 late = time.monotonic() - since > self._grace_s
                 if self._board[STAGE] < RUNNING and late:
                     raise
                 time.sleep(_RETRY_S)
+
+    def _take(self, source: Source) -> None:
+        self._source = source
+        self._filler.remote = source.remote
 
     def _replay(self) -> None:
         """Do in memory what the dead one did since this one was born."""
@@ -211,7 +210,7 @@ class Pager:
             if kind == Kind.EVENT:
                 if body[0] == uffd.EVENT_PAGEFAULT:
                     address = uffd.ADDRESS.unpack_from(body)[0] & -PAGE
-                    self._deferred.append((index, address, record.since or now))
+                    self._filler.deferred.append((index, address, record.since or now))
                 else:
                     self._tasks.apply(index, body)
             elif kind == Kind.SAID:
@@ -222,18 +221,11 @@ class Pager:
                 self._forget()
             else:
                 self._tasks.replay(record)
-        # Who does not wait for the network was answered by the dead one, or would have been now.
-        old = self._deferred + self._waiting.ended(self._tasks, self._remote)
-        self._deferred = [
-            (index, address, since if self._lacks(index, address) else now)
-            for index, address, since in old
-        ]
+        self._filler.inherit(now)
 
     def _forget(self) -> None:
-        self._tasks.forget()
-        self._pid, self._deferred = 0, []
-        self._waiting.clear()
-        self._sweep = Sweep()
+        self._filler.forget()
+        self._pid = 0
 
     @property
     def _journal(self) -> Journal:
@@ -242,16 +234,6 @@ class Pager:
     @_journal.setter
     def _journal(self, journal: Journal) -> None:
         self._tasks.journal = journal
-
-    def _look_again(self) -> None:
-        self._waiting.due = True
-
-    @property
-    def _remote(self) -> Remote | None:
-        return None if self._source is None else self._source.remote
-
-    def _lacks(self, index: int, address: int) -> bool:
-        return found_missing(self._remote, self._tasks[index].space, address) is not None
 
     def _adopt(self, known: set[int]) -> None:
         """Sort out the descriptors: what the dead one opened for itself is closed."""
@@ -283,7 +265,7 @@ class Pager:
         try:
             pid = fork_twin.clone()
         except OSError as error:
-            self._trouble = f"no twin: {error.strerror}"
+            self._filler.trouble = f"no twin: {error.strerror}"
             self._retry_at = time.monotonic() + _RETRY_S
             if not journal.full:
                 self._journal = journal
@@ -291,7 +273,7 @@ class Pager:
             # Better alone for a while than with an heir that does not know all.
             self._board[HEIR] = -1
             if before >= 0:
-                self._unwatch(before)
+                self._poller.unwatch(before)
                 fork_twin.end(before)
             self._keeper_fd = -1
             return
@@ -302,10 +284,10 @@ class Pager:
         self._board[KEEPER] = pid
         self._board[HEIR] = generation
         if before >= 0:
-            self._unwatch(before)
+            self._poller.unwatch(before)
             fork_twin.end(before)
         self._keeper_fd = os.pidfd_open(pid)
-        self.watch(self._keeper_fd, self._bereft)
+        self._poller.watch(self._keeper_fd, self._bereft)
 
     def _wait(self) -> None:
         """The twin: nothing but waiting for the other's death, as long as that takes."""
@@ -319,7 +301,7 @@ class Pager:
         raise _Inherited
 
     def _bereft(self, fd: int) -> None:
-        self._unwatch(fd)
+        self._poller.unwatch(fd)
         fork_twin.end(fd)
         self._keeper_fd = -1
         self.renew()
@@ -355,20 +337,6 @@ class Pager:
 
     # -- the loop --------------------------------------------------------------------------
 
-    def watch(self, fd: int, handler: Callable[[int], None]) -> None:
-        """Call `handler` whenever there is something to read."""
-        self._handlers[fd] = handler
-        self._poll.register(fd, select.POLLIN)
-
-    def _unwatch(self, fd: int) -> None:
-        if self._handlers.pop(fd, None) is not None:
-            self._poll.unregister(fd)
-
-    def close(self, fd: int) -> None:
-        """Close a watched descriptor."""
-        self._unwatch(fd)
-        os.close(fd)
-
     def _turn(self) -> None:
         running = self._board[STAGE] == RUNNING
         now = time.monotonic()
@@ -379,191 +347,21 @@ class Pager:
         ):
             self.renew()
         looked = time.monotonic_ns()
-        timeout = self._back_off_ms if running or self._deferred else _TICK_MS
-        if self._waiting:
-            timeout = 0 if self._waiting.due else min(timeout, ASK_MS)
-        ready = self._poll.poll(timeout)
+        filler = self._filler
+        timeout = filler.back_off_ms if running or filler.deferred else _TICK_MS
+        if filler.waiting:
+            timeout = 0 if filler.waiting.due else min(timeout, ASK_MS)
+        ready = self._poller.wait(timeout)
         if timeout:
             # It slept until now: what it finds has only just come.
-            looked = self._looked_ns = time.monotonic_ns()
-        self._back_off_ms = 0
-        for fd, _ in ready:
-            handler = self._handlers.get(fd)
-            if handler is not None:
-                handler(fd)
-        if self._deferred:
-            self._again()
-        self._look_at_remote()
-        self._looked_ns = looked
+            looked = filler.looked_ns = time.monotonic_ns()
+        filler.back_off_ms = 0
+        self._poller.call(ready)
+        filler.again()
+        filler.look_at_remote()
+        filler.looked_ns = looked
         if running:
-            self._fill()
-
-    def _watch_task(self, index: int, task: Task) -> None:
-        if task.fd >= 0:
-            self.watch(task.fd, lambda _fd: self._events(index, task))
-
-    def _events(self, index: int, task: Task) -> None:
-        """Read and answer what the kernel says of one task, a few words at a time."""
-        journal = self._journal
-        for _ in range(_EVENTS_AT_ONCE):
-            if task.fd < 0 or journal.full:
-                return
-            journal.expect(Kind.EVENT, index)
-            message = journal.message
-            try:
-                size = os.readv(task.fd, [message])
-            except BlockingIOError:
-                return
-            except OSError as error:
-                self._note_trouble("read", error.errno or 0)
-                return
-            if size != uffd.MESSAGE_SIZE:
-                return
-            if message[0] == uffd.EVENT_PAGEFAULT:
-                address = uffd.ADDRESS.unpack_from(message)[0] & -PAGE
-                self._board[FAULTS] += 1
-                if not self._fault(index, task, address, self._looked_ns):
-                    # Something else is to be read first, which must not go over it.
-                    journal.keep(self._looked_ns)
-            else:
-                body = bytes(message)
-                journal.keep()
-                fork = self._tasks.apply(index, body)
-                if fork >= 0:
-                    self._watch_task(fork, self._tasks[fork])
-
-    def _again(self) -> None:
-        deferred, self._deferred = self._deferred, []
-        for index, address, since in deferred:
-            if self._tasks[index].fd >= 0:
-                self._fault(index, self._tasks[index], address, since)
-        if self._deferred:
-            self._back_off_ms = max(self._back_off_ms, _BACK_OFF_MS)
-
-    def _look_at_remote(self) -> None:
-        """Answer those that do not wait for the network any more, ask for the others' pages."""
-        waiting = self._waiting
-        if waiting.due:
-            self._sweep.wake()
-            for index, address, since in waiting.ended(self._tasks, self._remote):
-                if self._tasks[index].fd >= 0:
-                    self._fault(index, self._tasks[index], address, since)
-        if waiting:
-            waiting.ask(self._tasks, self._remote)
-
-    def _fault(self, index: int, task: Task, address: int, since: int) -> bool:
-        """Answer a page fault or put it off; False if it is put off and was not before."""
-        if self._lacks(index, address):
-            return not self._waiting.add(index, address, since)
-        if self._answer(index, task, address):
-            self._answered(since)
-            return True
-        self._deferred.append((index, address, since))
-        return False
-
-    def _answered(self, since: int) -> None:
-        """Keep the longest that a fault can have waited: since before it was looked for."""
-        board = self._board
-        board[WORST_NS] = max(board[WORST_NS], time.monotonic_ns() - since)
-
-    def _answer(self, index: int, task: Task, address: int) -> bool:
-        """Answer a page fault; False if it has to wait."""
-        fd = task.fd
-        found = task.space.find(address)
-        if found is None:
-            code = uffd.zero(fd, address)
-        else:
-            size = found[0] - address
-            if size > PAGE:
-                most = WINDOW if self._board[STAGE] == RUNNING else PAGE
-                size = min(size, most)
-            if self._remote is not None and self._remote.holds(found[1]):
-                # At least its own page is here (`_fault`).
-                size = self._remote.here(found[1], size)
-            done, code = uffd.copy(fd, address, found[1], size)
-            if code == errno.ENOENT and size > PAGE:
-                # The run goes on in another area, or where none is any more.
-                done, code = uffd.copy(fd, address, found[1], PAGE)
-            if done:
-                self._tasks.settle(index, address, done, Fate.FILLED)
-                return True
-            if code == errno.EEXIST:
-                self._tasks.settle_present(index, address)
-            elif code == errno.ENOENT and not self._tasks.settle_absent(index, address):
-                return False
-        if not code:
-            return True
-        if code in (errno.EEXIST, errno.ENOENT):
-            # There already, or the area is gone: trying again tells who waits.
-            uffd.wake(fd, address)
-            return True
-        if code == errno.ESRCH:
-            self._end(index)
-            return True
-        if code != errno.EAGAIN:
-            self._note_trouble("fault", code)
-        return False
-
-    def _fill(self) -> None:
-        """One piece of what is missing and here."""
-        now = time.monotonic()
-        if not self._sweep.rest(now):
-            found = self._sweep.next(self._tasks, self._remote, now)
-            if found is not None:
-                index, start, end, source = found
-                if start < end:
-                    self._fill_task(index, start, min(CHUNK, end - start), source)
-                else:
-                    # Nothing is missing: no page that it faults on from now on needs us.
-                    self._end(index)
-                return
-        rest = self._sweep.rest(now)
-        if rest:
-            self._ask_alive(now)
-            if not self._deferred:
-                self._back_off_ms = math.ceil(rest * 1000)
-
-    def _ask_alive(self, now: float) -> None:
-        """Notice by a copy of nothing that a process has ended that only waits for the network."""
-        if self._remote is None or now < self._ask_alive_at:
-            return
-        self._ask_alive_at = now + _ALIVE_S
-        for index, task in enumerate(self._tasks):
-            if task.fd >= 0 and task.space:
-                address, _, _ = task.space.run(0)
-                _, code = uffd.copy(task.fd, address, self._remote.nowhere, PAGE)
-                if code == errno.ESRCH:
-                    self._end(index)
-
-    def _fill_task(self, index: int, start: int, size: int, source: int) -> None:
-        task = self._tasks[index]
-        while True:
-            done, code = uffd.copy(task.fd, start, source, size)
-            if code != errno.ENOENT or done or size == PAGE:
-                break
-            # The run goes on in another area: a copy must lie in one.
-            size = size // 2 & -PAGE
-        if done:
-            self._tasks.settle(index, start, done, Fate.FILLED)
-            self._back_off_ms = self._pause_ms
-        elif code == errno.EEXIST:
-            self._tasks.settle_present(index, start)
-        elif code == errno.ENOENT:
-            self._tasks.settle_absent(index, start)
-        elif code == errno.ESRCH:
-            self._end(index)
-        elif code == errno.EAGAIN:
-            self._back_off_ms = _BACK_OFF_MS
-        else:
-            self._note_trouble("copy", code)
-
-    def _note_trouble(self, what: str, code: int) -> None:
-        """The process waits for its page, which is better than a wrong one; try again."""
-        self._trouble = f"{what}: {os.strerror(code)}"
-        self._back_off_ms = _TROUBLE_MS
-
-    def _end(self, index: int) -> None:
-        self.close(self._tasks.end(index))
+            filler.fill()
 
     # -- CRIU ------------------------------------------------------------------------------
 
@@ -572,8 +370,8 @@ class Pager:
         if self._connection < 0 and self._board[STAGE] == LISTENING:
             self._connection = criu_socket.accept(fd)
             if self._connection >= 0:
-                self._unwatch(fd)
-                self.watch(self._connection, self._hear)
+                self._poller.unwatch(fd)
+                self._poller.watch(self._connection, self._hear)
 
     def _hear(self, fd: int) -> None:
         """Take all that CRIU has said so far."""
@@ -581,7 +379,7 @@ class Pager:
             try:
                 got = criu_socket.receive(fd, self._journal, self._pid > 0)
             except OSError as error:
-                self._trouble = f"CRIU's connection: {error.strerror}"
+                self._filler.trouble = f"CRIU's connection: {error.strerror}"
                 got = None
             if got is None:
                 break
@@ -591,10 +389,10 @@ class Pager:
             self._journal.keep()
             if handed:
                 self._handed(criu_socket.handed(body))
-                self._watch_task(len(self._tasks) - 1, self._tasks[-1])
+                self._filler.watch_task(len(self._tasks) - 1, self._tasks[-1])
             else:
                 self._said(criu_socket.said(body))
-        self.close(fd)
+        self._poller.close(fd)
         self._connection = -1
         if self._board[STAGE] != RUNNING:
             self._reset()
@@ -619,9 +417,9 @@ class Pager:
         self._forget()
         for task in tasks:
             if task.fd >= 0:
-                self.close(task.fd)
+                self._poller.close(task.fd)
         self._board[FAULTS] = self._board[WORST_NS] = 0
-        self.watch(self._listener, self._accept)
+        self._poller.watch(self._listener, self._accept)
 
     # -- the agent -------------------------------------------------------------------------
 
@@ -632,8 +430,8 @@ class Pager:
         new = Source(Path(path))
         if self._source is not None:
             self._source.close()
-        self._source = new
-        self.watch(self._listener, self._accept)
+        self._take(new)
+        self._poller.watch(self._listener, self._accept)
         self._plans += 1
         self._board.path = path
         # From here on the twin would read it too, if it had to.
@@ -661,8 +459,8 @@ class Pager:
             raise DestinationError("no restored tree is held")
         if left_out := sorted(self._source.pids - {task.pid for task in self._tasks}):
             raise DestinationError(f"CRIU has not handed over the memory of process {left_out[0]}")
-        found = verify(self._tasks, pids, self._remote)
-        self._waiting.want({(page, 1) for page in found.wants})
+        found = verify(self._tasks, pids, self._source.remote)
+        self._filler.waiting.want({(page, 1) for page in found.wants})
         return found
 
     def stop(self) -> str:
@@ -683,7 +481,7 @@ class Pager:
         state = "restoring" if stage == LISTENING and self._connection >= 0 else _NAMES[stage]
         tasks = [] if stage >= DONE else self._tasks
         missing = self._tasks.missing if tasks else 0
-        remote = self._remote if stage < DONE else None
+        remote = self._filler.remote if stage < DONE else None
         until = board[LAST_NS] or time.monotonic_ns()
         return {
             "state": state,
@@ -694,5 +492,5 @@ class Pager:
             "worst_fault_ms": round(board[WORST_NS] / 1e6, 3),
             "ms": round((until - board[FINISHED_NS]) / 1e6, 1) if board[FINISHED_NS] else 0.0,
             "pids": [board[WORKER], board[KEEPER]],
-            "trouble": self._trouble,
+            "trouble": self._filler.trouble,
         }

@@ -16,14 +16,11 @@ import os
 import socket
 import time
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from phaul_runtime.pager import ARRIVED_SOCKET, WANTED, WANTS_SOCKET
+from phaul_runtime.pager.missing_ranges import Space
+from phaul_runtime.pager.task import Task
 from phaul_runtime.pager.uffd import PAGE, libc
-
-if TYPE_CHECKING:
-    from phaul_runtime.pager.missing_ranges import Space
-    from phaul_runtime.pager.task import Task
 
 WINDOW = 32
 """Pages that a fault asks for."""

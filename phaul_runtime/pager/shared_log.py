@@ -40,6 +40,11 @@ _BODY_SIZE = _SIZE - _BODY
 _FRONT = _MOST_PATH = mmap.PAGESIZE
 _MOST_RESULT = 4 * mmap.PAGESIZE
 
+# Words of the board.
+STAGE, HEIR, WORKER, KEEPER, CLEAN = range(5)
+FINISHED_NS, LAST_NS, FAULTS, WORST_NS, PLANS, TAKEN_OVER = range(5, 11)
+WAITING, LISTENING, RUNNING, DONE, STOPPED = range(5)
+
 _mlock = libc.mlock
 _mlock.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 

@@ -14,8 +14,8 @@ from phaul_runtime.pager import uffd
 from phaul_runtime.pager.account import Account, Fate
 from phaul_runtime.pager.missing_ranges import Space
 from phaul_runtime.pager.shared_log import Journal, Kind, Record
+from phaul_runtime.pager.smaps import area_at
 from phaul_runtime.pager.uffd import PAGE
-from phaul_runtime.pager.verify import area_at
 
 
 @dataclass

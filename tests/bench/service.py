@@ -28,8 +28,8 @@ from typing import Any
 
 import grpc
 
-from phaul_runtime.agent import service as agent_module
-from phaul_runtime.agent.listen import Service
+from phaul_runtime.agent import calls as agent_module
+from phaul_runtime.agent.service import Service
 from phaul_runtime.config.model import AgentConfig, Config
 from phaul_runtime.criu.session import Criu
 from phaul_runtime.destination import incoming as incoming_module

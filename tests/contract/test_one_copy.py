@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from phaul_runtime.agent.service import AgentService
+from phaul_runtime.agent.calls import AgentService
 from phaul_runtime.cutover.cutover import CutOver, Running
 from phaul_runtime.cutover.journal import RUNS, Journal, read_records, replay
 from phaul_runtime.cutover.states import Role, State, Verdict

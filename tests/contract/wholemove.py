@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from phaul_runtime.agent import service as agent_module
-from phaul_runtime.agent.service import Agent
+from phaul_runtime.agent import calls as agent_module
+from phaul_runtime.agent.server import Agent
 from phaul_runtime.config.model import Config
 from phaul_runtime.destination import incoming as incoming_module
 from phaul_runtime.engine import DestinationHalf, Inspection, SourceHalf

@@ -20,8 +20,8 @@ from typing import Any
 import grpc
 import pytest
 
-from phaul_runtime.agent import service as agent_module
-from phaul_runtime.agent.service import AgentService
+from phaul_runtime.agent import calls as agent_module
+from phaul_runtime.agent.calls import AgentService
 from phaul_runtime.config.model import Config
 from phaul_runtime.cutover import cutover, journal, journal_file, journal_format
 from phaul_runtime.cutover.journal import Journal, journal_path, read_records, replay

@@ -18,8 +18,8 @@ import grpc
 from google.protobuf.message import DecodeError
 from pydantic import BaseModel, ConfigDict
 
-from phaul_runtime.agent import service as agent_module
-from phaul_runtime.agent.service import Agent
+from phaul_runtime.agent import calls as agent_module
+from phaul_runtime.agent.server import Agent
 from phaul_runtime.criu.page_format import PageFormat
 from phaul_runtime.criu.session import Criu
 from phaul_runtime.destination import incoming as incoming_module

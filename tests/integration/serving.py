@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from phaul_runtime.agent.listen import Service
+from phaul_runtime.agent.service import Service
 from phaul_runtime.config.model import AgentConfig, Config, TransportConfig
 from phaul_runtime.criu.session import Criu
 from phaul_runtime.hooks.lifecycle import Hooks

@@ -13,7 +13,7 @@ from typing import Any, cast
 import grpc
 import pytest
 
-from phaul_runtime.agent.service import Agent
+from phaul_runtime.agent.server import Agent
 from phaul_runtime.criu.session import Criu, CriuFeatures, CriuVersion
 from phaul_runtime.cutover.journal import Journal, journal_path, migration_ids
 from phaul_runtime.cutover.states import Role, State

@@ -15,7 +15,8 @@ from typing import Any
 import grpc
 import pytest
 
-from phaul_runtime.agent import service as agent_module
+from phaul_runtime.agent import calls as agent_module
+from phaul_runtime.agent import server
 from phaul_runtime.agent.streams import Streams
 from phaul_runtime.agent.turnstile import Turnstile
 from phaul_runtime.cutover.states import State
@@ -211,7 +212,7 @@ def test_one_client_gets_its_share_of_the_workers(
 
 
 def test_there_are_more_workers_than_one_client_gets() -> None:
-    assert agent_module._SHARE * 4 <= agent_module._WORKERS
+    assert agent_module.SHARE * 4 <= server.WORKERS
 
 
 def test_streams_that_move_are_left_alone() -> None:

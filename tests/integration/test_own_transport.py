@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from phaul_runtime.agent.service import Agent
+from phaul_runtime.agent.server import Agent
 from phaul_runtime.config.model import Config, TransportConfig
 from phaul_runtime.criu.session import Criu
 from phaul_runtime.errors import DestinationUnreachable

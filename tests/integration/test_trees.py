@@ -20,8 +20,8 @@ from typing import Any, Literal
 import pytest
 from pydantic import BaseModel
 
-from phaul_runtime.agent import service as agent_module
-from phaul_runtime.agent.service import Agent
+from phaul_runtime.agent import calls as agent_module
+from phaul_runtime.agent.server import Agent
 from phaul_runtime.config.model import Config, CriuConfig, FilesystemConfig
 from phaul_runtime.criu.session import Criu
 from phaul_runtime.destination import incoming as incoming_module

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from phaul_runtime.agent import service as agent_module
+from phaul_runtime.agent import calls as agent_module
 from phaul_runtime.config.model import AgentConfig, Config, TransportConfig
 from phaul_runtime.criu.page_format import PageFormat
 from phaul_runtime.criu.session import Criu

@@ -142,7 +142,7 @@ def test_json_as_people_write_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_what_others_wrote_is_read_in_one_place() -> None:
     """What is left is what we wrote ourselves, or has bounds of its own."""
-    ours = {"boundedjson.py", "journalformat.py", "client.py", "fakevictim.py", "bench.py",
+    ours = {"boundedjson.py", "journal_format.py", "client.py", "fakevictim.py", "bench.py",
             "checks.py", "fake.py"}  # fmt: skip
     found = [
         path.name

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from phaul_runtime.agent.service import Agent
+from phaul_runtime.agent.server import Agent
 from phaul_runtime.config.model import Config
 from phaul_runtime.errors import Cancelled, DestinationUnreachable, PhaulError, Refused
 from phaul_runtime.system.cancel import Cancellation

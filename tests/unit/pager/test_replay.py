@@ -12,7 +12,7 @@ import pytest
 
 from phaul_runtime.errors import DestinationError
 from phaul_runtime.memory.fill_plan import LazyPlan, Run, Runs
-from phaul_runtime.pager import criu_socket, loop, uffd
+from phaul_runtime.pager import criu_socket, shared_log, uffd
 from phaul_runtime.pager.account import Fate
 from phaul_runtime.pager.loop import Pager
 from phaul_runtime.pager.missing_ranges import Space
@@ -44,14 +44,14 @@ def message(event: int, *values: int) -> bytes:
 
 
 def test_a_fault_that_was_read_and_not_answered_is_answered(pager: Pager) -> None:
-    pager._tasks.add(Task(5, Space([P], [9 * P], [0])))
+    pager._filler.tasks.add(Task(5, Space([P], [9 * P], [0])))
     happens(pager, Kind.EVENT, 0, message(uffd.EVENT_PAGEFAULT, 0, 3 * P + 17, 0))
     pager._replay()
-    assert [fault[:2] for fault in pager._deferred] == [(0, 3 * P)]
+    assert [fault[:2] for fault in pager._filler.deferred] == [(0, 3 * P)]
 
 
 def test_all_that_the_process_did(pager: Pager) -> None:
-    pager._tasks.add(Task(5, Space([0], [16 * P], [0])))
+    pager._filler.tasks.add(Task(5, Space([0], [16 * P], [0])))
     pager._journal.settled(0, 0, P, Fate.FILLED)
     for event in (
         message(uffd.EVENT_UNMAP, 2 * P, 4 * P, 0),
@@ -64,7 +64,7 @@ def test_all_that_the_process_did(pager: Pager) -> None:
     # Read, not counted when the other died.
     happens(pager, Kind.EVENT, 1, message(uffd.EVENT_REMOVE, P, 2 * P, 0))
     pager._replay()
-    parent, child = pager._tasks
+    parent, child = pager._filler.tasks
     moved = (32 * P, 34 * P, 8 * P)
     assert parent.space.runs() == [
         (P, 2 * P, P),
@@ -84,19 +84,19 @@ def test_what_criu_had_said(pager: Pager) -> None:
     pager._journal.keep()
     happens(pager, Kind.SAID, 0, struct.pack("=i", criu_socket.FINISHED))
     pager._replay()
-    assert [task.fd for task in pager._tasks] == [9]
-    assert pager._board[loop.STAGE] == loop.RUNNING
+    assert [task.fd for task in pager._filler.tasks] == [9]
+    assert pager._board[shared_log.STAGE] == shared_log.RUNNING
 
 
 def test_what_ended_stays_so(pager: Pager) -> None:
-    pager._tasks.add(Task(5, Space([0], [P], [0])))
+    pager._filler.tasks.add(Task(5, Space([0], [P], [0])))
     pager._journal.note(Kind.ENDED, 0)
     pager._replay()
-    assert pager._tasks == [Task(-1, pager._tasks[0].space)]
-    assert not pager._tasks[0].space
+    assert pager._filler.tasks == [Task(-1, pager._filler.tasks[0].space)]
+    assert not pager._filler.tasks[0].space
     pager._journal.note(Kind.RESET, 0)
     pager._replay()
-    assert pager._tasks == []
+    assert pager._filler.tasks == []
 
 
 def numbers(pager: Pager) -> dict[str, object]:
@@ -110,14 +110,14 @@ def test_a_heir_has_counted_what_the_dead_one_had(pager: Pager, tmp_path: Path) 
 
     def give(pager: Pager) -> None:
         for fd, pid in ((5, 42), (6, 43)):
-            pager._tasks.add(Task(fd, Space([P], [17 * P], [0]), pid))
+            pager._filler.tasks.add(Task(fd, Space([P], [17 * P], [0]), pid))
 
     other = Pager()
     for each in (pager, other):
         give(each)
-    pager._tasks.settle(0, P, 3 * P, Fate.FILLED)
-    pager._tasks.settle(0, 4 * P, P, Fate.PRESENT)
-    pager._tasks.settle(0, 5 * P, P, Fate.FILLED)
+    pager._filler.tasks.settle(0, P, 3 * P, Fate.FILLED)
+    pager._filler.tasks.settle(0, 4 * P, P, Fate.PRESENT)
+    pager._filler.tasks.settle(0, 5 * P, P, Fate.FILLED)
     for event in (
         message(uffd.EVENT_UNMAP, 8 * P, 10 * P, 0),
         message(uffd.EVENT_FORK, 77),
@@ -127,14 +127,14 @@ def test_a_heir_has_counted_what_the_dead_one_had(pager: Pager, tmp_path: Path) 
         happens(pager, Kind.EVENT, 0, event)
         body = bytes(pager._journal.message)
         pager._journal.keep()
-        pager._tasks.apply(0, body)
-    pager._tasks.settle(2, 6 * P, P, Fate.UNSHARED)
-    pager._tasks.know(0, 4711)
+        pager._filler.tasks.apply(0, body)
+    pager._filler.tasks.settle(2, 6 * P, P, Fate.UNSHARED)
+    pager._filler.tasks.know(0, 4711)
     pager._journal.note(Kind.LATE, 0, 6 * P, 9 * P)
-    pager._tasks._late(0, 6 * P, 9 * P)
-    pager._tasks.settle_present(0, 6 * P)
-    pager._tasks.settle(0, 7 * P, P, Fate.GONE)
-    assert pager._tasks.end(1) == 6
+    pager._filler.tasks._late(0, 6 * P, 9 * P)
+    pager._filler.tasks.settle_present(0, 6 * P)
+    pager._filler.tasks.settle(0, 7 * P, P, Fate.GONE)
+    assert pager._filler.tasks.end(1) == 6
     other._journal = pager._journal
     other._replay()
     assert numbers(other) == numbers(pager)
@@ -151,13 +151,13 @@ def test_a_heir_has_counted_what_the_dead_one_had(pager: Pager, tmp_path: Path) 
         "unshared": 1,
         "lost": 2,
     }
-    assert [task.host for task in other._tasks] == [4711, 0, 0]
-    assert [task.late for task in other._tasks] == [[(6 * P, 9 * P)], [], []]
+    assert [task.host for task in other._filler.tasks] == [4711, 0, 0]
+    assert [task.late for task in other._filler.tasks] == [[(6 * P, 9 * P)], [], []]
 
 
 def test_of_a_failed_attempt_nothing_is_counted(pager: Pager) -> None:
-    pager._tasks.add(Task(5, Space([P], [17 * P], [0]), 42))
-    pager._tasks.settle(0, P, 3 * P, Fate.GONE)
+    pager._filler.tasks.add(Task(5, Space([P], [17 * P], [0]), 42))
+    pager._filler.tasks.settle(0, P, 3 * P, Fate.GONE)
     pager._journal.note(Kind.RESET, 0)
     pager._replay()
     assert numbers(pager) == {
@@ -176,17 +176,17 @@ def test_a_twin_that_only_has_to_leave_the_result_has_all_of_it(
 
     monkeypatch.setattr(os, "_exit", leave)
     board = pager._board
-    board[loop.STAGE] = loop.RUNNING
-    pager._tasks.add(Task(-1, Space([P], [4 * P], [0]), 42))
-    pager._tasks.settle(0, P, 3 * P, Fate.GONE)
+    board[shared_log.STAGE] = shared_log.RUNNING
+    pager._filler.tasks.add(Task(-1, Space([P], [4 * P], [0]), 42))
+    pager._filler.tasks.settle(0, P, 3 * P, Fate.GONE)
     with pytest.raises(SystemExit):
         pager._finish()
     left = Path("pager.json").read_text()
     assert (json.loads(left)["lost"], json.loads(left)["state"]) == (3, "done")
     Path("pager.json").unlink()
-    board[loop.CLEAN] = 0
+    board[shared_log.CLEAN] = 0
     # It was born before anything was restored, and reads no journal any more.
-    pager._tasks.forget()
+    pager._filler.tasks.forget()
     with pytest.raises(SystemExit):
         pager._finish()
     assert Path("pager.json").read_text() == left

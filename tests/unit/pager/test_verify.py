@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 from phaul_runtime.errors import DestinationError
-from phaul_runtime.pager import uffd, verify
+from phaul_runtime.pager import smaps, uffd
 from phaul_runtime.pager.missing_ranges import Space
 from phaul_runtime.pager.network_pages import Remote
+from phaul_runtime.pager.smaps import Area, areas
 from phaul_runtime.pager.task import Task
 from phaul_runtime.pager.uffd import PAGE as P
-from phaul_runtime.pager.verify import Area, Verified, Verifying, areas
+from phaul_runtime.pager.verify import Verified, Verifying
 
 HOST = 4711
 PRESENT, SWAPPED, SOFT_DIRTY = 1 << 63, 1 << 62, 1 << 55
@@ -90,7 +91,7 @@ class Kernel:
 @pytest.fixture
 def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
     made = Kernel(tmp_path / str(HOST))
-    monkeypatch.setattr(verify, "PROC", tmp_path)
+    monkeypatch.setattr(smaps, "PROC", tmp_path)
     monkeypatch.setattr(uffd, "register", made.register)
     return made
 
@@ -124,8 +125,8 @@ def test_areas_are_read(kernel: Kernel) -> None:
     kernel.area(4, 5, um=False)
     kernel.area(6, 9, private=False)
     assert areas(HOST) == kernel.areas
-    assert verify.area_at(HOST, 4 * P) == kernel.areas[1]
-    assert verify.area_at(HOST, 5 * P) is None
+    assert smaps.area_at(HOST, 4 * P) == kernel.areas[1]
+    assert smaps.area_at(HOST, 5 * P) is None
 
 
 def test_what_is_well_is_left_alone(kernel: Kernel) -> None:
