@@ -27,7 +27,7 @@ def agent_hooks(config: Config) -> Hooks:
     settings = config.metrics
     if not (settings.textfile or settings.listen):
         return hooks
-    from phaul_runtime import metrics  # noqa: PLC0415 - only where it is configured
+    from phaul_runtime.source import metrics  # noqa: PLC0415 - only where it is configured
 
     kept = metrics.Metrics(Path(settings.textfile) if settings.textfile else None)
     if settings.listen:
@@ -38,7 +38,7 @@ def agent_hooks(config: Config) -> Hooks:
 
 
 def _serve(kept: Metrics, listen: str) -> None:
-    from phaul_runtime import metrics  # noqa: PLC0415
+    from phaul_runtime.source import metrics  # noqa: PLC0415
 
     try:
         metrics.require()

@@ -31,6 +31,7 @@ from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.rpc.client import RemoteAgent
 from phaul_runtime.rpc.protocol import PROTOCOL
 from phaul_runtime.source.migration import Migration
+from phaul_runtime.source.outcome import Begun
 from phaul_runtime.testing import Place
 from phaul_runtime.testing.bench import NoCriu
 from phaul_runtime.testing.fake import FakeDestination, FakeLocal, FakeSource
@@ -472,9 +473,11 @@ def test_pages_that_nobody_can_serve_are_known_of_before_the_source_is_given_up(
     with Journal.create(tmp_path / "s", move.id, Role.SOURCE) as journal:
         agent: Any = None
         hold: Any = None
-        is_served = move._begin_pages(agent, journal, hold, tmp_path)
-        assert move._transfer is not None
-        move._transfer.stop()
+        source: Any = None
+        begun = Begun("fake web", source, journal)
+        is_served = move._begin_pages(agent, begun, hold, tmp_path)
+        assert begun.transfer is not None
+        begun.transfer.stop()
         with pytest.raises(MigrationFailed, match="process 11"):
             is_served()
 

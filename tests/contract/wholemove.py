@@ -24,6 +24,7 @@ from phaul_runtime.recovery import resolve as settle_module
 from phaul_runtime.report import MigrationReport
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.source import migration as migration_module
+from phaul_runtime.source import preflight
 from phaul_runtime.source import session as session_module
 from phaul_runtime.source.migration import Migration
 from phaul_runtime.testing import FakeCase, FakeEngine, Place
@@ -128,9 +129,9 @@ class WholeMove:
         engine = _Engine(self)
         for module in (migration_module, incoming_module, agent_module, settle_module):
             monkeypatch.setattr(module, "load_engine", lambda _: engine)
-        for module in (migration_module, agent_module):
+        for module in (preflight, agent_module):
             monkeypatch.setattr(module, "gather_facts", lambda *_: _FACTS)
-        monkeypatch.setattr(migration_module, "compare_hosts", lambda *_: [])
+        monkeypatch.setattr(preflight, "compare_hosts", lambda *_: [])
         monkeypatch.setattr(agent_module, "check_space", lambda *_: _finding())
         monkeypatch.setattr(incoming_module, "PhaulServer", _PageServer)
         monkeypatch.setattr(migration_module, "Criu", lambda *_, **__: NoCriu())

@@ -40,7 +40,7 @@ from phaul_runtime.rpc import client as remote_module
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.rpc import phaul_pb2_grpc
 from phaul_runtime.rpc.protocol import PROTOCOL
-from phaul_runtime.source import migration, session
+from phaul_runtime.source import migration, outcome, preflight, session
 from phaul_runtime.source.migration import Migration
 from phaul_runtime.testing.bench import NoCriu
 from tests.contract.wholemove import _PageServer
@@ -101,25 +101,21 @@ class Hosts:
         world, engine = self.world, ModelEngine(self.world)
         for module in (migration, incoming, agent_module, resolve):
             patch.setattr(module, "load_engine", lambda _: engine)
-        for module in (migration, incoming, agent_module, cutover, journal, remote_module):
+        for module in (migration, outcome, incoming, agent_module, cutover, journal, remote_module):
             patch.setattr(module, "time", world)
         facts = pb.HostFacts(hostname="here", boot_id="one", page_format=1)
-        for module in (migration, agent_module):
+        for module in (preflight, agent_module):
             patch.setattr(module, "gather_facts", lambda *_: facts)
         for module in (migration, recover):
             patch.setattr(module, "Criu", lambda *_, **__: NoCriu())
         for module in (migration, session, page_channels):
             patch.setattr(module, "load_transport", lambda _: self)
-        for name, value in {
-            "compare_hosts": lambda *_: [],
-            "check_lazy": lambda *_: _fine(),
-            "check_hold": lambda *_: _fine(),
-            "await_filled": lambda *_: None,
-            "Transfer": self._transfer,
-            "Hold": self._holds(),
-        }.items():
-            patch.setattr(migration, name, value)
-        for module in (recover, resolve, cutover):
+        patch.setattr(preflight, "compare_hosts", lambda *_: [])
+        patch.setattr(preflight, "check_lazy", lambda *_: _fine())
+        patch.setattr(preflight, "check_hold", lambda *_: _fine())
+        patch.setattr(migration, "await_filled", lambda *_: None)
+        patch.setattr(migration, "Transfer", self._transfer)
+        for module in (outcome, recover, resolve, cutover):
             patch.setattr(module, "Hold", self._holds())
         patch.setattr(recover, "Transfer", self._transfer)
         patch.setattr(recover, "attend", lambda agent, migration_id, _: agent.take_up(migration_id))

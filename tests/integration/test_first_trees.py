@@ -28,7 +28,9 @@ from phaul_runtime.hooks.lifecycle import Hooks
 from phaul_runtime.recovery import resolve as settle_module
 from phaul_runtime.recovery.resolve import Settler
 from phaul_runtime.rpc import phaul_pb2 as pb
+from phaul_runtime.source.carry import TreeCarrier
 from phaul_runtime.source.migration import Migration
+from phaul_runtime.source.preflight import Checked, Hosts
 from phaul_runtime.system.cancel import Cancellation
 from tests.integration.test_trees import (
     ID,
@@ -116,7 +118,7 @@ class ImageMove(Move):
         self.root = tmp_path
         (self.here / "x").write_text("x")
         self.half.calls.clear()
-        self.source = ImageSource(tmp_path / "staged", self.half.calls)
+        self.source: Any = ImageSource(tmp_path / "staged", self.half.calls)
         self.image = Tree("image", str(self.source.path), first=True)
 
     def destination(self, tmp_path: Path) -> FakeDestination:
@@ -130,11 +132,11 @@ class ImageMove(Move):
         found: Any = Migration(
             config, "web", self.told.append, id=MIGRATION, cancellation=self.cancellation
         )
-        found._source = self.source
-        found._options = Options()
-        found._here = found._there = pb.HostFacts(rsync=True, page_format=1)
-        found._same_host = True
         return found
+
+    def checked(self, inspection: Inspection) -> Checked:
+        facts = pb.HostFacts(rsync=True, page_format=1)
+        return Checked(Hosts(facts, facts, "b"), self.source, Options(), inspection)
 
     def run(self, rootfs: Literal["rsync", "shared"] = "rsync") -> PhaulError:
         """Move as far as that goes, and give up; returns why."""
@@ -146,13 +148,13 @@ class ImageMove(Move):
             open_memory=lambda: self.channel.open_memory(MIGRATION), cut_memory=lambda: None,
         )  # fmt: skip
         with pytest.raises(PhaulError) as caught:
-            migration._move(session, FakeEngine(self.half), inspection, [])
+            migration._move(session, FakeEngine(self.half), self.checked(inspection))
         self.reached = self.half.calls[:]
         self.carried = (self.there / "x").exists()
         if "cannot start no-such-criu" in str(caught.value):
             self.remote.sync_files()
         migration.roll_back(session, caught.value)
-        migration._journal.close()
+        migration._begun.journal.close()
         return caught.value
 
     def is_undone(self) -> None:
@@ -204,7 +206,6 @@ def test_it_is_made_and_taken_in_before_the_others_go(
 
 
 def test_its_bytes_count(move: ImageMove) -> None:
-    migration = move.migration()
     places = move.remote.open(
         MIGRATION,
         engine="fake",
@@ -217,7 +218,10 @@ def test_its_bytes_count(move: ImageMove) -> None:
         page_format=1,
     )
     with Journal.create(move.root / "state here", MIGRATION, Role.SOURCE) as journal:
-        sent = migration._carry_trees(move.remote, journal, [move.image], places)
+        carrier = TreeCarrier(
+            move.remote, move.source, journal, move.told.append, move.cancellation, same_host=True
+        )
+        sent = carrier.carry([move.image], places)
         assert journal.facts[STAGED] == ["image"]
     (synced,) = (event for event in move.told if isinstance(event, TreeSynced))
     assert sent == synced.bytes > 0
@@ -249,12 +253,11 @@ def test_without_its_place_another_tree_fails_the_move(move: ImageMove) -> None:
 
 def test_rsync_has_to_be_there_only_for_what_is_needed_for_sure(move: ImageMove) -> None:
     migration = move.migration()
-    migration._same_host = False
-    migration._here = migration._there = pb.HostFacts()
+    hosts = Hosts(pb.HostFacts(boot_id="1"), pb.HostFacts(boot_id="2"), "b")
     session: Any = SimpleNamespace(agent=move.remote)
     levels = []
     for trees in ([move.image], [move.image, Tree("rootfs", str(move.here))]):
-        found, _ = migration._target_findings(session, Inspection(1, 0, trees=trees))
+        found, _ = migration._of_target(session, hosts, move.source, Inspection(1, 0, trees=trees))
         levels.append({f.finding.level for f in found if f.finding.check == "rsync"})
     assert levels == [{"warning"}, {"refused"}]
 

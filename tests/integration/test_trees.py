@@ -33,6 +33,7 @@ from phaul_runtime.files import tree_sender as trees_module
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.rpc.client import RemoteAgent
 from phaul_runtime.source.migration import Migration
+from phaul_runtime.source.preflight import Checked, Hosts
 from phaul_runtime.system import proc
 from phaul_runtime.system.cancel import Cancellation
 from phaul_runtime.transport import Channel
@@ -314,10 +315,9 @@ def test_a_migration_carries_trees_before_memory(
         filesystem=FilesystemConfig(rootfs=rootfs),
     )  # fmt: skip
     migration: Any = Migration(config, "web", move.told.append, id="3f" * 8)
-    migration._source = FakeSource()
-    migration._options = Options()
-    migration._here = migration._there = pb.HostFacts(rsync=True, page_format=1)
-    migration._same_host = True
+    facts = pb.HostFacts(rsync=True, page_format=1)
+    hosts = Hosts(facts, facts, "b")
+    source: Any = FakeSource()
     (move.here / "x").write_text("x")
     inspection = Inspection(1, 0, trees=[Tree("rootfs", str(move.here))])
     session: Any = SimpleNamespace(
@@ -325,12 +325,12 @@ def test_a_migration_carries_trees_before_memory(
         agent=move.remote, make_workdir=lambda: tmp_path,
         open_memory=lambda: move.channel.open_memory(migration.id), cut_memory=lambda: None,
     )  # fmt: skip
-    found, _ = migration._target_findings(session, inspection)
+    found, _ = migration._of_target(session, hosts, source, inspection)
     checked = [f.host for f in found if f.finding.check == "rsync"]
     engine = FakeEngine(move.half)
     with pytest.raises(PhaulError, match="cannot start no-such-criu"):
-        migration._move(session, engine, inspection, [])
-    migration._journal.close()
+        migration._move(session, engine, Checked(hosts, source, Options(), inspection))
+    migration._begun.journal.close()
     assert move.half.manifest == {"rootfs": rootfs}
     assert checked == (["here", "b"] if rootfs == "rsync" else [])
     assert (move.there / "x").exists() == (rootfs == "rsync")

@@ -222,7 +222,7 @@ def test_the_other_host_has_another_criu(
 AGENT = """
 import sys
 from pathlib import Path
-from phaul_runtime.agent import service
+from phaul_runtime.agent import calls
 from phaul_runtime.destination import incoming
 from phaul_runtime.recovery import resolve
 from phaul_runtime.cli.main import cli
@@ -231,7 +231,7 @@ from tests.integration.test_whole_moves import Engine
 engine = Engine()
 engine.case = FakeCase(Path(sys.argv.pop(1)), engine)
 engine.case._count = int(sys.argv.pop(1))
-for module in (agent, incoming, settle):
+for module in (calls, incoming, resolve):
     module.load_engine = lambda _: engine
 cli()
 """

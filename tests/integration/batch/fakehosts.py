@@ -17,6 +17,7 @@ import random
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 HOSTS = Path(os.environ.get("FAKE_HOSTS", "/nonexistent"))
 FAILING = float(os.environ.get("FAKE_FAILING", "0"))
@@ -43,7 +44,7 @@ def phaul(argv: list[str]) -> None:
     from phaul_runtime.events import Committed, Frozen, MigrationStarted
     from phaul_runtime.recovery.recover import Recovered, Recovery
     from phaul_runtime.report import MigrationReport
-    from phaul_runtime.source import migration
+    from phaul_runtime.source import migration, outcome
     from phaul_runtime.transport import Destination
 
     host = os.environ["FAKE_HOST"]
@@ -64,7 +65,8 @@ def phaul(argv: list[str]) -> None:
         }  # fmt: skip
         state_dir = Path(self.config.state_dir)
         with Journal.create(state_dir, self.id, Role.SOURCE) as journal:
-            self._journal = journal
+            nothing: Any = None
+            self._begun = outcome.Begun(self.target, nothing, journal)
             journal.enter(State.ITERATING, **facts)
             try:
                 time.sleep(SECONDS * draw.uniform(0.5, 1.5))
