@@ -26,7 +26,9 @@ from phaul_runtime.cutover.journal import (
     replay,
 )
 from phaul_runtime.cutover.states import Role, Settled, Standing, State, Verdict
-from phaul_runtime.destination.incoming import CANNOT_BE_LAZY, Incoming, checked_json
+from phaul_runtime.destination.copy import CANNOT_BE_LAZY
+from phaul_runtime.destination.incoming import Incoming
+from phaul_runtime.destination.requests import checked_json
 from phaul_runtime.engine.findings import REFUSED, Finding
 from phaul_runtime.engine.interface import Claim, DestinationHalf, load_engine
 from phaul_runtime.errors import DestinationError, Refused, StillUnderWay
@@ -255,8 +257,8 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
     @answers(pb.FilledReply)
     def Filled(self, request: pb.MigrationRef, context: Context) -> pb.FilledReply:  # noqa: D102, N802
         incoming = self._of(request.id, context)
-        if incoming.full_because:
-            return pb.FilledReply(over=True, full_because=incoming.full_because)
+        if incoming.copy.lazy.why_not:
+            return pb.FilledReply(over=True, full_because=incoming.copy.lazy.why_not)
         now = incoming.filled()
         return pb.FilledReply() if now is None else pb.FilledReply(**asdict(now))
 
@@ -305,7 +307,7 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
         mine = self._running(request.id)
         if mine is not None and (role, verdict) == (Role.DESTINATION, Verdict.RUN):
             mine.seen = time.monotonic()
-            settled = Settled(mine.commit().pid, missing=mine.missing)
+            settled = Settled(mine.commit().pid, missing=mine.copy.missing)
         else:
             settled = self._settler.settle(request.id, role, verdict, self._take_up)
         return pb.SettleReply(
@@ -345,7 +347,8 @@ def _arriving(engine: str) -> DestinationHalf:
 
 def _places(incoming: Incoming) -> list[pb.TreePlace]:
     return [
-        pb.TreePlace(name=name, path=os.fsencode(path)) for name, path in incoming.places.items()
+        pb.TreePlace(name=name, path=os.fsencode(path))
+        for name, path in incoming.carried.places.items()
     ]
 
 

@@ -181,7 +181,7 @@ class Agent:
                 try:
                     channel = restored(channel)
                 except Refused as error:
-                    migration.refuse_memory(error)
+                    migration.memory.refuse(error)
                     raise
             tree = " ".join(words)
             if tree == PAGES:
@@ -189,7 +189,7 @@ class Agent:
             elif tree:
                 migration.serve_tree(tree, channel)
             else:
-                migration.connect_memory(channel)
+                migration.memory.connect(channel)
         except (OSError, PhaulError) as error:
             log.warning("memory channel refused: %s", error)
             channel.close()

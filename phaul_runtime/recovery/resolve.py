@@ -17,7 +17,8 @@ from phaul_runtime.cutover.freezer import Hold
 from phaul_runtime.cutover.journal import Journal, journal_path, read_records, replay, trusted
 from phaul_runtime.cutover.orphans import private_directories
 from phaul_runtime.cutover.states import Role, Settled, Standing, State, Verdict
-from phaul_runtime.destination.incoming import Incoming, may_run
+from phaul_runtime.destination.copy import may_run
+from phaul_runtime.destination.incoming import Incoming
 from phaul_runtime.engine.interface import SourceHalf, load_engine
 from phaul_runtime.errors import (
     JournalDamaged,
@@ -145,7 +146,7 @@ class Settler:
                 raise _elsewhere(journal.id)
             incoming.wait_settled()
         self._tidy(journal.id)
-        return Settled(pid=reply.pid, missing=incoming.missing)
+        return Settled(pid=reply.pid, missing=incoming.copy.missing)
 
     def settle_journal(self, journal: Journal, verdict: Verdict) -> Settled:
         """The same for a journal that the caller holds."""

@@ -205,7 +205,7 @@ def test_an_agent_that_alone_knows_keeps_what_runs(
 ) -> None:
     """Neither CRIU nor the disk could say it; then the client is gone, before hooks were told."""
     unsaid(monkeypatch)
-    monkeypatch.setattr("phaul_runtime.destination.incoming.note_resumed", lambda _: None)
+    monkeypatch.setattr("phaul_runtime.destination.copy.note_resumed", lambda _: None)
     monkeypatch.setattr(Incoming, "_settle_soon", lambda self: None)
     monkeypatch.setattr(Journal, "note", refused_there(Journal.note))
     nothing_is_put_away(monkeypatch)

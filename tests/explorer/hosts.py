@@ -26,7 +26,7 @@ from phaul_runtime.config.model import Config
 from phaul_runtime.cutover import cutover, journal, journal_file, journal_format
 from phaul_runtime.cutover.journal import Journal, journal_path, read_records, replay
 from phaul_runtime.cutover.states import Role
-from phaul_runtime.destination import incoming
+from phaul_runtime.destination import copy, incoming
 from phaul_runtime.destination.incoming import Incoming
 from phaul_runtime.destination.lazy_restore import Filled
 from phaul_runtime.errors import DestinationError, MigrationFailed, PhaulError
@@ -125,7 +125,7 @@ class Hosts:
         for module in (journal, journal_file, journal_format):
             patch.setattr(module, "STEP", 4096)
         patch.setattr(incoming, "PhaulServer", _Pages)
-        patch.setattr(incoming, "LazyRestore", self._lazy)
+        patch.setattr(copy, "LazyRestore", self._lazy)
         patch.setattr(incoming, "Ahead", _NoRoom)
         patch.setattr(Incoming, "_settle_soon", _settle_later)
         patch.setattr(Incoming, "wait_settled", lambda self, *_: _settle_now(self))
@@ -353,7 +353,7 @@ class _Agent:
 
     def signature(self) -> tuple[object, ...]:
         found = [
-            (m.state.value, m._held, m._ran, m.given_up, getattr(m, "_due", False))
+            (m.state.value, m.copy.life.value, m.given_up, getattr(m, "_due", False))
             for m in self.service.all()
         ]
         return (self.side, *found)
@@ -366,7 +366,7 @@ def _settle_later(self: Incoming) -> None:
 
 def _settle_now(migration: Incoming) -> None:
     """The thread that works after the commit."""
-    store = migration._lazy.store
+    store = migration.copy.lazy.store
     whole = migration.state.value != "post-copy" or store is None or store.complete
     if getattr(migration, "_due", False) and whole and not migration.given_up:
         migration._due = False  # type: ignore[attr-defined]
@@ -390,7 +390,7 @@ class _Channel:
 
     def open_memory(self, migration_id: str) -> socket.socket:
         ours, theirs = socket.socketpair()
-        self.agent.service.find(migration_id).connect_memory(theirs)
+        self.agent.service.find(migration_id).memory.connect(theirs)
         return ours
 
     def close(self) -> None:

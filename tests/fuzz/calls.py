@@ -23,6 +23,7 @@ from phaul_runtime.agent.server import Agent
 from phaul_runtime.criu.page_format import PageFormat
 from phaul_runtime.criu.session import Criu
 from phaul_runtime.destination import incoming as incoming_module
+from phaul_runtime.destination import memory_channel
 from phaul_runtime.engine import OK, Engine, Finding
 from phaul_runtime.errors import DestinationError, PhaulError
 from phaul_runtime.memory.fill_plan import LazyPlan, Runs
@@ -125,7 +126,7 @@ class Calls(Target):
             (module, name, getattr(module, name))
             for module, name in (
                 (agent_module, "load_engine"), (incoming_module, "load_engine"),
-                (settle_module, "load_engine"), (incoming_module, "MEMORY_WITHIN_S"),
+                (settle_module, "load_engine"), (memory_channel, "WITHIN_S"),
             )
         ]  # fmt: skip
         for module, name, _ in self._patched:

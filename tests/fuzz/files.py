@@ -16,7 +16,7 @@ from phaul_runtime.cutover import journal as journal_module
 from phaul_runtime.cutover.journal import Journal, examine, journal_path, unsettled
 from phaul_runtime.cutover.journal_format import HEADER, STEP, decode, encode
 from phaul_runtime.cutover.states import Role, State
-from phaul_runtime.destination.incoming import checked_json
+from phaul_runtime.destination.requests import checked_json
 from phaul_runtime.errors import PhaulError
 from phaul_runtime.memory.fill_plan import LazyPlan
 from phaul_runtime.memory.mark_lazy import plan_lazy

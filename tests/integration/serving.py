@@ -123,8 +123,8 @@ def memory(
         open_migration(remote)
         with channel.open_memory(ID) as ours:
             migration = served.agent.service.find(ID)
-            wait(lambda: migration._memory)
-            theirs = migration._memory
+            wait(lambda: migration.memory.socket)
+            theirs = migration.memory.socket
             assert theirs is not None
             for end in (ours, theirs):
                 assert end.getblocking()

@@ -133,8 +133,8 @@ def test_page_maps_that_are_not_known_are_not_planned(
     monkeypatch.setattr(Criu, "feature_check", lambda _: CriuFeatures(True, True, True))
     client.open(page_server="criu", page_format=2 if known else 0)
     incoming = client.agent.service.find(ID)
-    incoming._lazy.await_started()
-    assert ("page format of CRIU 4.3 is not known" in incoming.full_because) is not known
+    incoming.copy.lazy.await_started()
+    assert ("page format of CRIU 4.3 is not known" in incoming.copy.lazy.why_not) is not known
 
 
 def test_steps_out_of_order_are_refused(client: Client) -> None:

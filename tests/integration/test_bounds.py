@@ -262,7 +262,7 @@ def test_a_second_memory_connection_is_refused_and_the_first_stays(root: Path, c
         client.opened(B)
         first = channel.open_memory(A)
         migration = served.agent.service.find(A)
-        wait(lambda: migration._memory)
+        wait(lambda: migration.memory.socket)
         start = pb.StartIterRequest(id=A)
         assert not client.call("StartIter", start).HasField("error")
         round_of(first, b"A" * 4096)
@@ -272,7 +272,7 @@ def test_a_second_memory_connection_is_refused_and_the_first_stays(root: Path, c
             assert second.recv(1) == b""
         # What comes next may get any number; it is not A's.
         other = channel.open_memory(B)
-        wait(lambda: served.agent.service.find(B)._memory)
+        wait(lambda: served.agent.service.find(B).memory.socket)
         assert not client.call("StartIter", start).HasField("error")
         round_of(first, b"a" * 4096)
         assert not client.call("StopIter", pb.MigrationRef(id=A)).HasField("error")
@@ -353,7 +353,7 @@ def test_what_cannot_be_undone_keeps_nothing_from_what_follows(
     """As files in whose place somebody has made a directory."""
     client.opened(lost_s=0.2)
     migration = served.agent.service.find(A)
-    for part, name in ((migration._stage, "undo"), (migration._engine, "undo")):
+    for part, name in ((migration.carried._stage, "undo"), (migration._engine, "undo")):
         monkeypatch.setattr(part, name, lambda: (_ for _ in ()).throw(IsADirectoryError(21, "x")))
     wait(lambda: ended(served, A))
     assert "undoing its files failed: IsADirectoryError" in caplog.text
@@ -399,7 +399,7 @@ def test_all_are_put_away_at_the_end_whatever_one_of_them_does(
         for each in (A, B):
             client.opened(each)
         first, second = (served.agent.service.find(each) for each in (A, B))
-        monkeypatch.setattr(first._stage, "undo", lambda: 1 / 0)
+        monkeypatch.setattr(first.carried._stage, "undo", lambda: 1 / 0)
         client.channel.close()
         served.service.stop()
         assert (first.state, second.state) == (State.ABORTED, State.ABORTED)

@@ -137,9 +137,9 @@ def test_of_streams_that_come_all_at_once_none_is_lost(
             thread.join(240)
         for migration_id in ids:
             migration = served.agent.service.find(migration_id)
-            assert migration._memory_here.wait(60)
-            assert migration._memory is not None
-            assert exactly(migration._memory, 16) == migration_id.encode()
+            assert migration.memory.wait()
+            assert migration.memory.socket is not None
+            assert exactly(migration.memory.socket, 16) == migration_id.encode()
 
 
 def test_a_port_that_is_no_agent_s_is_not_tried_for_ever(root: Path) -> None:

@@ -59,11 +59,11 @@ def test_it_reaches_an_agent(root: Path, installed: Path, compression: str) -> N
             open_migration(session.agent)
             ours = session.open_memory()
             migration = agent.service.find(ID)
-            wait(lambda: migration._memory)
-            assert migration._memory is not None
+            wait(lambda: migration.memory.socket)
+            assert migration.memory.socket is not None
             thread = threading.Thread(target=ours.sendall, args=(b"page" * (1 << 20),))
             thread.start()
-            assert exactly(migration._memory, 4 << 20) == b"page" * (1 << 20)
+            assert exactly(migration.memory.socket, 4 << 20) == b"page" * (1 << 20)
             thread.join()
             assert session.agent.abort()
             assert (session.link_bytes is None) == (compression == "none")

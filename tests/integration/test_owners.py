@@ -97,7 +97,7 @@ def test_another_certificate_ends_nothing(served: Served, remote: Any) -> None:
         with there.open_stream(MINE, name) if name else there.open_memory(MINE) as stream:
             stream.settimeout(20)
             assert stream.recv(1) == b""
-    assert served.agent.service.find(MINE)._memory is None
+    assert served.agent.service.find(MINE).memory.socket is None
     assert here.failure() is None
     assert here.abort()
 

@@ -54,8 +54,8 @@ def test_memory_arrives_at_its_migration_by_the_tcp_connection_itself(root: Path
         open_migration(remote)
         migration = served.agent.service.find(ID)
         with channel.open_memory(ID) as ours:
-            assert migration._memory_here.wait(10)
-            theirs = migration._memory
+            assert migration.memory.wait()
+            theirs = migration.memory.socket
             assert theirs is not None
             # As CRIU gets them: the two ends of one connection, and both wait for as long as it
             # takes.

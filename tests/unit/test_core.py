@@ -24,7 +24,7 @@ from phaul_runtime.criu.stats import read_dump_stats
 from phaul_runtime.cutover.cutover import CutOver, Held, Running
 from phaul_runtime.cutover.journal import RUNS, Journal, checked_id
 from phaul_runtime.cutover.states import Role, State
-from phaul_runtime.destination.incoming import checked_json, write_images
+from phaul_runtime.destination.requests import checked_json, write_images
 from phaul_runtime.errors import (
     Cancelled,
     ChannelError,

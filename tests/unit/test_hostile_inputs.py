@@ -16,7 +16,7 @@ from phaul_runtime.batch.model import load_batch
 from phaul_runtime.boundedjson import LEVELS, read_json, read_json_file
 from phaul_runtime.config.model import load_config
 from phaul_runtime.config.yaml import read_yaml
-from phaul_runtime.destination.incoming import checked_json
+from phaul_runtime.destination.requests import checked_json
 from phaul_runtime.errors import ConfigError, DestinationError
 
 ROOT = Path(__file__).parents[2]
