@@ -23,24 +23,26 @@ ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "build/tests"
 BIN = Path(sys.executable).parent
 LAB = "tests/lab/lab"
+SLOWEST = "--durations=10 --durations-min=20"
 PYTEST = f"PYTHONPATH=$({LAB} pycriu) {BIN}/pytest"
 # By name: what a shell runs.
 PARTS = {
     "image-trixie": f"{LAB} root --suite trixie",
     "image-forky": f"{LAB} root --suite forky",
-    "lint": f"{BIN}/ruff check . && {BIN}/ruff format --check . && {BIN}/mypy",
+    "lint": f"{BIN}/ruff check . && {BIN}/ruff format --check . && {BIN}/mypy"
+    f" && {BIN}/lint-imports",
     "unit": f"{PYTEST} tests/unit tests/contract tests/integration",
     "unit-forky": "tests/lab/unit-forky.sh",
-    "e2e-native": f"{PYTEST} tests/e2e --labs native,native-mixed -n 2 --dist loadfile",
-    "e2e-emulated": f"{PYTEST} tests/e2e --labs emulated",
-    "e2e-emulated-forky": f"{PYTEST} tests/e2e --labs emulated-forky,emulated-mixed",
+    "e2e-native": f"{PYTEST} tests/e2e --labs native,native-mixed -n 3 --dist loadfile {SLOWEST}",
+    "e2e-emulated": f"{PYTEST} tests/e2e --labs emulated {SLOWEST}",
+    "e2e-emulated-forky": f"{PYTEST} tests/e2e --labs emulated-forky,emulated-mixed {SLOWEST}",
 }
-# One stage after the other; its lanes side by side, each one part after the other. Hosts are alone:
-# two emulated ones take two processors. `make e2e-emulated-forky` is apart: its tests show what
-# those of e2e-emulated do, on other software.
+# One stage after the other; its lanes side by side, each one part after the other. Tests wait more
+# than they work: three lanes keep two processors busy. Emulated hosts are alone: they take two.
+# `make e2e-emulated-forky` is apart: it shows what e2e-emulated does, on other software.
 STAGES: tuple[tuple[tuple[str, ...], ...], ...] = (
-    (("image-trixie", "lint", "unit"), ("image-forky", "unit-forky")),
-    (("e2e-native",),),
+    (("image-trixie",), ("image-forky",), ("lint",)),
+    (("unit",), ("unit-forky",), ("e2e-native",)),
     (("e2e-emulated",),),
 )
 

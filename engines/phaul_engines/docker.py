@@ -85,7 +85,6 @@ class DockerEngine(Engine):
         return DockerSource(target, options)
 
     def destination(self, options: Any, *, criu_log_level: int, hold_s: float) -> DestinationHalf:
-        """See `Engine`."""
         return DockerDestination(Runtime("runc", options.runtime_root), hold_s)
 
 
@@ -108,11 +107,9 @@ class DockerSource(OciSource):
 
     @property
     def runtime_name(self) -> str:
-        """See `OciSource`."""
         return self._id
 
     def inspect(self) -> Inspection:
-        """See `SourceHalf`."""
         if os.geteuid() != 0:
             raise Refused("moving a container needs root", hint="run phaul-runtime as root")
         facts = self._look_up()
@@ -300,7 +297,6 @@ class DockerSource(OciSource):
             raise MigrationFailed(f"cannot save the image: {error.strerror}") from error
 
     def unstage(self, name: str) -> None:
-        """See `SourceHalf`."""
         if self._stage is not None:
             remove_tree(self._stage)
 
@@ -312,7 +308,6 @@ class DockerSource(OciSource):
         return str(self._facts["NetworkSettings"].get("SandboxKey") or "")
 
     def about_to_freeze(self) -> None:
-        """See `OciSource`."""
         super().about_to_freeze()
         self._wait_for_strangers()
         if self._shm_used() and not self._carries_shm:
@@ -332,7 +327,6 @@ class DockerSource(OciSource):
             time.sleep(_POLL_S)
 
     def identity(self) -> Mapping[str, Any]:
-        """See `SourceHalf`."""
         return {
             **super().identity(),
             "container": self._id,
@@ -342,7 +336,6 @@ class DockerSource(OciSource):
         }
 
     def recall(self, identity: Mapping[str, Any]) -> None:
-        """See `SourceHalf`."""
         super().recall(identity)
         self._id = str(identity.get("container", ""))
         self._restart = identity.get("restart") or _NEVER
@@ -378,7 +371,6 @@ class DockerSource(OciSource):
         return facts
 
     def rollback(self) -> None:
-        """See `SourceHalf`."""
         super().rollback()
         if not self._id or self._restart.get("Name") in ("", "no"):
             return

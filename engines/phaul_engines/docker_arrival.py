@@ -90,14 +90,12 @@ class DockerDestination(DestinationHalf):
     # -- before anything is touched --------------------------------------------------------
 
     def check(self, manifest: Mapping[str, Any]) -> Sequence[Finding]:
-        """See `DestinationHalf`."""
         try:
             return destination_findings(_daemon(manifest), manifest)
         except PhaulError as error:
             return [Finding("docker", REFUSED, error.message, error.hint)]
 
     def claim(self, manifest: Mapping[str, Any]) -> Claim:
-        """See `DestinationHalf`."""
         return Claim(str(manifest["name"]))
 
     # -- the container ---------------------------------------------------------------------
@@ -215,7 +213,6 @@ class DockerDestination(DestinationHalf):
     can_be_lazy = True
 
     def restore(self, criu: Criu, images_dir: Path, *, lazy: bool = False) -> int:
-        """See `DestinationHalf`."""
         facts = self._there()
         self._resumed = False
         self._cgroup = self._daemon.cgroup(facts)
@@ -325,7 +322,6 @@ class DockerDestination(DestinationHalf):
         return failure("docker", "RESTORE", images_dir / "restore.log", said)
 
     def resume(self) -> float:
-        """See `DestinationHalf`."""
         gate, start, held = self._gate, self._start, self._held
         if gate is None or start is None or held is None:
             raise MigrationFailed("nothing was restored")
@@ -384,7 +380,6 @@ class DockerDestination(DestinationHalf):
                 remove_tree(leaked)
 
     def wait_let_go(self) -> None:
-        """See `DestinationHalf`."""
         facts = self._ours()  # docker answers once no start is under way
         if facts is not None and facts["State"]["Running"]:
             self._settle()

@@ -100,7 +100,6 @@ class OciSource(TrackedSource):
         self.stands_still(self._container.pid, images_dir)
 
     def mapped(self) -> Mapping[str, Iterable[str]]:
-        """See `SourceHalf`."""
         if self._container is None or self._tree is None:
             return {}
         places = self._places(self._container)
@@ -112,15 +111,12 @@ class OciSource(TrackedSource):
         return {name: paths for name, paths in found.items() if name}
 
     def local(self, handover: Handover, cancellation: Cancellation) -> PhaulLocal:
-        """See `SourceHalf`."""
         return OciLocal(self, handover)
 
     def identity(self) -> Mapping[str, Any]:
-        """See `SourceHalf`."""
         return {**super().identity(), "netns": self._netns}
 
     def recall(self, identity: Mapping[str, Any]) -> None:
-        """See `SourceHalf`."""
         super().recall(identity)
         self._netns = str(identity.get("netns", ""))
 
@@ -149,7 +145,6 @@ class OciLocal(PhaulLocal):
     def dump_copy_restore(
         self, criu: Criu, config: PhaulConfig, last_client_images_dir: str | None
     ) -> Outcome:
-        """See `PhaulLocal`."""
         self._images_dir = new_directory(Path(config.wdir), "final")
         memory = fcntl.fcntl(config.memfd, fcntl.F_DUPFD_CLOEXEC, _MEMORY_FROM)
         options = ["page-server", f"ps-socket {memory}"]

@@ -81,7 +81,6 @@ class ProcessEngine(Engine):
         criu_log_level: int,
         hold_s: float,
     ) -> DestinationHalf:
-        """See `Engine`."""
         return ProcessDestination(options, criu_log_level, hold_s)
 
 
@@ -98,7 +97,6 @@ class ProcessSource(TrackedSource):
         self._tree: Tree | None = None
 
     def inspect(self) -> Inspection:
-        """See `SourceHalf`."""
         if os.geteuid() != 0:
             raise Refused(
                 "moving a process needs root: CRIU traces it and restores its pid",
@@ -140,7 +138,6 @@ class ProcessSource(TrackedSource):
         return tree.root.session not in tree.pids and not _own_pid_namespace(tree)
 
     def local(self, handover: Any, cancellation: Cancellation) -> PhaulLocal:
-        """See `SourceHalf`."""
         opts = criu_opts(
             pid=self._pid,
             log_level=self._log_level,
@@ -150,7 +147,6 @@ class ProcessSource(TrackedSource):
         return ProcessLocal(self, opts, handover)
 
     def finish(self) -> Sequence[str]:
-        """See `SourceHalf`."""
         self.await_end()
         cgroup.sweep()  # the tree may have been restored here before, into a group of its own
         return netlock.release(self._connections, table=self._lock_table)
@@ -172,7 +168,6 @@ class ProcessLocal(PhaulLocal, CriuNotify):
     def dump_copy_restore(
         self, criu: Criu, config: PhaulConfig, last_client_images_dir: str | None
     ) -> Outcome:
-        """See `PhaulLocal`."""
         self._images_dir = new_directory(Path(config.wdir), "final")
         directory = os.open(self._images_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -240,7 +235,6 @@ class ProcessDestination(DestinationHalf):
         self._resumed = False
 
     def check(self, manifest: Mapping[str, Any]) -> Sequence[Finding]:
-        """See `DestinationHalf`."""
         if manifest.get("own_pid_namespace"):
             return [Finding("pids", OK, "the tree has a pid namespace of its own")]
         if manifest.get("same_host"):
@@ -282,14 +276,12 @@ class ProcessDestination(DestinationHalf):
         return Claim()
 
     def prepare(self, manifest: Mapping[str, Any], migration_id: str) -> None:
-        """See `DestinationHalf`."""
         self._shell_job = bool(manifest.get("shell_job"))
         self._id = migration_id
 
     can_be_lazy = True
 
     def restore(self, criu: Criu, images_dir: Path, *, lazy: bool = False) -> int:
-        """See `DestinationHalf`."""
         self._resumed = False
         directory = os.open(images_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         session = Criu(criu.binary, deadline_s=criu.deadline_s)
@@ -315,7 +307,6 @@ class ProcessDestination(DestinationHalf):
             os.close(directory)
 
     def resume(self) -> float:
-        """See `DestinationHalf`."""
         if self._held is None:
             raise MigrationFailed("nothing was restored")
         resumed_at = self._held.resume(self._hold_s)
@@ -323,7 +314,6 @@ class ProcessDestination(DestinationHalf):
         return resumed_at
 
     def wait_let_go(self) -> None:
-        """See `DestinationHalf`."""
         deadline = time.monotonic() + LET_GO_WITHIN_S
         while any(_name_of(pid) == "criu" for pid in cgroup.members(self._id)):
             if time.monotonic() > deadline:
@@ -331,7 +321,6 @@ class ProcessDestination(DestinationHalf):
             time.sleep(POLL_S)
 
     def discard(self) -> None:
-        """See `DestinationHalf`."""
         if self._resumed:
             return
         if self._held is not None:

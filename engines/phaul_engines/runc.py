@@ -56,7 +56,6 @@ class RuncEngine(Engine):
         return RuncSource(target, options)
 
     def destination(self, options: Any, *, criu_log_level: int, hold_s: float) -> DestinationHalf:
-        """See `Engine`."""
         return RuncDestination(options, hold_s)
 
 
@@ -81,11 +80,9 @@ class RuncSource(OciSource):
 
     @property
     def runtime_name(self) -> str:
-        """See `OciSource`."""
         return self._name
 
     def inspect(self) -> Inspection:
-        """See `SourceHalf`."""
         if os.geteuid() != 0:
             raise Refused("moving a container needs root", hint="run phaul-runtime as root")
         container = read_container(self.runtime, self._name)
@@ -132,11 +129,9 @@ class RuncSource(OciSource):
         return container.namespaces.get("network", "")
 
     def identity(self) -> Mapping[str, Any]:
-        """See `SourceHalf`."""
         return {**super().identity(), "bundle": self._bundle}
 
     def recall(self, identity: Mapping[str, Any]) -> None:
-        """See `SourceHalf`."""
         super().recall(identity)
         self._bundle = str(identity.get("bundle", ""))
 

@@ -73,7 +73,6 @@ class RuncDestination(DestinationHalf):
     # -- before anything is touched --------------------------------------------------------
 
     def check(self, manifest: Mapping[str, Any]) -> Sequence[Finding]:
-        """See `DestinationHalf`."""
         found = []
         try:
             found.append(runtime_finding(self._runtime.version(), manifest))
@@ -143,7 +142,6 @@ class RuncDestination(DestinationHalf):
     # -- what the container needs ----------------------------------------------------------
 
     def prepare(self, manifest: Mapping[str, Any], migration_id: str) -> None:
-        """See `DestinationHalf`."""
         self._manifest, self._id = manifest, migration_id
         bundle = Path(manifest["bundle"])
         if _mark(bundle).get("id") == migration_id:
@@ -163,7 +161,6 @@ class RuncDestination(DestinationHalf):
             raise DestinationError(f"cannot make {bundle}: {error.strerror}") from error
 
     def trees(self) -> Mapping[str, Path]:
-        """See `DestinationHalf`."""
         found = {"rootfs": rootfs_of(Path(self._manifest["bundle"]), self._manifest["config"])}
         carried = [s for s, how in self._manifest.get("mounts", {}).items() if how == "rsync"]
         return found | {f"mount-{n}": Path(s) for n, s in enumerate(carried, 1)}
@@ -176,7 +173,6 @@ class RuncDestination(DestinationHalf):
         return Path(self._options.binary).name == "runc"
 
     def restore(self, criu: Criu, images_dir: Path, *, lazy: bool = False) -> int:
-        """See `DestinationHalf`."""
         name = str(self._manifest["name"])
         self._resumed = False
         self._root = None
@@ -265,7 +261,6 @@ class RuncDestination(DestinationHalf):
             raise DestinationError(f"cannot write in {bundle}: {error.strerror}") from error
 
     def resume(self) -> float:
-        """See `DestinationHalf`."""
         command, held = self._command, self._held
         if command is None or held is None:
             raise MigrationFailed("nothing was restored")
@@ -298,13 +293,11 @@ class RuncDestination(DestinationHalf):
         return resumed_at or time.monotonic()
 
     def wait_let_go(self) -> None:
-        """See `DestinationHalf`."""
         deadline = time.monotonic() + LET_GO_WITHIN_S
         while cgroup.members(self._id) and time.monotonic() < deadline:
             time.sleep(POLL_S)
 
     def discard(self) -> None:
-        """See `DestinationHalf`."""
         if self._resumed:
             return
         if self._command is not None:
@@ -345,7 +338,6 @@ class RuncDestination(DestinationHalf):
             cgroup_directory(path).rmdir()
 
     def undo(self) -> None:
-        """See `DestinationHalf`."""
         if not self._manifest:
             return  # nothing was prepared
         bundle = Path(self._manifest["bundle"])

@@ -28,7 +28,6 @@ class TrackedSource(SourceHalf):
         self._standstill: Standstill | None = None
 
     def identity(self) -> Mapping[str, Any]:
-        """See `SourceHalf`."""
         return {
             **self._members.identity(),
             "connections": [list(c) for c in self._connections],
@@ -36,7 +35,6 @@ class TrackedSource(SourceHalf):
         }
 
     def recall(self, identity: Mapping[str, Any]) -> None:
-        """See `SourceHalf`."""
         self._members = Members.recall(identity)
         self._connections = [
             (str(a), int(b), str(c), int(d)) for a, b, c, d in identity.get("connections", [])
@@ -55,11 +53,9 @@ class TrackedSource(SourceHalf):
             self._standstill = None
 
     def processes(self) -> Sequence[int]:
-        """See `SourceHalf`."""
         return [member.pid for member in self._members.members]
 
     def throttle_cgroup(self) -> Path:
-        """See `SourceHalf`."""
         return own_cgroup(member.pid for member in self._members.members)
 
     def stands_still(self, root: int, images_dir: Path) -> None:
@@ -85,7 +81,6 @@ class TrackedSource(SourceHalf):
         return self._members.ended()
 
     def gone(self) -> bool:
-        """See `SourceHalf`."""
         return self._members.gone()
 
     def dead(self) -> bool:
@@ -99,5 +94,4 @@ class TrackedSource(SourceHalf):
         self._members.await_end(_ENDS_WITHIN_S)
 
     def end_rest(self) -> None:
-        """See `SourceHalf`."""
         self._members.kill()

@@ -26,7 +26,6 @@ class AgentHost(HostHook):
     """A host that is a destination at any time: `tls://host`."""
 
     def install(self) -> Sequence[str]:
-        """See `HostHook`."""
         path, wanted = SYSTEMD / UNIT, _unit()
         found = _read(path)
         if found is not None and not _ours(found):
@@ -72,7 +71,6 @@ class AgentHost(HostHook):
         return done
 
     def status(self) -> Status:
-        """See `HostHook`."""
         found = _read(SYSTEMD / UNIT)
         if found is None or not _ours(found):
             return Status(False)

@@ -142,12 +142,12 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
                     del self._migrations[migration.id]
 
     @answers(pb.HelloReply)
-    def Hello(self, request: pb.HelloRequest, _context: Context) -> pb.HelloReply:  # noqa: D102, N802
+    def Hello(self, request: pb.HelloRequest, _context: Context) -> pb.HelloReply:  # noqa: N802
         facts = gather_facts(str(self._workdir), str(self._state_dir), self._criu)
         return pb.HelloReply(protocol=PROTOCOL, facts=facts)
 
     @answers(pb.CheckReply)
-    def Check(self, request: pb.CheckRequest, context: Context) -> pb.CheckReply:  # noqa: D102, N802
+    def Check(self, request: pb.CheckRequest, context: Context) -> pb.CheckReply:  # noqa: N802
         findings: list[Finding] = []
         if request.engine:
             for name, text in (("target", request.target), ("source", request.source)):
@@ -177,7 +177,7 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
         )
 
     @answers(pb.OpenReply)
-    def Open(self, request: pb.OpenRequest, context: Context) -> pb.OpenReply:  # noqa: D102, N802
+    def Open(self, request: pb.OpenRequest, context: Context) -> pb.OpenReply:  # noqa: N802
         peer = self.who(context)
         self._require_allowed(peer, request)
         with self._lock:
@@ -208,13 +208,13 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
         self._allowed.send(peer, request.engine, claim)
 
     @answers(pb.ArrivedReply)
-    def Arrived(self, request: pb.ArrivedRequest, context: Context) -> pb.ArrivedReply:  # noqa: D102, N802
+    def Arrived(self, request: pb.ArrivedRequest, context: Context) -> pb.ArrivedReply:  # noqa: N802
         incoming = self._of(request.id, context)
         incoming.arrived(request.name)
         return pb.ArrivedReply(trees=_places(incoming))
 
     @answers(pb.StartIterReply)
-    def StartIter(self, request: pb.StartIterRequest, context: Context) -> pb.StartIterReply:  # noqa: D102, N802
+    def StartIter(self, request: pb.StartIterRequest, context: Context) -> pb.StartIterReply:  # noqa: N802
         migration = self._of(request.id, context)
         if not request.local:
             migration.start_iter()
@@ -225,37 +225,37 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
         )
 
     @answers(pb.Done)
-    def StopIter(self, request: pb.MigrationRef, context: Context) -> None:  # noqa: D102, N802
+    def StopIter(self, request: pb.MigrationRef, context: Context) -> None:  # noqa: N802
         self._of(request.id, context).stop_iter()
 
     @answers(pb.Done)
-    def PutFiles(self, request: Iterator[pb.FilePart], context: Context) -> None:  # noqa: D102, N802
+    def PutFiles(self, request: Iterator[pb.FilePart], context: Context) -> None:  # noqa: N802
         with self.streams.moving(request, context) as parts:
             first = next(parts, None)
             if first is not None:
                 self._of(first.id, context).put_files(map(part_from_wire, _chain(first, parts)))
 
     @answers(pb.Done)
-    def PutImages(self, request: Iterator[pb.ImageParts], context: Context) -> None:  # noqa: D102, N802
+    def PutImages(self, request: Iterator[pb.ImageParts], context: Context) -> None:  # noqa: N802
         with self.streams.moving(request, context) as parts:
             first = next(parts, None)
             if first is not None:
                 self._of(first.id, context).put_images(_chain(first, parts))
 
     @answers(pb.PrepareReply)
-    def Prepare(self, request: pb.ImageParts, context: Context) -> pb.PrepareReply:  # noqa: D102, N802
+    def Prepare(self, request: pb.ImageParts, context: Context) -> pb.PrepareReply:  # noqa: N802
         return self._of(request.id, context).prepare(request.parts)
 
     @answers(pb.CommitReply)
-    def Commit(self, request: pb.MigrationRef, context: Context) -> pb.CommitReply:  # noqa: D102, N802
+    def Commit(self, request: pb.MigrationRef, context: Context) -> pb.CommitReply:  # noqa: N802
         return self._of(request.id, context).commit()
 
     @answers(pb.Done)
-    def Abort(self, request: pb.MigrationRef, context: Context) -> None:  # noqa: D102, N802
+    def Abort(self, request: pb.MigrationRef, context: Context) -> None:  # noqa: N802
         self._of(request.id, context).abort()
 
     @answers(pb.FilledReply)
-    def Filled(self, request: pb.MigrationRef, context: Context) -> pb.FilledReply:  # noqa: D102, N802
+    def Filled(self, request: pb.MigrationRef, context: Context) -> pb.FilledReply:  # noqa: N802
         incoming = self._of(request.id, context)
         if incoming.copy.lazy.why_not:
             return pb.FilledReply(over=True, full_because=incoming.copy.lazy.why_not)
@@ -263,11 +263,11 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
         return pb.FilledReply() if now is None else pb.FilledReply(**asdict(now))
 
     @answers(pb.BeatReply)
-    def Beat(self, request: pb.MigrationRef, context: Context) -> pb.BeatReply:  # noqa: D102, N802
+    def Beat(self, request: pb.MigrationRef, context: Context) -> pb.BeatReply:  # noqa: N802
         return self._of(request.id, context).beat()
 
     @answers(pb.LookReply)
-    def Look(self, request: pb.LookRequest, context: Context) -> pb.LookReply:  # noqa: D102, N802
+    def Look(self, request: pb.LookRequest, context: Context) -> pb.LookReply:  # noqa: N802
         wait_s = bounded("wait_s", request.wait_s, 0, LONGEST_S)
         peer = self.who(context)
         self._require_ends(request.id, peer)
@@ -298,7 +298,7 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
                     raise
 
     @answers(pb.SettleReply)
-    def Settle(self, request: pb.SettleRequest, context: Context) -> pb.SettleReply:  # noqa: D102, N802
+    def Settle(self, request: pb.SettleRequest, context: Context) -> pb.SettleReply:  # noqa: N802
         try:
             role, verdict = Role(request.role), Verdict(request.verdict)
         except ValueError as error:

@@ -124,11 +124,9 @@ class SqliteStore(Store):
         return self.directory / f"{checked_batch_id(batch_id)}.sqlite"
 
     def url(self, batch_id: str) -> str:
-        """See `Store`."""
         return f"sqlite:///{self._path(batch_id).absolute()}"
 
     def batches(self) -> list[str]:
-        """See `Store`."""
         try:
             found = [p for p in self.directory.iterdir() if p.suffix == ".sqlite"]
         except OSError:
@@ -137,7 +135,6 @@ class SqliteStore(Store):
         return [path.stem for path in found if _ID.fullmatch(path.stem)]
 
     def prepare(self, batch_id: str) -> None:
-        """See `Store`."""
         path = self._path(batch_id)
         if path.exists():
             raise UsageError(f"there is a batch {batch_id} already: {path}")
@@ -169,7 +166,6 @@ class SqliteStore(Store):
             os.close(fd)
 
     def is_alive(self, batch_id: str, controller: str) -> bool:
-        """See `Store`."""
         try:
             fd = os.open(self._path(batch_id).with_suffix(".lock"), os.O_RDWR | os.O_CLOEXEC)
         except OSError:
@@ -204,7 +200,6 @@ class PostgresStore(Store):
         return make_url(self._url).render_as_string(hide_password=True)
 
     def url(self, batch_id: str) -> str:
-        """See `Store`."""
         checked_batch_id(batch_id)
         return self._url
 
@@ -228,7 +223,6 @@ class PostgresStore(Store):
             raise Refused(f"cannot reach {self}: {str(error).splitlines()[0]}") from error
 
     def batches(self) -> list[str]:
-        """See `Store`."""
         import sqlalchemy as sa  # noqa: PLC0415 - of the extra
 
         query = sa.text(
@@ -243,13 +237,11 @@ class PostgresStore(Store):
             return [row.id for row in connection.execute(query)]
 
     def prepare(self, batch_id: str) -> None:
-        """See `Store`."""
         if batch_id in self.batches():
             raise UsageError(f"there is a batch {batch_id} already in {self}")
 
     @contextmanager
     def presence(self, batch_id: str, controller: str) -> Iterator[None]:
-        """See `Store`."""
         with self._connect() as connection:
             if not self._lock(connection, batch_id, controller):
                 raise StillUnderWay(
@@ -259,7 +251,6 @@ class PostgresStore(Store):
             yield
 
     def is_alive(self, batch_id: str, controller: str) -> bool:
-        """See `Store`."""
         with self._connect() as connection:
             return not self._lock(connection, batch_id, controller)
 

@@ -73,7 +73,6 @@ class JsonLines(BatchView):
         self._lock = threading.Lock()
 
     def __call__(self, event: Event) -> None:
-        """See `BatchView`."""
         if isinstance(event, MoveTold) and event.told.get("event") in _QUIET:
             return
         line = json.dumps({"time": round(time.time(), 3), **event.to_json()})
@@ -115,7 +114,6 @@ class LiveTable(BatchView):
         self._live.stop()
 
     def __call__(self, event: Event) -> None:
-        """See `BatchView`."""
         with self._lock:
             self._take(event)
 

@@ -1,9 +1,9 @@
 """Who speaks to an agent, which migrations are theirs, and what they may send.
 
-A connection through the port of a service (`front`) has shown a certificate, and what it opens
-belongs to that certificate's name: the journals of both hosts say so (OWNER), and a recovery by
-another certificate is refused. Whoever reaches the agent's own sockets needs no name: that is root
-of this host, at its terminal or by ssh. So is everybody who reaches a `tcp://` port.
+A connection through the port of a service (`transport.listener`) has shown a certificate, and what
+it opens belongs to that certificate's name: the journals of both hosts say so (OWNER), and a
+recovery by another certificate is refused. Whoever reaches the agent's own sockets needs no name:
+that is root of this host, at its terminal or by ssh. So is everybody who reaches a `tcp://` port.
 """
 
 from __future__ import annotations
@@ -179,8 +179,9 @@ class Allowed:
 class Callers:
     """Who is behind each control connection, as gRPC names it.
 
-    gRPC's own side of a connection is a unix socket of this host. The one that `front` joins with a
-    connection is bound to a name before, which gRPC tells with each call and no client can choose.
+    gRPC's own side of a connection is a unix socket of this host. The one that the listener joins
+    with a connection is bound to a name before, which gRPC tells with each call and no client can
+    choose.
 
     Args:
         directory: private, where the names are for the moment of binding.

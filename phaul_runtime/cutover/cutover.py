@@ -17,6 +17,7 @@ from phaul_runtime.cutover.freezer import FACT as HOLD
 from phaul_runtime.cutover.freezer import Hold
 from phaul_runtime.cutover.journal import RUNS, Journal
 from phaul_runtime.cutover.states import State
+from phaul_runtime.engine.interface import Handover
 from phaul_runtime.errors import MigrationFailed, OutcomeUnknown, PhaulError
 from phaul_runtime.events import (
     Committed,
@@ -78,7 +79,7 @@ class Destination(Protocol):
 
 
 @dataclass
-class CutOver:
+class CutOver(Handover):
     """One cut-over, as seen from the source.
 
     `before_freeze` is called just before it, `in_freeze` in it, once the memory is dumped; neither
@@ -118,12 +119,10 @@ class CutOver:
 
     @property
     def post_copy(self) -> bool:
-        """See `engine.Handover`."""
         return self.processes is not None
 
     @property
     def held(self) -> bool:
-        """See `engine.Handover`."""
         return self.hold is not None
 
     def frozen_for_ms(self) -> float:

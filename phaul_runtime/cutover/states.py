@@ -41,10 +41,10 @@ nothing any more (`member`), and a time-out is neither alive nor dead: unknown.
 source has it, and only when its tree was seen alive after CRIU's end (fact 4).
 
 Post-copy changes one step. The source's tree is not killed, since its memory has to be served: once
-its journal says *committing*, it is frozen by a cgroup (`hold`), CRIU is killed, and only when both
-are seen is the commit sent. Nobody thaws it from then on, unless the destination's own journal says
-that it was not told to run. Both ends stand at *post-copy* until the last page is over; then the
-source's tree is killed. In fact 4 a tree that is held by its cgroup counts as neither alive nor
+its journal says *committing*, it is frozen by a cgroup (`freezer`), CRIU is killed, and only when
+both are seen is the commit sent. Nobody thaws it from then on, unless the destination's own journal
+says that it was not told to run. Both ends stand at *post-copy* until the last page is over; then
+the source's tree is killed. In fact 4 a tree that is held by its cgroup counts as neither alive nor
 dead: what the destination was told decides, and as long as that is not known it stays frozen.
 """
 

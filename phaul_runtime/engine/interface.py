@@ -53,7 +53,7 @@ class Inspection:
 
 
 class Handover(Protocol):
-    """The cut-over as an engine's source half drives it; see `cutover.CutOver`."""
+    """The cut-over as an engine's source half drives it; see `cutover.cutover.CutOver`."""
 
     @property
     def committing(self) -> bool:
@@ -172,7 +172,7 @@ class SourceHalf(ABC):
         """Whether the root of the target has ended, once CRIU has let go of it; may be repeated.
 
         Ended is a process that can run nothing any more, though the kernel may still free its
-        memory (`member.Member`).
+        memory (`system.process.Member`).
 
         Raises:
             OutcomeUnknown: it is traced, or dying, and stays so.

@@ -1,8 +1,8 @@
 """The very file that a target uses, whatever has its name by now.
 
 It is reached through the target's own descriptors and mappings in /proc, and recognized by its mark
-(`filemark`): its path is the user's to change at any moment. Where only the path is left, it is
-opened as the target's user, so that nothing is read that the user could not read.
+(`system.filemark`): its path is the user's to change at any moment. Where only the path is left, it
+is opened as the target's user, so that nothing is read that the user could not read.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ Files are staged beside their destination and renamed into place just before the
 that a move that fails leaves the destination as it was. What was sent once is sent again, in
 the freeze, only in the blocks that changed.
 
-All around them may belong to ordinary users, who may change it at any moment: `inuse` and `placing`
-say how the files themselves are reached, and as whom.
+All around them may belong to ordinary users, who may change it at any moment: `in_use` and
+`placing` say how the files themselves are reached, and as whom.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The destination's side of `trees`: rsync as a server at the end of a connection.
+"""The destination's side of `tree_sender`: rsync as a server at the end of a connection.
 
-The client says with which options; of these only those that `trees` uses are taken, and where a
-tree lies is said by the engine's half here, never by the client.
+The client says with which options; of these only those that `tree_sender` uses are taken, and where
+a tree lies is said by the engine's half here, never by the client.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def checked_arguments(line: str, name: str) -> list[str]:
     """The options of an `rsync --server` command line for the tree `name`, without its path.
 
     Raises:
-        DestinationError: it has anything that `trees` does not use.
+        DestinationError: it has anything that `tree_sender` does not use.
     """
     match line.split(" "):
         case ["--server", flags, *options, ".", target] if (

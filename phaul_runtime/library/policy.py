@@ -105,14 +105,13 @@ def _freeze_parts_ms(rounds: Sequence[Round]) -> tuple[float, float] | None:
 
 
 @dataclass(frozen=True)
-class BudgetPolicy:
+class BudgetPolicy(Policy):
     """Iterate until the expected freeze fits a budget, or no longer falls."""
 
     max_downtime_ms: float = 300
     max_iterations: int = 8
 
     def decide(self, rounds: Sequence[Round]) -> Decision:
-        """See `Policy`."""
         last = rounds[-1]
         estimate = estimate_freeze_ms(rounds)
         if last.pages_written == 0:
@@ -151,7 +150,7 @@ class BudgetPolicy:
 
 
 @dataclass(frozen=True)
-class AncestorPolicy:
+class AncestorPolicy(Policy):
     """The constants of go-criu's phaul (client.go), with its comparison mended.
 
     The ancestor compares the first round with statistics of zero and so always stops after it;
@@ -163,7 +162,6 @@ class AncestorPolicy:
     max_growth: int = 32
 
     def decide(self, rounds: Sequence[Round]) -> Decision:
-        """See `Policy`."""
         last = rounds[-1]
         estimate = estimate_freeze_ms(rounds)
         if last.pages_written < self.min_pages:

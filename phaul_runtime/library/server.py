@@ -1,8 +1,8 @@
 """PhaulServer: a directory and a receiver of pages an iteration, on the destination.
 
-The receiver is this process (`pagesink`), or, by `page_server`, CRIU's own page server. The
-client's CRIU and the one here may be of different versions (`pageformat`): what comes is written as
-the one here reads it, and what goes back as the client's does.
+The receiver is this process (`memory.page_receiver`), or, by `page_server`, CRIU's own page server.
+The client's CRIU and the one here may be of different versions (`pageformat`): what comes is
+written as the one here reads it, and what goes back as the client's does.
 """
 
 from __future__ import annotations

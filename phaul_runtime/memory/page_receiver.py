@@ -3,7 +3,7 @@
 What it writes is what CRIU's own page server writes (`pagemap-*.img`, `pages-*.img`), so that a
 restore reads the chain as ever. It speaks as the source's CRIU does and writes what the CRIU here
 reads, which may be of another version. Beside it there is no process to start for a round, the
-bytes are counted as they come, and room for them can have been made before (`ahead`).
+bytes are counted as they come, and room for them can have been made before (`preallocate`).
 
 A session (criu/page-xfer.c): headers, each with a command; OPEN2 begins a page map, ADD_F adds a
 run of pages to it, which follow unless they are in the parent; FORCE_CLOSE ends it. What comes is

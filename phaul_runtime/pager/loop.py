@@ -1,6 +1,6 @@
 """The pager's loop: faults first, what the processes do to their memory, filling in between.
 
-Two processes (`twin`) share one table of descriptors. One works, the other only waits for its
+Two processes (`fork_twin`) share one table of descriptors. One works, the other only waits for its
 death, and then reads the journal, goes on and makes a twin anew. Why no page is ever wrong:
 
 - *A page that the process gave up or moved is not filled with what it held.* The kernel announces

@@ -1,6 +1,6 @@
 """A plan's pages files, mapped: they may be removed while the pager works.
 
-One of them may still be written (`remote`): its pages count from when its map says so.
+One of them may still be written (`network_pages`): its pages count from when its map says so.
 """
 
 from __future__ import annotations

@@ -1,1 +1,4 @@
-"""The control channel's messages: phaul.proto and what is generated from it."""
+"""Calls between client and agent: phaul.proto, values to messages and back, the calls themselves.
+
+It imports transport and below; nothing below speaks protobuf. Read phaul.proto, then `client`.
+"""

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import grpc
 
 from phaul_runtime import __version__
-from phaul_runtime.cutover.cutover import Held, Running
+from phaul_runtime.cutover.cutover import Destination, Held, Running
 from phaul_runtime.cutover.states import Role, Settled, Standing, State, Verdict
 from phaul_runtime.engine.findings import Finding
 from phaul_runtime.engine.targets import FileFact, FileVerdict, Tree
@@ -49,7 +49,7 @@ _ASK_S = 5.0
 _VERSION = ((VERSION_KEY, str(PROTOCOL)),)
 
 
-class RemoteAgent(PhaulRemote):
+class RemoteAgent(PhaulRemote, Destination):
     """One agent, and at most one migration with it.
 
     Args:
@@ -303,21 +303,17 @@ class RemoteAgent(PhaulRemote):
     # -- PhaulRemote -----------------------------------------------------------------------
 
     def start_iter(self) -> None:
-        """See `PhaulRemote`."""
         self._call(self._stub.StartIter.future, pb.StartIterRequest(id=self._id), self._call_s)
 
     def start_local(self) -> dict[str, bytes]:
-        """See `PhaulRemote`."""
         request = pb.StartIterRequest(id=self._id, local=True)
         reply: pb.StartIterReply = self._call(self._stub.StartIter.future, request, self._call_s)
         return {part.name: part.data for part in reply.parent}
 
     def stop_iter(self) -> None:
-        """See `PhaulRemote`."""
         self._call(self._stub.StopIter.future, self._ref(), self._prepare_s)
 
     def failure(self) -> PhaulError | None:
-        """See `PhaulRemote`."""
         try:
             reply = self._stub.Beat(self._ref(), timeout=_ASK_S, metadata=_VERSION)
         except (grpc.RpcError, ValueError):
@@ -419,7 +415,6 @@ class RemoteAgent(PhaulRemote):
         return files, sent + self._trees.bytes
 
     def stop_files(self) -> None:
-        """See `cutover.Destination`."""
         if self._trees is not None:
             self._trees.stop()
 
@@ -446,7 +441,6 @@ class RemoteAgent(PhaulRemote):
             )
 
     def prepare(self, images_dir: Path) -> tuple[Held, int]:
-        """See `cutover.Destination`."""
         *first, last = in_messages(self._id, images_dir)
         if first:
             self._call(self._stub.PutImages.future, iter(first), self._prepare_s)
@@ -455,7 +449,6 @@ class RemoteAgent(PhaulRemote):
         return Held(reply.pid, reply.restore_ms, reply.images_ms, reply.full_because), sent
 
     def commit(self) -> Running:
-        """See `cutover.Destination`."""
         deadline = time.monotonic() + self._commit_s
         while True:
             try:

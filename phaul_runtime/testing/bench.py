@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from phaul_runtime.criu.session import Criu, CriuFeatures
-from phaul_runtime.engine.interface import DestinationHalf, SourceHalf
+from phaul_runtime.engine.interface import DestinationHalf, Handover, SourceHalf
 from phaul_runtime.errors import PhaulError
 from phaul_runtime.library.api import Outcome, PhaulConfig, PhaulRemote
 from phaul_runtime.library.client import PhaulClient
@@ -83,7 +83,7 @@ class _Remote(PhaulRemote):
             self._server.end_chain()
 
 
-class RecordingHandover:
+class RecordingHandover(Handover):
     """A `Handover` that notes each step, and holds the engine to what has to be true in it.
 
     Attributes:
@@ -103,7 +103,6 @@ class RecordingHandover:
 
     @property
     def committing(self) -> bool:
-        """See `Handover`."""
         return self._committing
 
     post_copy = held = False
@@ -120,19 +119,16 @@ class RecordingHandover:
             raise
 
     def freezing(self, identity: Mapping[str, Any]) -> None:
-        """See `Handover`."""
         with self._step("freezing", []):
             self.identity = as_json(identity, "the identity")
             self._move.at_freezing()
 
     def stopped(self) -> None:
-        """See `Handover`."""
         if self.steps != ["freezing"]:
             self.broken = self.broken or NotConforming(f"stopped was called after {self.steps}")
         self._stopped_at = self._move.bench.counter(Place.SOURCE)
 
     def prepare(self, images_dir: Path, identity: Mapping[str, Any] | None = None) -> int:
-        """See `Handover`."""
         with self._step("prepare", ["freezing"]):
             bench = self._move.bench
             expect(bench.case.alive(Place.SOURCE), "the source's copy is dead before commit")
@@ -152,7 +148,6 @@ class RecordingHandover:
             return pid
 
     def commit(self, source_is_dead: Callable[[], bool], frozen_at: float | None = None) -> Outcome:
-        """See `Handover`."""
         with self._step("commit", ["freezing", "prepare"]):
             expect(self._committing, "commit was called although prepare had raised")
             bench = self._move.bench

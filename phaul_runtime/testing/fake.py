@@ -139,7 +139,6 @@ class FakeEngine(Engine):
         return FakeSource(target)
 
     def destination(self, options: Any, *, criu_log_level: int, hold_s: float) -> DestinationHalf:
-        """See `Engine`."""
         return FakeDestination(hold_s)
 
 
@@ -151,7 +150,6 @@ class FakeSource(SourceHalf):
         self._process = _Process(0, 0)
 
     def inspect(self) -> Inspection:
-        """See `SourceHalf`."""
         process = _victim(self.directory)
         if not process.alive:
             raise NoSuchTarget(f"nothing runs in {self.directory}")
@@ -165,26 +163,21 @@ class FakeSource(SourceHalf):
         )
 
     def local(self, handover: Handover, cancellation: Cancellation) -> PhaulLocal:
-        """See `SourceHalf`."""
         return FakeLocal(self, handover)
 
     def identity(self) -> Mapping[str, Any]:
-        """See `SourceHalf`."""
         return {"pid": self._process.pid, "started": self._process.started}
 
     def recall(self, identity: Mapping[str, Any]) -> None:
-        """See `SourceHalf`."""
         self._process = _Process(int(identity["pid"]), int(identity["started"]))
 
     def stage(self, name: str, cancellation: Cancellation) -> None:
-        """See `SourceHalf`."""
         staged = self.directory / _STAGED
         staged.mkdir(mode=0o700, exist_ok=True)
         cancellation.check()
         (staged / _LAYER).write_text(IMAGE_TREE, encoding="utf-8")
 
     def unstage(self, name: str) -> None:
-        """See `SourceHalf`."""
         remove_tree(self.directory / _STAGED)
 
     def throttle_cgroup(self) -> Path:
@@ -195,15 +188,12 @@ class FakeSource(SourceHalf):
         return group
 
     def gone(self) -> bool:
-        """See `SourceHalf`."""
         return not self._process.alive
 
     def end_rest(self) -> None:
-        """See `SourceHalf`."""
         self._process.kill()
 
     def finish(self) -> Sequence[str]:
-        """See `SourceHalf`."""
         if self.gone():
             for name in (fakevictim.VICTIM, fakevictim.CONTROL):
                 (self.directory / name).unlink(missing_ok=True)
@@ -223,7 +213,6 @@ class FakeLocal(PhaulLocal):
     def dump_copy_restore(
         self, criu: Criu, config: PhaulConfig, last_client_images_dir: str | None
     ) -> Outcome:
-        """See `PhaulLocal`."""
         images_dir = new_directory(Path(config.wdir), "final")
         self.handover.freezing(self.source.identity())
         frozen_at = time.monotonic()
@@ -280,18 +269,15 @@ class FakeDestination(DestinationHalf):
         self.process: proc.Process | None = None
 
     def check(self, manifest: Mapping[str, Any]) -> Sequence[Finding]:
-        """See `DestinationHalf`."""
         path = Path(manifest["path"])
         if _victim(path).alive:
             return [Finding("name", REFUSED, f"something runs in {path} already")]
         return [Finding("name", OK, f"{path} is free")]
 
     def claim(self, manifest: Mapping[str, Any]) -> Claim:
-        """See `DestinationHalf`."""
         return Claim(str(manifest["path"]))
 
     def prepare(self, manifest: Mapping[str, Any], migration_id: str) -> None:
-        """See `DestinationHalf`."""
         self.directory, self._id = Path(manifest["path"]), migration_id
         made = self.directory / MADE
         if _read(made).get("id") == migration_id:
@@ -309,7 +295,6 @@ class FakeDestination(DestinationHalf):
         return {IMAGE_TREE: self.directory / IMAGE_TREE}
 
     def arrived(self, name: str, cancellation: Cancellation) -> None:
-        """See `DestinationHalf`."""
         directory = self.directory or Path("/")
         cancellation.check()
         try:
@@ -320,7 +305,6 @@ class FakeDestination(DestinationHalf):
         (directory / MADE).write_text(json.dumps({"id": self._id, "image": image}), "utf-8")
 
     def restore(self, criu: Criu, images_dir: Path, *, lazy: bool = False) -> int:
-        """See `DestinationHalf`."""
         if self.directory is None:
             raise MigrationFailed("nothing was prepared")
         if not _read(self.directory / MADE).get("image"):
@@ -342,7 +326,6 @@ class FakeDestination(DestinationHalf):
         return self.process.pid
 
     def resume(self) -> float:
-        """See `DestinationHalf`."""
         process, self.process = self.process, None
         if process is None or process.stdin is None or self.directory is None:
             raise MigrationFailed("nothing was restored")
@@ -377,7 +360,6 @@ class FakeDestination(DestinationHalf):
         (self.directory / HELD).unlink(missing_ok=True)
 
     def undo(self) -> None:
-        """See `DestinationHalf`."""
         if self.directory is not None and _read(self.directory / MADE).get("id") == self._id:
             shutil.rmtree(self.directory, ignore_errors=True)
 
@@ -406,7 +388,6 @@ class FakeCase(Case):
         return self._root / f"{self._count}-{place.value}"
 
     def start(self) -> str:
-        """See `Case`."""
         self._count += 1
         directory = self._directory(Place.SOURCE)
         directory.mkdir(parents=True)
@@ -417,16 +398,13 @@ class FakeCase(Case):
         return str(directory)
 
     def missing(self) -> str:
-        """See `Case`."""
         return str(self._root / "missing")
 
     def told(self, place: Place) -> Told | None:
-        """See `Case`."""
         status = _read(self._directory(place) / fakevictim.STATUS)
         return Told(**status) if status else None
 
     def alive(self, place: Place) -> bool:
-        """See `Case`."""
         return bool(self._processes(self._directory(place)))
 
     def _processes(self, directory: Path) -> list[_Process]:
@@ -444,14 +422,12 @@ class FakeCase(Case):
         return [process for process in found if process.alive]
 
     def leftovers(self, *, undone: bool) -> Sequence[str]:
-        """See `Case`."""
         directory = self._directory(Place.DESTINATION)
         found = [f"process {process.pid}" for process in self._processes(directory)]
         found += [str(directory / HELD)] if (directory / HELD).exists() else []
         return [*found, str(directory)] if undone and directory.exists() else found
 
     def clear(self) -> None:
-        """See `Case`."""
         for place in Place:
             for process in self._processes(self._directory(place)):
                 process.kill()

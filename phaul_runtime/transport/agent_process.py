@@ -154,11 +154,9 @@ class AgentProcess(Channel):
                 del self._stderr[:-_STDERR_LIMIT]
 
     def control_target(self) -> str:
-        """See `Channel`."""
         return f"unix:{self._sockets / CONTROL}"
 
     def connect(self) -> socket.socket:
-        """See `Channel`."""
         channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             channel.connect(str(self._sockets / MEMORY))
@@ -172,14 +170,12 @@ class AgentProcess(Channel):
         return channel
 
     def trouble(self) -> str:
-        """See `Channel`."""
         lines = self._said_lines()
         if self._process is not None and self._process.poll() is not None:
             lines.append(f"{self._argv[0]} ended with code {self._process.returncode}")
         return "; ".join(lines)
 
     def close(self) -> None:
-        """See `Channel`."""
         if self._stdin >= 0:
             os.close(self._stdin)
             self._stdin = -1

@@ -390,7 +390,6 @@ class ProxiedChannel(Channel):
         self._streams: list[_Stream] = []
 
     def control_target(self) -> str:
-        """See `Channel`."""
         return self._channel.control_target()
 
     def connect(self) -> socket.socket:
@@ -404,11 +403,9 @@ class ProxiedChannel(Channel):
         return theirs
 
     def trouble(self) -> str:
-        """See `Channel`."""
         return self._channel.trouble()
 
     def close(self) -> None:
-        """See `Channel`."""
         for stream in self._streams:
             stream.stop()
         self._channel.close()

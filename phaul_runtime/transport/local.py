@@ -20,7 +20,6 @@ class LocalTransport(Transport):
     def open(
         self, destination: Destination, config: Config, cancellation: Cancellation, token: str
     ) -> Channel:
-        """See `Transport`."""
         if destination.host or destination.user or destination.port:
             raise UsageError(f"{destination.url!r}: local: takes no host", hint="write local:")
         sockets = socket_directory(config.workdir, token)

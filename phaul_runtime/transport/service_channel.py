@@ -183,20 +183,16 @@ class LinkChannel(Channel):
             self._open -= ends
 
     def control_target(self) -> str:
-        """See `Channel`."""
         return f"unix:{self._directory / CONTROL_SOCKET}"
 
     def connect(self) -> socket.socket:
-        """See `Channel`."""
         return expose(self._connection(STREAM))
 
     def open_memory(self, migration_id: str) -> socket.socket:
-        """See `Channel`."""
         channel = super().open_memory(migration_id)
         return channel if self._secure is not None else Uncorked.of(channel)
 
     def trouble(self) -> str:
-        """See `Channel`."""
         return self._trouble
 
     def close(self) -> None:

@@ -38,7 +38,6 @@ class SshTransport(Transport):
     def open(
         self, destination: Destination, config: Config, cancellation: Cancellation, token: str
     ) -> Channel:
-        """See `Transport`."""
         if not destination.host:
             raise UsageError(f"{destination.url!r} names no host", hint="write ssh://root@host")
         there = socket_directory(config.workdir, token)

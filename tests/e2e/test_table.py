@@ -159,7 +159,10 @@ EACH_CONTAINER = pytest.mark.parametrize(
 EACH_OTHER_MODE = pytest.mark.parametrize(
     "mode", [pytest.param(m, marks=[pytest.mark.thorough] * (m == "hybrid")) for m in MODES]
 )
-BOTH_WAYS = pytest.mark.parametrize("direction", ["ab", "ba"])
+# test_mixed.py goes both ways with a process.
+BOTH_WAYS = pytest.mark.parametrize(
+    "direction", ["ab", pytest.param("ba", marks=pytest.mark.thorough)]
+)
 
 
 @pytest.fixture

@@ -132,6 +132,7 @@ def test_a_cancelled_move_leaves_it_as_fast_as_it_was(hosts: Hosts, hot: Dirtier
     assert hosts.leftovers("a") == ""
 
 
+@pytest.mark.thorough
 def test_a_process_among_others_is_moved_without(hosts: Hosts) -> None:
     victim = hosts.dirtier("a", "among", "--mib", "4")
     moved = hosts.migrate("a", victim.pid, "ssh://root@b", "--files", "copy", *configured(hosts))

@@ -11,7 +11,7 @@ import pytest
 
 from phaul_runtime.cutover.journal import Journal
 from phaul_runtime.cutover.states import Decision, Role, Standing, State, Verdict, decide
-from phaul_runtime.destination import incoming
+from phaul_runtime.destination import copy
 from phaul_runtime.recovery import recover
 from tests.explorer.explore import explore
 
@@ -89,5 +89,5 @@ def test_a_table_that_commits_too_early_is_found(
 def test_a_copy_that_is_rebuilt_although_it_runs_is_found(
     quick: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(incoming, "was_resumed", lambda _: False)
+    monkeypatch.setattr(copy, "was_resumed", lambda _: False)
     assert explore("pre-copy", 0, quick).wrong
