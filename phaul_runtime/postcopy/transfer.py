@@ -297,7 +297,7 @@ def attend(agent: RemoteAgent, migration_id: str, config: Config) -> None:
     """Be the client of an agent that has taken up a migration."""
     agent.take_up(migration_id)
     timeouts = config.timeouts
-    agent.beat_every(timeouts.heartbeat_s, timeouts.lost_s, lambda _: None, lambda: None)
+    agent.beat_every(timeouts.heartbeat_s, timeouts.lost_s, lambda _: None)
 
 
 __all__ = ["Transfer", "attend"]

@@ -7,22 +7,19 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
 
 from phaul_runtime import __version__
-from phaul_runtime.cutover.cutover import Destination, Held, Running
+from phaul_runtime.cutover.cutover import Held, Running
 from phaul_runtime.cutover.states import Role, Settled, Standing, State, Verdict
 from phaul_runtime.engine.findings import Finding
-from phaul_runtime.engine.targets import FileFact, FileVerdict, Tree
+from phaul_runtime.engine.targets import FileFact, FileVerdict
 from phaul_runtime.errors import Cancelled, ChannelError, MigrationFailed, PhaulError, StillUnderWay
-from phaul_runtime.events import Listener
-from phaul_runtime.files.compare import gather
-from phaul_runtime.files.staged_files import FilePart, FileSender
-from phaul_runtime.files.tree_sender import TreeSender
+from phaul_runtime.files.staged_files import FilePart
 from phaul_runtime.library.api import PhaulRemote
 from phaul_runtime.memory.image_dirs import image_files
 from phaul_runtime.rpc import phaul_pb2 as pb
@@ -49,7 +46,7 @@ _ASK_S = 5.0
 _VERSION = ((VERSION_KEY, str(PROTOCOL)),)
 
 
-class RemoteAgent(PhaulRemote, Destination):
+class RemoteAgent(PhaulRemote):
     """One agent, and at most one migration with it.
 
     Args:
@@ -86,12 +83,8 @@ class RemoteAgent(PhaulRemote, Destination):
         )
         self._stub = phaul_pb2_grpc.AgentStub(self._grpc)
         self._id = ""
-        self._sender: FileSender | None = None
-        self._copy_files = False
-        self._staged = 0
-        self._trees: TreeSender | None = None
-        self._first: TreeSender | None = None
         self._silent: ChannelError | None = None
+        self._when_silent: list[Callable[[ChannelError], object]] = []
         self._beating = threading.Event()
         self.lost = False
         """The last call got no answer."""
@@ -224,7 +217,6 @@ class RemoteAgent(PhaulRemote, Destination):
         period_s: float,
         lost_s: float,
         on_bytes: Callable[[int], None],
-        on_lost: Callable[[], None],
     ) -> None:
         """Send signs of life from a thread until `close`.
 
@@ -232,7 +224,6 @@ class RemoteAgent(PhaulRemote, Destination):
             period_s: between two of them.
             lost_s: an agent that has not answered for so long is lost: every call fails then.
             on_bytes: told how much has arrived.
-            on_lost: told once.
         """
 
         def beat() -> None:
@@ -246,10 +237,8 @@ class RemoteAgent(PhaulRemote, Destination):
                             "the agent gives no sign of life", host=self.name
                         )
                         self._grpc.close()
-                        on_lost()
-                        for sender in (self._first, self._trees):
-                            if sender is not None:
-                                sender.stop(self._silent)
+                        for tell in tuple(self._when_silent):
+                            tell(self._silent)
                         return
                     continue
                 heard = time.monotonic()
@@ -257,6 +246,12 @@ class RemoteAgent(PhaulRemote, Destination):
                     on_bytes(reply.bytes)
 
         threading.Thread(target=beat, name="heartbeat", daemon=True).start()
+
+    def when_silent(self, tell: Callable[[ChannelError], object]) -> None:
+        """Have `tell` called once the agent is lost; at once if it is lost already."""
+        self._when_silent.append(tell)
+        if self._silent is not None:
+            tell(self._silent)
 
     # -- recovery --------------------------------------------------------------------------
 
@@ -320,83 +315,29 @@ class RemoteAgent(PhaulRemote, Destination):
             return None
         return from_wire(reply.failure, self.name) if reply.HasField("failure") else None
 
-    # -- files and the cut-over (`cutover.Destination`) ------------------------------------
+    # -- files and trees -------------------------------------------------------------------
 
-    def carry_files(self, facts: Iterable[FileFact], differing: Iterable[str]) -> FileSender:
-        """While the target runs: stage the files that differ, remember the others."""
-        self._sender = FileSender(facts, differing)
-        self._copy_files = True
-        self._put(self._sender.first())
-        self._staged = self._sender.bytes
-        return self._sender
-
-    def watch_files(self, facts: Iterable[FileFact]) -> None:
-        """Files are not to be copied: refuse in the freeze if one was changed meanwhile."""
-        self._sender = FileSender(facts, ())
-        self._copy_files = False
-
-    def _put(self, parts: Iterable[FilePart]) -> None:
+    def put_files(self, parts: Iterable[FilePart]) -> None:
+        """Stage files there."""
         messages = (part_to_wire(part, self._id) for part in parts)
         self._call(self._stub.PutFiles.future, messages, self._prepare_s)
 
-    def carry_first(self, tree: Tree, listener: Listener) -> tuple[int, dict[str, str]]:
-        """While the target runs: carry a tree that goes first, and let the engine there have it.
+    def open_tree(self, name: str) -> socket.socket:
+        """A new connection to rsync there, for a tree.
 
-        Returns:
-            The bytes sent, and where each tree lies there from now on.
+        Raises:
+            ChannelError: it cannot be opened.
         """
-        self._first = self._sender_of([tree], listener, dict)
-        self._stop_if_lost(self._first)
-        self._first.carry_once()
-        request = pb.ArrivedRequest(id=self._id, name=tree.name)
+        return self._channel.open_stream(self._id, name)
+
+    def arrived(self, name: str) -> dict[str, str]:
+        """A tree that goes first is whole; returns where each tree lies there from now on."""
+        request = pb.ArrivedRequest(id=self._id, name=name)
         reply: pb.ArrivedReply = self._call(self._stub.Arrived.future, request, self._prepare_s)
-        return self._first.bytes, _by_name(reply.trees)
+        return _by_name(reply.trees)
 
-    def carry_trees(
-        self,
-        trees: Sequence[Tree],
-        listener: Listener,
-        mapped: Callable[[], Mapping[str, Iterable[str]]],
-    ) -> None:
-        """While the target runs: synchronise its trees; `sync_files` does it for the last time.
-
-        Args:
-            trees: what to carry.
-            listener: told of each tree and pass.
-            mapped: see `SourceHalf.mapped`.
-        """
-        self._trees = self._sender_of(trees, listener, mapped)
-        self._stop_if_lost(self._trees)
-        self._trees.sync()
-
-    def _sender_of(
-        self,
-        trees: Sequence[Tree],
-        listener: Listener,
-        mapped: Callable[[], Mapping[str, Iterable[str]]],
-    ) -> TreeSender:
-        return TreeSender(
-            trees,
-            open_stream=lambda name: self._channel.open_stream(self._id, name),
-            explain=self._tree_failure,
-            there=self.name,
-            timeout_s=self._prepare_s,
-            cancellation=self._cancellation,
-            listener=listener,
-            mapped=mapped,
-        )
-
-    def _stop_if_lost(self, sender: TreeSender) -> None:
-        """The agent may have been lost while there was nothing to stop."""
-        if self._silent is not None:
-            sender.stop(self._silent)
-
-    def freshen_trees(self) -> None:
-        """Just before the freeze: leave less of the trees for it."""
-        if self._trees is not None:
-            self._trees.freshen()
-
-    def _tree_failure(self, name: str) -> PhaulError | None:
+    def tree_failure(self, name: str) -> PhaulError | None:
+        """Why the last stream of a tree failed, where the agent knows a reason."""
         try:
             reply = self._stub.Beat(self._ref(), timeout=_ASK_S, metadata=_VERSION)
         except ValueError:
@@ -406,41 +347,10 @@ class RemoteAgent(PhaulRemote, Destination):
         found = [failure.error for failure in reply.trees if failure.name == name]
         return from_wire(found[0], self.name) if found else None
 
-    def sync_files(self) -> tuple[int, int]:
-        """See `cutover.Destination`; the bytes are also those of all earlier passes over trees."""
-        files, sent = self._sync_changed()
-        if self._trees is None:
-            return files, sent
-        self._trees.finish()
-        return files, sent + self._trees.bytes
-
-    def stop_files(self) -> None:
-        if self._trees is not None:
-            self._trees.stop()
-
-    def _sync_changed(self) -> tuple[int, int]:
-        if self._sender is None:
-            return 0, 0
-        changed = self._sender.changed()
-        if not changed:
-            return self._sender.files, self._sender.bytes - self._staged
-        if not self._copy_files:
-            self._refuse_changed(changed)
-            return 0, 0
-        self._put(self._sender.again(changed))
-        return self._sender.files, self._sender.bytes - self._staged
-
-    def _refuse_changed(self, changed: list[FileFact]) -> None:
-        facts = [fact for fact in (gather(c.path) for c in changed) if fact is not None]
-        differing = self.check(pb.CheckRequest(files=facts)).files
-        if differing:
-            raise MigrationFailed(
-                "files changed while the target was being moved: "
-                + ", ".join(verdict.path for verdict in differing),
-                hint="--files copy carries them",
-            )
+    # -- the cut-over ----------------------------------------------------------------------
 
     def prepare(self, images_dir: Path) -> tuple[Held, int]:
+        """Send the images, restore, hold; returns the answer and the bytes sent."""
         *first, last = in_messages(self._id, images_dir)
         if first:
             self._call(self._stub.PutImages.future, iter(first), self._prepare_s)
@@ -449,6 +359,7 @@ class RemoteAgent(PhaulRemote, Destination):
         return Held(reply.pid, reply.restore_ms, reply.images_ms, reply.full_because), sent
 
     def commit(self) -> Running:
+        """Let the held copy run; idempotent, repeats itself while the channel allows."""
         deadline = time.monotonic() + self._commit_s
         while True:
             try:

@@ -52,7 +52,7 @@ from phaul_runtime.recovery.recover import Recovery
 from phaul_runtime.report import Iteration, MigrationReport, result_of
 from phaul_runtime.rpc.client import RemoteAgent
 from phaul_runtime.source.await_memory import await_filled
-from phaul_runtime.source.carry import TreeCarrier, carry_files
+from phaul_runtime.source.carry import Carriage, TreeCarrier, carry_files
 from phaul_runtime.source.failure_logs import keep_logs
 from phaul_runtime.source.hooks import SourceHooks
 from phaul_runtime.source.outcome import Begun, recover
@@ -247,20 +247,27 @@ class Migration:
             config.timeouts.heartbeat_s,
             config.timeouts.lost_s,
             lambda count: self.listener(Progress(len(self._iterations) + 1, count)),
-            session.cut_memory,
         )
-        carried = carry_files(agent, config, checked, self.listener)
+        agent.when_silent(session.cut_memory)
+        carriage = Carriage(agent, self.cancellation, config.timeouts.prepare_s)
+        carried = carry_files(carriage, config, checked, self.listener)
         trees = TreeCarrier(
-            agent, source, journal, self.listener, self.cancellation, same_host=checked.hosts.same
+            carriage,
+            agent.name,
+            source,
+            journal=journal,
+            listener=self.listener,
+            cancellation=self.cancellation,
+            same_host=checked.hosts.same,
         )
         carried += trees.carry(trees_of(config, checked.inspection), places)
         throttle = self._throttle(checked, journal)
         cut_over = begun.cut_over = CutOver(
-            agent,
+            carriage,
             self.listener,
             self.cancellation,
             journal,
-            before_freeze=lambda: self._before_freeze(agent, journal),
+            before_freeze=lambda: self._before_freeze(carriage, journal),
             in_freeze=throttle.lift if throttle else lambda: None,
             when_frozen=self._source_hooks.when_frozen(journal),
             processes=None if config.mode == PRE_COPY else source.processes,
@@ -387,10 +394,10 @@ class Migration:
         self.listener(Served(transfer.total, int(faults), worst, transfer.seconds))
         return answering
 
-    def _before_freeze(self, agent: RemoteAgent, journal: Journal) -> None:
+    def _before_freeze(self, carriage: Carriage, journal: Journal) -> None:
         """CRIU is about to freeze: the last moment for what takes its time."""
         self._hooks.run(PRE_FREEZE, move_of(journal))
-        agent.freshen_trees()
+        carriage.freshen_trees()
 
     def _track(self, event: Event) -> None:
         if isinstance(event, IterationDone):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phaul_runtime.cutover.journal import lock_directory
-from phaul_runtime.errors import DestinationUnreachable, OutcomeUnknown, Refused
+from phaul_runtime.errors import DestinationUnreachable, OutcomeUnknown, PhaulError, Refused
 from phaul_runtime.memory.image_dirs import remove_tree
 from phaul_runtime.rpc.client import RemoteAgent
 from phaul_runtime.system.cancel import Cancellation
@@ -109,7 +109,7 @@ class Session:
         self._memory = self._channel.open_memory(self._id)
         return self._memory
 
-    def cut_memory(self) -> None:
+    def cut_memory(self, _why: PhaulError) -> None:
         """The agent is lost: CRIU gives up on this, and lets the tree run."""
         if self._memory is not None:
             with contextlib.suppress(OSError):

@@ -145,14 +145,14 @@ class ImageMove(Move):
         session: Any = SimpleNamespace(
             certificate="",
             agent=self.remote, make_workdir=lambda: self.root,
-            open_memory=lambda: self.channel.open_memory(MIGRATION), cut_memory=lambda: None,
+            open_memory=lambda: self.channel.open_memory(MIGRATION), cut_memory=lambda _: None,
         )  # fmt: skip
         with pytest.raises(PhaulError) as caught:
             migration._move(session, FakeEngine(self.half), self.checked(inspection))
         self.reached = self.half.calls[:]
         self.carried = (self.there / "x").exists()
         if "cannot start no-such-criu" in str(caught.value):
-            self.remote.sync_files()
+            migration._begun.cut_over.destination.sync_files()
         migration.roll_back(session, caught.value)
         migration._begun.journal.close()
         return caught.value
@@ -219,13 +219,15 @@ def test_its_bytes_count(move: ImageMove) -> None:
     )
     with Journal.create(move.root / "state here", MIGRATION, Role.SOURCE) as journal:
         carrier = TreeCarrier(
-            move.remote, move.source, journal, move.told.append, move.cancellation, same_host=True
-        )
+            move.carriage, "b", move.source,
+            journal=journal, listener=move.told.append, cancellation=move.cancellation,
+            same_host=True,
+        )  # fmt: skip
         sent = carrier.carry([move.image], places)
         assert journal.facts[STAGED] == ["image"]
     (synced,) = (event for event in move.told if isinstance(event, TreeSynced))
     assert sent == synced.bytes > 0
-    assert move.remote.sync_files() == (0, 0)
+    assert move.carriage.sync_files() == (0, 0)
 
 
 def test_what_is_not_needed_there_is_not_made(move: ImageMove) -> None:
@@ -396,7 +398,7 @@ def test_losing_the_client_ends_its_taking_in(move: ImageMove) -> None:
 def test_an_agent_lost_meanwhile_is_told(move: ImageMove, monkeypatch: pytest.MonkeyPatch) -> None:
     def staging(_: Cancellation) -> None:
         monkeypatch.setattr(move.remote._stub, "Beat", fail)
-        move.remote.beat_every(0.01, 0.0, print, lambda: None)
+        move.remote.beat_every(0.01, 0.0, print)
         wait(lambda: move.remote._silent is not None)
 
     move.source.at_staging = staging

@@ -32,6 +32,7 @@ from phaul_runtime.events import Event, TreeSynced
 from phaul_runtime.files import tree_sender as trees_module
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.rpc.client import RemoteAgent
+from phaul_runtime.source.carry import Carriage
 from phaul_runtime.source.migration import Migration
 from phaul_runtime.source.preflight import Checked, Hosts
 from phaul_runtime.system import proc
@@ -157,6 +158,7 @@ class Move:
         self.remote = RemoteAgent(
             self.channel, call_s=30, prepare_s=60, commit_s=5, cancellation=self.cancellation
         )
+        self.carriage = Carriage(self.remote, self.cancellation, 60)
         self.told: list[Event] = []
         self.mapped: dict[str, list[str]] = {}
         self.places = self.remote.open(
@@ -169,7 +171,7 @@ class Move:
 
     def carry(self, *trees: Tree) -> None:
         trees = trees or (Tree("rootfs", str(self.here)),)
-        self.remote.carry_trees(trees, self.told.append, lambda: self.mapped)
+        self.carriage.carry_trees(trees, self.told.append, lambda: self.mapped)
 
     def stream(self, arguments: bytes, name: str = "rootfs") -> bytes:
         """A hand-made stream; returns what the agent says to it before it closes."""
@@ -282,7 +284,7 @@ def test_everything_arrives_and_then_what_changed(move: Move) -> None:
     (move.here / "new").write_text("new")
     with (move.here / "sparse").open("r+b") as file:
         file.write(b"start")
-    sent = move.remote.sync_files()
+    sent = move.carriage.sync_files()
     assert picture(move.there) == picture(move.here)
     first, last = (event for event in move.told if isinstance(event, TreeSynced))
     assert (first.tree, first.final, last.final) == ("rootfs", False, True)
@@ -323,7 +325,7 @@ def test_a_migration_carries_trees_before_memory(
     session: Any = SimpleNamespace(
         certificate="",
         agent=move.remote, make_workdir=lambda: tmp_path,
-        open_memory=lambda: move.channel.open_memory(migration.id), cut_memory=lambda: None,
+        open_memory=lambda: move.channel.open_memory(migration.id), cut_memory=lambda _: None,
     )  # fmt: skip
     found, _ = migration._of_target(session, hosts, source, inspection)
     checked = [f.host for f in found if f.finding.check == "rsync"]
@@ -343,7 +345,7 @@ def test_what_is_written_twice_within_a_second_is_seen(move: Move) -> None:
     move.carry()
     file.write_text("two")
     os.utime(file, ns=(0, 1_700_000_000_200_000_000))
-    move.remote.sync_files()
+    move.carriage.sync_files()
     assert (move.there / "log").read_text() == "two"
 
 
@@ -366,7 +368,7 @@ def test_a_mapped_file_is_compared_by_contents(move: Move, linked: bool, late: b
             memory[4096] = ord("b")
         os.utime(path, ns=(0, 1_700_000_000_000_000_000))
     os.utime(move.here / "d", ns=(0, 1_600_000_000_000_000_000))
-    move.remote.sync_files()
+    move.carriage.sync_files()
     assert picture(move.there)[os.fsencode(odd)] == picture(move.here)[os.fsencode(odd)]
     assert (move.there / "d").stat().st_mtime_ns == 1_600_000_000_000_000_000
     if linked:
@@ -382,7 +384,7 @@ def test_several_trees_go_side_by_side(move: Move, tmp_path: Path) -> None:
     (move.here / "y").write_text("y")
     move.carry(Tree("data", str(data)), Tree("rootfs", str(move.here)))
     (data / "x").write_text("changed")
-    move.remote.sync_files()
+    move.carriage.sync_files()
     assert (tmp_path / "data there" / "x").read_text() == "changed"
     assert (move.there / "y").read_text() == "y"
     assert len(move.told) == 4
@@ -464,7 +466,7 @@ GOOD = f"--server {FLAGS} --timeout=60 --delete-during --stats -@-1 --numeric-id
 def test_other_arguments_are_refused(move: Move, line: str, tmp_path: Path) -> None:
     before = picture(tmp_path / "here")
     assert move.stream(line.encode()) == b""
-    failure = move.remote._tree_failure("rootfs")
+    failure = move.remote.tree_failure("rootfs")
     assert failure is not None
     assert "rsync that are not expected" in failure.message or "no arguments" in failure.message
     assert not (tmp_path / "made").exists()
@@ -474,7 +476,7 @@ def test_other_arguments_are_refused(move: Move, line: str, tmp_path: Path) -> N
 
 def test_garbage_after_good_arguments_harms_nothing(move: Move) -> None:
     move.stream(GOOD.encode() + b"\xff" * 4096)
-    assert move.remote._tree_failure("rootfs") is not None
+    assert move.remote.tree_failure("rootfs") is not None
     move.carry()
 
 
@@ -543,7 +545,7 @@ def test_no_stream_after_the_end(move: Move) -> None:
     move.carry()
     assert move.remote.abort()
     with pytest.raises(MigrationFailed, match=r"the migration (is aborted|was given up)"):
-        move.remote.sync_files()
+        move.carriage.sync_files()
 
 
 def test_files_that_vanish_are_no_failure_only_while_it_runs(
@@ -563,7 +565,7 @@ def test_files_that_vanish_are_no_failure_only_while_it_runs(
     codes.write_text("24")
     move.carry()
     with pytest.raises(MigrationFailed, match="ended with code 24"):
-        move.remote.sync_files()
+        move.carriage.sync_files()
     codes.write_text("23")
     with pytest.raises(MigrationFailed, match="ended with code 23"):
         move.carry()
@@ -611,7 +613,7 @@ def test_a_lost_agent_ends_it(move: Move, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(move.remote._stub, "Beat", fail)
 
     def beat() -> None:
-        move.remote.beat_every(0.01, 0.0, print, lambda: None)
+        move.remote.beat_every(0.01, 0.0, print)
 
     with once_it_writes(move, beat), pytest.raises(MigrationFailed, match="no sign of life"):
         move.carry()
@@ -628,4 +630,4 @@ def test_a_silent_other_side_has_a_deadline(move: Move, monkeypatch: pytest.Monk
     move.carry()
     monkeypatch.setattr(move.channel, "open_stream", lambda *_: silent)
     with far, pytest.raises(MigrationFailed, match=r"did not end within|timeout"):
-        move.remote.sync_files()
+        move.carriage.sync_files()
