@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from phaul_engines.docker_arrival import is_ours
-from phaul_engines.docker_config import differences
+from phaul_engines.docker.arrival import is_ours
+from phaul_engines.docker.config import differences
 
 from tests.e2e.conftest import wait_until
 from tests.e2e.docker_hosts import IMAGE, DockerContainer, DockerHosts, docker_hosts, docker_lab

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from phaul_engines.docker_config import CreatePlan, create_body, differences
-from phaul_engines.docker_findings import daemon_findings, findings, parse_api_version
+from phaul_engines.docker.config import CreatePlan, create_body, differences
+from phaul_engines.docker.daemon_findings import daemon_findings, parse_api_version
+from phaul_engines.docker.findings import findings
 from phaul_lab import Lab
 
 from phaul_runtime.engine import OK

@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Iterator
 
 import pytest
-from phaul_engines.docker_arrival import is_ours
-from phaul_engines.docker_config import differences
+from phaul_engines.docker.arrival import is_ours
+from phaul_engines.docker.config import differences
 from phaul_lab import Lab
 
 from tests.e2e.conftest import Hosts, wait_until

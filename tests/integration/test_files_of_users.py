@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from phaul_engines.proctree import Tree, read_tree
+from phaul_engines.common.proctree import Tree, read_tree
 
 from phaul_runtime.cutover.journal import Journal
 from phaul_runtime.cutover.states import Role, State

@@ -11,9 +11,9 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from phaul_engines import standstill
-from phaul_engines.proctree import is_stopped_by_tracer
-from phaul_engines.standstill import Standstill
+from phaul_engines.common import standstill
+from phaul_engines.common.proctree import is_stopped_by_tracer
+from phaul_engines.common.standstill import Standstill
 
 from tests.integration.serving import wait
 

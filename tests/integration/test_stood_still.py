@@ -15,11 +15,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from phaul_engines import netlock
-from phaul_engines.oci import Container, Runtime
-from phaul_engines.oci_source import OciLocal, OciSource
-from phaul_engines.process import ProcessLocal, ProcessSource
-from phaul_engines.process_options import ProcessOptions
+from phaul_engines.common import netlock
+from phaul_engines.oci.runtime import Container, Runtime
+from phaul_engines.oci.source import OciLocal, OciSource
+from phaul_engines.process.engine import ProcessLocal, ProcessSource
+from phaul_engines.process.options import ProcessOptions
 
 from phaul_runtime.engine import Inspection
 from phaul_runtime.errors import TargetGone

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from phaul_engines import oci
-from phaul_engines.arrival_cgroup import member, require_free, require_own
-from phaul_engines.runc_arrival import MARK, RuncDestination
-from phaul_engines.runc_options import RuncOptions
+from phaul_engines.oci import runtime
+from phaul_engines.oci.arrival_cgroup import member, require_free, require_own
+from phaul_engines.oci.options import RuncOptions
+from phaul_engines.runc.arrival import MARK, RuncDestination
 
 from phaul_runtime.criu.session import Criu
 from phaul_runtime.errors import DestinationError
@@ -51,7 +51,7 @@ class Group:
         for process in self.started:
             process.kill()
             process.wait()
-        for pid in oci.cgroup_pids(self.path):
+        for pid in runtime.cgroup_pids(self.path):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, 9)
         deadline = time.monotonic() + 20
@@ -65,7 +65,7 @@ def group(monkeypatch: pytest.MonkeyPatch) -> Iterator[Group]:
     root = cgroup._root()
     if os.geteuid() != 0 or root is None or not (root / "cgroup.controllers").exists():
         pytest.skip("needs root and cgroup v2")
-    monkeypatch.setattr(oci, "CGROUP_ROOT", root)
+    monkeypatch.setattr(runtime, "CGROUP_ROOT", root)
     found = Group(root)
     try:
         yield found
@@ -120,7 +120,7 @@ def test_what_lives_in_the_cgroup_that_a_source_names_lives_on(
     again.discard()
     again.undo()
     assert other.poll() is None
-    assert oci.cgroup_pids(group.path) == [other.pid]
+    assert runtime.cgroup_pids(group.path) == [other.pid]
     assert not (tmp_path / "bundle").exists()
 
 
@@ -153,13 +153,13 @@ def test_what_was_restored_to_another_cgroup_is_ended_by_its_root(
         there._own_cgroup(root.pid)
     there.discard()
     assert root.wait(20) == -9
-    assert oci.cgroup_pids(group.path) == [stranger]
+    assert runtime.cgroup_pids(group.path) == [stranger]
 
 
 def test_the_tree_itself_is_no_stranger(tmp_path: Path, group: Group) -> None:
     root = group.start("sh", "-c", "sleep 600 & wait")
     deadline = time.monotonic() + 20
-    while len(oci.cgroup_pids(group.path)) < 2 and time.monotonic() < deadline:
+    while len(runtime.cgroup_pids(group.path)) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     require_own(group.path, root.pid)
     require_own("", root.pid)

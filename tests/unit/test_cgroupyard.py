@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from phaul_engines.cgroupyard import YARD, yard_options
+from phaul_engines.oci.cgroupyard import YARD, yard_options
 
 
 def test_every_hierarchy_of_this_process_is_there(tmp_path: Path) -> None:

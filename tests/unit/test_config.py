@@ -9,7 +9,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from phaul_engines.process_options import ProcessOptions
+from phaul_engines.process.options import ProcessOptions
 from pydantic import BaseModel, ValidationError
 
 from phaul_runtime.cli.config_cmd import full_schema

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from phaul_engines import docker_arrival
-from phaul_engines.docker_arrival import DockerDestination
-from phaul_engines.oci import Runtime
+from phaul_engines.docker import arrival
+from phaul_engines.docker.arrival import DockerDestination
+from phaul_engines.oci.runtime import Runtime
 
 from phaul_runtime.errors import DestinationError
 from tests.unit.docker import document
@@ -33,8 +33,8 @@ def test_of_a_container_s_shims_only_those_that_hold_it_are_found(
         (tmp_path / pid / "cmdline").write_text("".join(f"{word}\0" for word in words))
     (tmp_path / "15").mkdir()  # it has just ended
     (tmp_path / "self").mkdir()
-    monkeypatch.setattr(docker_arrival, "PROC", tmp_path)
-    assert docker_arrival._shims("mine") == [10]
+    monkeypatch.setattr(arrival, "PROC", tmp_path)
+    assert arrival._shims("mine") == [10]
 
 
 class _ImageStore:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from phaul_engines.docker_config import (
+from phaul_engines.docker.config import (
     CreatePlan,
     Volume,
     comparable,

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from phaul_engines.docker_config import with_configured_macs
-from phaul_engines.docker_findings import (
+from phaul_engines.docker.config import with_configured_macs
+from phaul_engines.docker.daemon_findings import (
     daemon_findings,
-    findings,
     no_layer,
     parse_api_version,
     parse_version,
 )
+from phaul_engines.docker.findings import findings
 
 from phaul_runtime.engine import OK, REFUSED, WARNING, Finding
 from tests.unit.docker import document

@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from phaul_engines.docker_layer import Layer
-from phaul_engines.proctree import ancestors
+from phaul_engines.common.proctree import ancestors
+from phaul_engines.docker.layer import Layer
 
 from phaul_runtime.errors import DestinationError, NoSuchTarget
 from phaul_runtime.system.process import Member

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from phaul_engines import docker
-from phaul_engines.docker import DockerSource
-from phaul_engines.docker_daemon import Daemon
-from phaul_engines.docker_options import DockerOptions
+from phaul_engines.docker import engine
+from phaul_engines.docker.daemon import Daemon
+from phaul_engines.docker.engine import DockerSource
+from phaul_engines.docker.options import DockerOptions
 
 from phaul_runtime.errors import NoSuchTarget, Refused
 from tests.unit.docker import document
@@ -40,7 +40,7 @@ def source_of(
 ) -> DockerSource:
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     source = DockerSource("web", DockerOptions())
-    monkeypatch.setattr(docker, "read_container", _knows_none)
+    monkeypatch.setattr(engine, "read_container", _knows_none)
     monkeypatch.setattr(source, "daemon", SaidDaemon(inspect, info))
     return source
 

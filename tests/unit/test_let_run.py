@@ -9,13 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from phaul_engines import runc_arrival
-from phaul_engines.docker_arrival import DockerDestination
-from phaul_engines.oci import Runtime
-from phaul_engines.process import ProcessDestination
-from phaul_engines.process_options import ProcessOptions
-from phaul_engines.runc_arrival import RuncDestination
-from phaul_engines.runc_options import RuncOptions
+from phaul_engines.docker.arrival import DockerDestination
+from phaul_engines.oci.options import RuncOptions
+from phaul_engines.oci.runtime import Runtime
+from phaul_engines.process.engine import ProcessDestination
+from phaul_engines.process.options import ProcessOptions
+from phaul_engines.runc import arrival
+from phaul_engines.runc.arrival import RuncDestination
 
 from phaul_runtime.engine import DestinationHalf
 from phaul_runtime.system import cgroup
@@ -47,7 +47,7 @@ def of_runc(place: Path, monkeypatch: pytest.MonkeyPatch) -> DestinationHalf:
         close=lambda: None,
     )
     half._command, half._held = command, command
-    for module, name in ((runc_arrival, "apply_limits"), (cgroup, "sweep")):
+    for module, name in ((arrival, "apply_limits"), (cgroup, "sweep")):
         monkeypatch.setattr(module, name, lambda *_: [])
     monkeypatch.setattr(cgroup, "kill", harm)
     monkeypatch.setattr(Runtime, "delete", harm)

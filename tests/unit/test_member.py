@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from phaul_engines.members import Members
+from phaul_engines.common.members import Members
 
 from phaul_runtime.errors import OutcomeUnknown
 from phaul_runtime.system import process
@@ -118,8 +118,8 @@ def test_one_that_does_not_get_to_die_is_unknown(
 
 
 def test_one_that_stays_traced_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phaul_engines.members.LET_GO_WITHIN_S", 0.0)
-    monkeypatch.setattr("phaul_engines.members.tracer_of", lambda _: 99)
+    monkeypatch.setattr("phaul_engines.common.members.LET_GO_WITHIN_S", 0.0)
+    monkeypatch.setattr("phaul_engines.common.members.tracer_of", lambda _: 99)
     start = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     members = Members([Member(os.getpid(), start)])
     with pytest.raises(OutcomeUnknown, match="traced by process 99"):

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from phaul_engines.gated import GatedCommand
-from phaul_engines.oci import Runtime, read_container
-from phaul_engines.oci_checks import runtime_finding
+from phaul_engines.oci.checks import runtime_finding
+from phaul_engines.oci.gated import GatedCommand
+from phaul_engines.oci.runtime import Runtime, read_container
 from phaul_hooks.gate import Gate
 
 from phaul_runtime.engine import OK, REFUSED

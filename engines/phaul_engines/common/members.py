@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from phaul_engines.proctree import Process, tracer_of
+from phaul_engines.common.proctree import Process, tracer_of
 from phaul_runtime.errors import OutcomeUnknown
 from phaul_runtime.system.host import boot_id
 from phaul_runtime.system.process import Member

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from phaul_engines.members import Members
-from phaul_engines.netlock import Connection, table_of
-from phaul_engines.proctree import established_connections, read_standing
-from phaul_engines.standstill import Standstill
+from phaul_engines.common.members import Members
+from phaul_engines.common.netlock import Connection, table_of
+from phaul_engines.common.proctree import established_connections, read_standing
+from phaul_engines.common.standstill import Standstill
 from phaul_runtime.engine import Handover, SourceHalf
 from phaul_runtime.errors import NoSuchTarget, TargetGone
 from phaul_runtime.library.throttle import own_cgroup

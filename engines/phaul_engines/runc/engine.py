@@ -15,8 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from phaul_engines import netlock
-from phaul_engines.oci import (
+from phaul_engines.common import netlock
+from phaul_engines.oci.checks import has_shared_masks, target_findings
+from phaul_engines.oci.options import CrunOptions, RuncOptions
+from phaul_engines.oci.runtime import (
     Container,
     Runtime,
     cgroup_of,
@@ -25,10 +27,8 @@ from phaul_engines.oci import (
     read_limits,
     single_files,
 )
-from phaul_engines.oci_checks import has_shared_masks, target_findings
-from phaul_engines.oci_source import OciSource
-from phaul_engines.runc_arrival import RuncDestination, leave_bundle
-from phaul_engines.runc_options import CrunOptions, RuncOptions
+from phaul_engines.oci.source import OciSource
+from phaul_engines.runc.arrival import RuncDestination, leave_bundle
 from phaul_runtime.engine import DestinationHalf, Engine, Inspection, SourceHalf
 from phaul_runtime.engine import Tree as FileTree
 from phaul_runtime.errors import PhaulError, Refused, UsageError

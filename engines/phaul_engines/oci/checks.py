@@ -9,14 +9,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from phaul_engines.oci import Container, Mount, cgroup_directory, cgroup_of, cgroup_pids
-from phaul_engines.proctree import (
+from phaul_engines.common.proctree import (
     Tree,
     established_connections,
     pipes_to_others,
     read_process,
 )
-from phaul_engines.runc_options import RuncOptions
+from phaul_engines.oci.options import RuncOptions
+from phaul_engines.oci.runtime import Container, Mount, cgroup_directory, cgroup_of, cgroup_pids
 from phaul_runtime.engine import OK, REFUSED, WARNING, Finding
 from phaul_runtime.errors import NoSuchTarget
 

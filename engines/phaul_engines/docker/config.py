@@ -1,7 +1,7 @@
 """From what docker says of a container to one of the same configuration; and comparing the two.
 
 Pure: documents of the Engine API go in and come out. What speaks against a move is in
-`docker_findings`.
+`findings`.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ from __future__ import annotations
 import copy
 import json
 import posixpath
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 CRIU_CONFIG = "org.criu.config"
 DEFAULT_BRIDGE = "bridge"
+RUNTIMES = frozenset({"runc", "io.containerd.runc.v2"})
+"""Names of runc in a docker."""
 # From here on create takes several endpoints, and a MAC address belongs to one of them.
 SEVERAL_ENDPOINTS = (1, 44)
 _PREDEFINED = frozenset({"default", DEFAULT_BRIDGE, "host", "none"})
@@ -28,6 +31,12 @@ _GENERATED_MAC = "02:42:"
 # In docker's own file, and from there in our copy of what inspect says.
 _DESIRED_MAC = "DesiredMacAddress"
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
+
+
+def named(mode: str) -> str:
+    """The container of a `container:` mode, by its short id if it is an id."""
+    other = mode.removeprefix(_CONTAINER)
+    return other[:_SHORT_ID] if re.fullmatch("[0-9a-f]{64}", other) else other
 
 
 def below_run_phaul(path: str) -> bool:

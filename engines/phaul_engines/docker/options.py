@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from phaul_engines.runc_options import AbsolutePath
+from phaul_engines.oci.options import AbsolutePath
 
 
 class DockerOptions(BaseModel):

@@ -16,9 +16,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from phaul_engines import netlock
-from phaul_engines.docker_arrival import DockerDestination
-from phaul_engines.docker_config import (
+from phaul_engines.common import netlock
+from phaul_engines.common.proctree import Tree, established_connections
+from phaul_engines.docker.arrival import DockerDestination
+from phaul_engines.docker.config import (
     DEFAULT_BRIDGE,
     container_name,
     is_user_defined,
@@ -27,20 +28,27 @@ from phaul_engines.docker_config import (
     volumes_of,
     with_configured_macs,
 )
-from phaul_engines.docker_config import private_netns as has_private_netns
-from phaul_engines.docker_daemon import Daemon
-from phaul_engines.docker_findings import daemon_findings, findings, no_layer
-from phaul_engines.docker_options import DockerOptions
-from phaul_engines.docker_volumes import mark_moved
-from phaul_engines.oci import Container, Mount, Runtime, common_flags, read_container, single_files
-from phaul_engines.oci_checks import (
+from phaul_engines.docker.config import private_netns as has_private_netns
+from phaul_engines.docker.daemon import Daemon
+from phaul_engines.docker.daemon_findings import daemon_findings, no_layer
+from phaul_engines.docker.findings import findings
+from phaul_engines.docker.options import DockerOptions
+from phaul_engines.docker.volumes import mark_moved
+from phaul_engines.oci.checks import (
     connection_findings,
     stranger_findings,
     strangers,
     tree_findings,
 )
-from phaul_engines.oci_source import OciSource
-from phaul_engines.proctree import Tree, established_connections
+from phaul_engines.oci.runtime import (
+    Container,
+    Mount,
+    Runtime,
+    common_flags,
+    read_container,
+    single_files,
+)
+from phaul_engines.oci.source import OciSource
 from phaul_runtime.engine import (
     OK,
     REFUSED,

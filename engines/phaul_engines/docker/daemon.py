@@ -17,7 +17,7 @@ import docker
 import requests
 from docker.errors import APIError, DockerException, ImageNotFound, NotFound, NullResource
 
-from phaul_engines.docker_findings import parse_api_version
+from phaul_engines.docker.daemon_findings import parse_api_version
 from phaul_runtime.boundedjson import read_json_file
 from phaul_runtime.errors import MigrationFailed, PhaulError, Refused
 from phaul_runtime.system.cancel import Cancellation

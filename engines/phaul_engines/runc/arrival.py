@@ -14,12 +14,14 @@ from typing import Any
 
 from phaul_hooks.gate import Gate, GateEvent
 
-from phaul_engines import netlock
-from phaul_engines.arrival_cgroup import member, require_free, require_own
-from phaul_engines.cgroupyard import yard_options
-from phaul_engines.gated import OUTPUT, GatedCommand, deadline_in
-from phaul_engines.members import LET_GO_WITHIN_S, POLL_S
-from phaul_engines.oci import (
+from phaul_engines.common import netlock
+from phaul_engines.common.members import LET_GO_WITHIN_S, POLL_S
+from phaul_engines.oci.arrival_cgroup import member, require_free, require_own
+from phaul_engines.oci.cgroupyard import yard_options
+from phaul_engines.oci.checks import limits_finding, runtime_finding
+from phaul_engines.oci.gated import OUTPUT, GatedCommand, deadline_in
+from phaul_engines.oci.options import RuncOptions
+from phaul_engines.oci.runtime import (
     CONFIG,
     Runtime,
     apply_limits,
@@ -30,8 +32,6 @@ from phaul_engines.oci import (
     is_bind,
     rootfs_of,
 )
-from phaul_engines.oci_checks import limits_finding, runtime_finding
-from phaul_engines.runc_options import RuncOptions
 from phaul_runtime.boundedjson import read_json_file
 from phaul_runtime.criu.session import Criu
 from phaul_runtime.engine import OK, REFUSED, Claim, DestinationHalf, Finding

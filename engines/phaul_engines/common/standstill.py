@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from phaul_engines.proctree import is_stopped_by_tracer, tasks_below
+from phaul_engines.common.proctree import is_stopped_by_tracer, tasks_below
 
 _POLL_S = 0.005
 _LOOK_WITHIN_S = 60.0

@@ -9,11 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from phaul_engines import netlock
-from phaul_engines.members import LET_GO_WITHIN_S, POLL_S, Members
-from phaul_engines.netlock import Connection
-from phaul_engines.process_options import ProcessOptions
-from phaul_engines.proctree import (
+from phaul_engines.common import netlock
+from phaul_engines.common.members import LET_GO_WITHIN_S, POLL_S, Members
+from phaul_engines.common.netlock import Connection
+from phaul_engines.common.proctree import (
     Process,
     Tree,
     established_connections,
@@ -21,7 +20,8 @@ from phaul_engines.proctree import (
     read_process,
     read_tree,
 )
-from phaul_engines.tracked import TrackedSource
+from phaul_engines.common.tracked import TrackedSource
+from phaul_engines.process.options import ProcessOptions
 from phaul_runtime.criu.held_restore import HeldRestore
 from phaul_runtime.criu.session import Criu, CriuNotify, criu_opts, rpc
 from phaul_runtime.criu.stats import DumpStats, read_dump_stats

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from phaul_engines.docker_config import is_user_defined, networks_of, private_netns
-from phaul_engines.docker_daemon import Daemon
-from phaul_engines.docker_findings import daemon_findings
-from phaul_engines.docker_volumes import may_be_overwritten
+from phaul_engines.docker.config import is_user_defined, networks_of, private_netns
+from phaul_engines.docker.daemon import Daemon
+from phaul_engines.docker.daemon_findings import daemon_findings
+from phaul_engines.docker.volumes import may_be_overwritten
 from phaul_runtime.engine import OK, REFUSED, Finding
 
 

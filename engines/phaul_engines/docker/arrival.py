@@ -17,22 +17,22 @@ from typing import Any
 from phaul_hooks.gate import CONFIG, Gate, GateEvent
 from phaul_hooks.heldconfig import HeldConfig
 
-from phaul_engines.cgroupyard import yard_options
-from phaul_engines.docker_checks import destination_findings
-from phaul_engines.docker_config import (
+from phaul_engines.common.proctree import PROC, ancestors
+from phaul_engines.docker.checks import destination_findings
+from phaul_engines.docker.config import (
     CRIU_CONFIG,
     CreatePlan,
     create_body,
     restart_policy,
     upper_directory,
 )
-from phaul_engines.docker_daemon import Daemon
-from phaul_engines.docker_findings import no_layer
-from phaul_engines.docker_layer import Layer, let_go
-from phaul_engines.docker_volumes import may_be_overwritten, unmark
-from phaul_engines.gated import deadline_in, failure
-from phaul_engines.oci import Runtime, cgroup_pids
-from phaul_engines.proctree import PROC, ancestors
+from phaul_engines.docker.daemon import Daemon
+from phaul_engines.docker.daemon_findings import no_layer
+from phaul_engines.docker.layer import Layer, let_go
+from phaul_engines.docker.volumes import may_be_overwritten, unmark
+from phaul_engines.oci.cgroupyard import yard_options
+from phaul_engines.oci.gated import deadline_in, failure
+from phaul_engines.oci.runtime import Runtime, cgroup_pids
 from phaul_runtime.boundedjson import read_json_file
 from phaul_runtime.criu.session import Criu
 from phaul_runtime.engine import REFUSED, Claim, DestinationHalf, Finding

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 from pathlib import PurePosixPath
 
-from phaul_engines.oci import cgroup_pids
-from phaul_engines.proctree import ancestors
+from phaul_engines.common.proctree import ancestors
+from phaul_engines.oci.runtime import cgroup_pids
 from phaul_runtime.errors import DestinationError, NoSuchTarget
 from phaul_runtime.system.process import PROC, Member, start_time
 

@@ -13,13 +13,13 @@ from typing import Any
 
 from phaul_hooks.gate import Gate
 
-from phaul_engines import netlock
-from phaul_engines.cgroupyard import yard_options
-from phaul_engines.gated import GatedCommand
-from phaul_engines.members import Members
-from phaul_engines.oci import Container, Runtime
-from phaul_engines.proctree import Tree, established_connections, read_tree
-from phaul_engines.tracked import TrackedSource
+from phaul_engines.common import netlock
+from phaul_engines.common.members import Members
+from phaul_engines.common.proctree import Tree, established_connections, read_tree
+from phaul_engines.common.tracked import TrackedSource
+from phaul_engines.oci.cgroupyard import yard_options
+from phaul_engines.oci.gated import GatedCommand
+from phaul_engines.oci.runtime import Container, Runtime
 from phaul_runtime.criu.session import Criu
 from phaul_runtime.criu.stats import DumpStats, read_dump_stats
 from phaul_runtime.engine import Handover
