@@ -39,7 +39,13 @@ from phaul_runtime.preflight.host_facts import gather_facts
 from phaul_runtime.recovery.resolve import Settler
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.rpc import phaul_pb2_grpc
-from phaul_runtime.rpc.codec import fact_from_wire, finding_to_wire, part_from_wire, verdict_to_wire
+from phaul_runtime.rpc.codec import (
+    fact_from_wire,
+    finding_to_wire,
+    part_from_wire,
+    to_wire,
+    verdict_to_wire,
+)
 from phaul_runtime.rpc.protocol import PROTOCOL
 
 Context = grpc.ServicerContext
@@ -244,11 +250,20 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
 
     @answers(pb.PrepareReply)
     def Prepare(self, request: pb.ImageParts, context: Context) -> pb.PrepareReply:  # noqa: N802
-        return self._of(request.id, context).prepare(request.parts)
+        held = self._of(request.id, context).prepare(request.parts)
+        return pb.PrepareReply(
+            pid=held.pid,
+            full_because=held.full_because,
+            images_ms=held.images_ms,
+            restore_ms=held.restore_ms,
+        )
 
     @answers(pb.CommitReply)
     def Commit(self, request: pb.MigrationRef, context: Context) -> pb.CommitReply:  # noqa: N802
-        return self._of(request.id, context).commit()
+        runs = self._of(request.id, context).commit()
+        return pb.CommitReply(
+            pid=runs.pid, since_resume_ms=runs.since_resume_ms, resume_ms=runs.resume_ms
+        )
 
     @answers(pb.Done)
     def Abort(self, request: pb.MigrationRef, context: Context) -> None:  # noqa: N802
@@ -264,7 +279,18 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
 
     @answers(pb.BeatReply)
     def Beat(self, request: pb.MigrationRef, context: Context) -> pb.BeatReply:  # noqa: N802
-        return self._of(request.id, context).beat()
+        incoming = self._of(request.id, context)
+        incoming.seen = time.monotonic()
+        failure = incoming.server.failure if incoming.server else None
+        return pb.BeatReply(
+            bytes=incoming.server.received if incoming.server else 0,
+            state=incoming.state.value,
+            failure=to_wire(failure) if failure else None,
+            trees=[
+                pb.TreeFailure(name=name, error=to_wire(error))
+                for name, error in incoming.carried.failures.items()
+            ],
+        )
 
     @answers(pb.LookReply)
     def Look(self, request: pb.LookRequest, context: Context) -> pb.LookReply:  # noqa: N802

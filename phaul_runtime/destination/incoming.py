@@ -15,6 +15,7 @@ from typing import Any
 from phaul_runtime.config.peers import OWNER
 from phaul_runtime.criu.page_format import PageFormat
 from phaul_runtime.criu.session import Criu
+from phaul_runtime.cutover.cutover import Held, Running
 from phaul_runtime.cutover.journal import Journal, lock_directory, trusted
 from phaul_runtime.cutover.progress import forget_progress
 from phaul_runtime.cutover.states import Role, State
@@ -36,6 +37,7 @@ from phaul_runtime.hooks.lifecycle import (
     Hooks,
     announce,
     move_of,
+    of_destination,
 )
 from phaul_runtime.library.api import PhaulConfig
 from phaul_runtime.library.server import PhaulServer
@@ -45,7 +47,6 @@ from phaul_runtime.memory.image_dirs import (
 )
 from phaul_runtime.memory.preallocate import Ahead
 from phaul_runtime.rpc import phaul_pb2 as pb
-from phaul_runtime.rpc.codec import to_wire
 from phaul_runtime.system import logs
 from phaul_runtime.system.threads import attempt
 
@@ -65,6 +66,9 @@ class Incoming:
         journal: of the destination's role, open and locked.
         criu: a session factory.
         hooks: of this host.
+
+    Attributes:
+        server: takes pages, once a round was started.
     """
 
     def __init__(self, journal: Journal, criu: Criu, hooks: Hooks) -> None:
@@ -81,7 +85,7 @@ class Incoming:
         self._criu = criu
         self._step = threading.RLock()
         self.memory = MemoryChannel()
-        self._server: PhaulServer | None = None
+        self.server: PhaulServer | None = None
         self._ahead: Ahead | None = None
         self._late_room: Ahead | None = None
         self._log_level = int(facts["log_level"])
@@ -190,20 +194,6 @@ class Incoming:
         runs_whole = self.copy.life is Life.RUNNING and self.state is not State.POST_COPY
         return self.given_up or self.state.settled or runs_whole
 
-    def beat(self) -> pb.BeatReply:
-        """The client lives."""
-        self.seen = time.monotonic()
-        failure = self._server.failure if self._server else None
-        return pb.BeatReply(
-            bytes=self._server.received if self._server else 0,
-            state=self.state.value,
-            failure=to_wire(failure) if failure else None,
-            trees=[
-                pb.TreeFailure(name=name, error=to_wire(error))
-                for name, error in self.carried.failures.items()
-            ],
-        )
-
     def _expect(self, *states: State) -> None:
         if self.given_up:
             raise DestinationError("the migration was given up: its client was silent")
@@ -225,9 +215,9 @@ class Incoming:
     def _open_server(self) -> PhaulServer:
         self._expect(State.ITERATING)
         memory = self.memory.wait()
-        if self._server is None:
+        if self.server is None:
             config = PhaulConfig(0, memory.fileno(), str(self._dir))
-            self._server = PhaulServer(
+            self.server = PhaulServer(
                 config,
                 self._criu,
                 log_level=self._log_level,
@@ -236,7 +226,7 @@ class Incoming:
                 client=PageFormat.of_number(int(self.journal.facts["page_format"])),
             )
             self._ahead = None
-        return self._server
+        return self.server
 
     def stop_iter(self) -> None:
         """The iteration's page server has ended well; a repetition changes nothing."""
@@ -249,9 +239,9 @@ class Incoming:
             self.copy.lazy.add(Path(server.last_images_dir or ""))
 
     def _require_server(self) -> PhaulServer:
-        if self._server is None:
+        if self.server is None:
             raise DestinationError("no iteration was started")
-        return self._server
+        return self.server
 
     @contextlib.contextmanager
     def _iterating(self) -> Iterator[None]:
@@ -286,7 +276,7 @@ class Incoming:
             for message in messages:
                 write_images(images_dir, message.parts)
 
-    def prepare(self, parts: Iterable[pb.ImagePart]) -> pb.PrepareReply:
+    def prepare(self, parts: Iterable[pb.ImagePart]) -> Held:
         """Take the final images, or what `put_images` has left of them, restore, hold.
 
         Raises:
@@ -308,14 +298,15 @@ class Incoming:
             written = time.monotonic()
             self.copy.restore(images_dir, lazy=lazy)
             self.journal.enter(State.PREPARED, pid=self.copy.pid)
-            return pb.PrepareReply(
-                pid=self.copy.pid,
-                full_because=self.copy.lazy.why_not,
+            done = time.monotonic()
+            return Held(
+                self.copy.pid,
+                restore_ms=(done - written) * 1000,
                 images_ms=(written - begun) * 1000,
-                restore_ms=(time.monotonic() - written) * 1000,
+                full_because=self.copy.lazy.why_not,
             )
 
-    def commit(self) -> pb.CommitReply:
+    def commit(self) -> Running:
         """Let it run; a repetition only answers again.
 
         A copy that is no longer held (its CRIU or its agent died) is rebuilt from the images.
@@ -330,11 +321,7 @@ class Incoming:
             since = (
                 (time.monotonic() - self.copy.resumed_at) * 1000 if self.copy.resumed_at else 0.0
             )
-            return pb.CommitReply(
-                pid=self.copy.pid,
-                since_resume_ms=since,
-                resume_ms=self.copy.resume_ms,
-            )
+            return Running(self.copy.pid, since, self.copy.resume_ms)
 
     def _take_up(self) -> None:
         """Attend to a copy that runs and misses pages, if that is not done already."""
@@ -411,7 +398,7 @@ class Incoming:
             log.exception("it runs; what follows failed: phaul-runtime recover %s", self.id)
             with self._step:
                 if not self.given_up:
-                    self._let_go()
+                    self._close(keep_images=True)
 
     def _put_in_order(self) -> None:
         with self._step:
@@ -429,7 +416,7 @@ class Incoming:
                 return
             if self.state is State.POST_COPY and self._filling.lost:
                 # Its pager is lost, or was told to stop: a recovery finds out.
-                self._let_go()
+                self._close(keep_images=True)
                 return
             self._close(keep_images=not self._is_done())
 
@@ -466,7 +453,7 @@ class Incoming:
                 # Nothing of it may go. What is left to do, `_settle` does, or a recovery: the pages
                 # that a post-copy move misses do not come through this agent any more.
                 if self._settler is None or self.state is State.POST_COPY:
-                    self._let_go()
+                    self._close(keep_images=True)
                 return
             keep = self.state is State.COMMITTING or (client_lost and self.state is State.PREPARED)
             if not keep and self.state is not State.ABORTING:
@@ -476,7 +463,7 @@ class Incoming:
             if not keep:
                 self.carried.undo()
                 self._try_hooks(ON_ROLLBACK)
-            self._try_hooks(ON_FAILURE, _failure(client_lost, keep))
+            self._try_hooks(ON_FAILURE, of_destination(client_lost, keep))
             self._close(keep_images=keep)
             if keep:
                 log.error("its client is lost; images kept in %s", self._dir)
@@ -493,14 +480,10 @@ class Incoming:
         with contextlib.suppress(PhaulError):
             self.journal.enter(state)
 
-    def _let_go(self) -> None:
-        """Another agent may take it up."""
-        self._close(keep_images=True)
-
     def _close(self, *, keep_images: bool) -> None:
         self.copy.close()
-        if self._server is not None:
-            self._server.close()
+        if self.server is not None:
+            self.server.close()
         for room in filter(None, (self._ahead, self._late_room)):
             room.drop()
         self.memory.end(socket.socket.close)
@@ -513,9 +496,3 @@ class Incoming:
                 self._journal_quietly(State.ABORTED)
         self.given_up = True
         self.journal.close()
-
-
-def _failure(client_lost: bool, keep: bool) -> Failure:
-    """What on_failure's hooks of the destination are told: the reason is the source's to know."""
-    reason = "its client is lost" if client_lost else "the source called it off"
-    return Failure("unknown", f"{reason}; images are kept") if keep else Failure("failed", reason)

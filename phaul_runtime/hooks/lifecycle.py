@@ -67,6 +67,12 @@ class Failure:
     error: str
 
 
+def of_destination(client_lost: bool, keep: bool) -> Failure:
+    """What on_failure's hooks of the destination are told: the reason is the source's to know."""
+    reason = "its client is lost" if client_lost else "the source called it off"
+    return Failure("unknown", f"{reason}; images are kept") if keep else Failure("failed", reason)
+
+
 @dataclass(frozen=True)
 class Hooks:
     """The programs of this host, by event.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from phaul_engines.docker import arrival
+from phaul_engines.docker import start
 from phaul_engines.docker.arrival import DockerDestination
 from phaul_engines.oci.runtime import Runtime
 
@@ -33,8 +33,8 @@ def test_of_a_container_s_shims_only_those_that_hold_it_are_found(
         (tmp_path / pid / "cmdline").write_text("".join(f"{word}\0" for word in words))
     (tmp_path / "15").mkdir()  # it has just ended
     (tmp_path / "self").mkdir()
-    monkeypatch.setattr(arrival, "PROC", tmp_path)
-    assert arrival._shims("mine") == [10]
+    monkeypatch.setattr(start, "PROC", tmp_path)
+    assert start.shims("mine") == [10]
 
 
 class _ImageStore:

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import shutil
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 from phaul_hooks.gate import CONFIG, Gate, GateEvent
 from phaul_hooks.heldconfig import HeldConfig
 
-from phaul_engines.common.proctree import PROC, ancestors
+from phaul_engines.common.proctree import ancestors
 from phaul_engines.docker.checks import destination_findings
 from phaul_engines.docker.config import (
     CRIU_CONFIG,
@@ -29,6 +28,7 @@ from phaul_engines.docker.config import (
 from phaul_engines.docker.daemon import Daemon
 from phaul_engines.docker.daemon_findings import no_layer
 from phaul_engines.docker.layer import Layer, let_go
+from phaul_engines.docker.start import Start, shims
 from phaul_engines.docker.volumes import may_be_overwritten, unmark
 from phaul_engines.oci.cgroupyard import yard_options
 from phaul_engines.oci.gated import deadline_in, failure
@@ -79,7 +79,7 @@ class DockerDestination(DestinationHalf):
         self._hold_s = hold_s
         self._manifest: Mapping[str, Any] = {}
         self._id = ""
-        self._start: _Start | None = None
+        self._start: Start | None = None
         self._gate: Gate | None = None
         self._held: GateEvent | None = None
         self._holders: list[Member] = []
@@ -255,7 +255,7 @@ class DockerDestination(DestinationHalf):
 
     def _begin(
         self, facts: Mapping[str, Any], images_dir: Path, *, lazy: bool
-    ) -> tuple[Gate, _Start]:
+    ) -> tuple[Gate, Start]:
         """Start it, up to CRIU, and then CRIU."""
         place = self._place / f"gate-{os.getpid()}-{next(self._numbers)}"
         images = place / "images"
@@ -280,7 +280,7 @@ class DockerDestination(DestinationHalf):
         images.symlink_to(images_dir)
         checkpoint = self._checkpoint(facts, images_dir)
         self._config.hold()
-        start = self._start = _Start(
+        start = self._start = Start(
             _daemon(self._manifest), str(facts["Id"]), checkpoint, self._hold_s + RESTORE_WITHIN_S
         )
         text = (place / CONFIG).read_text(encoding="utf-8")
@@ -426,7 +426,7 @@ class DockerDestination(DestinationHalf):
         if facts is not None:
             self._daemon.remove(str(facts["Id"]), force=True)
             # A daemon that was killed in a start knows nothing of the shim, which would stay.
-            cgroup.kill_all(lambda: _shims(str(facts["Id"])), within_s=_END_S)
+            cgroup.kill_all(lambda: shims(str(facts["Id"])), within_s=_END_S)
         with contextlib.suppress(OSError, ValueError):
             for volume in read_json_file(self._place / _MADE):
                 self._daemon.remove_volume(volume)
@@ -440,57 +440,8 @@ class DockerDestination(DestinationHalf):
             OURS.parent.rmdir()
 
 
-class _Start:
-    """`docker start --checkpoint` on a thread of its own: it lasts until the gate lets it.
-
-    Attributes:
-        ended: a descriptor that is readable once it has.
-        error: why it failed.
-    """
-
-    def __init__(self, daemon: Daemon, container: str, checkpoint: str, timeout_s: float) -> None:
-        self.error: PhaulError | None = None
-        self.ended, self._end = os.pipe()
-
-        def run() -> None:
-            try:
-                daemon.start(container, checkpoint, timeout_s)
-            except PhaulError as error:
-                self.error = error
-            finally:
-                os.close(self._end)
-
-        self._thread = threading.Thread(target=run, name="docker start", daemon=True)
-        self._thread.start()
-
-    def wait(self, timeout_s: float) -> bool:
-        """Whether it has ended, within that time."""
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
-
-    def __del__(self) -> None:
-        os.close(self.ended)
-
-
 def _daemon(manifest: Mapping[str, Any]) -> Daemon:
     return Daemon(str(manifest["host"]), float(manifest["timeout_s"]))
-
-
-def _shims(container: str) -> list[int]:
-    """The processes by which containerd holds on to a container.
-
-    Once one is dead, containerd has the same program clean up (`delete`), which must not be ended.
-    """
-    found = []
-    for entry in os.listdir(PROC):
-        with contextlib.suppress(OSError):
-            if entry.isdigit():
-                text = (PROC / entry / "cmdline").read_text(errors="replace")
-                program, *words = text.rstrip("\0").split("\0")
-                shim = Path(program).name.startswith("containerd-shim")
-                if shim and container in words and "delete" not in words:
-                    found.append(int(entry))
-    return found
 
 
 def _holders_died() -> MigrationFailed:
