@@ -9,9 +9,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from phaul_hooks import agent_host
 from phaul_hooks.agent_host import UNIT, AgentHost
-
 from phaul_runtime.agent.service import _SETTLE_S, Service, notify
 from phaul_runtime.config import model as config_module
 from phaul_runtime.config.model import AgentConfig, load_config

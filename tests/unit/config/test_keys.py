@@ -19,7 +19,7 @@ from phaul_runtime.errors import ConfigError
 SCHEMA = full_schema()
 # For keys whose values have a form.
 TEXTS = ("/x", "/x.prom", "127.0.0.1:1", "unix:///x", "x", "rsync")
-EXAMPLE = Path(__file__).resolve().parents[2] / "config.example.yaml"
+EXAMPLE = Path(__file__).resolve().parents[3] / "config.example.yaml"
 
 
 def leaves(found: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[Any, Any]]:

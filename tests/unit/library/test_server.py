@@ -18,8 +18,8 @@ from phaul_runtime.library.server import PhaulServer
 from phaul_runtime.memory.pagemap import IN_PARENT, PRESENT
 from phaul_runtime.memory.preallocate import Ahead
 from tests.processes import open_descriptors
-from tests.unit.test_chainindex import BASE, pagemap_image
-from tests.unit.test_pagesink import PAGE, Map, Wire, same, session
+from tests.unit.memory.test_page_index import BASE, pagemap_image
+from tests.unit.memory.test_page_receiver import PAGE, Map, Wire, same, session
 
 
 class Served:

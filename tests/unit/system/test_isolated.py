@@ -12,7 +12,7 @@ import pytest
 from phaul_runtime.errors import Refused
 from phaul_runtime.system import proc
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 OURS = ("phaul_runtime", "engines", "hooks", "tests/bench", "tests/lab")
 ISOLATED = ("-I", "-P")
 _PYTHON = re.compile(r"(\S*bin/)?python3?(\.\d+)?")

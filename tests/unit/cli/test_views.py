@@ -70,7 +70,7 @@ def test_version_and_help() -> None:
 
 
 def test_config_check_and_schema(tmp_path: Path) -> None:
-    example = Path(__file__).resolve().parents[2] / "config.example.yaml"
+    example = Path(__file__).resolve().parents[3] / "config.example.yaml"
     done = CliRunner().invoke(cli, ["config", "check", str(example)])
     assert done.output == f"{example}: ok\n"
     bad = tmp_path / "bad.yaml"

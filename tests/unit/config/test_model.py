@@ -19,7 +19,7 @@ from phaul_runtime.config.model import Config, load_config
 from phaul_runtime.engine import engine_names, load_engine
 from phaul_runtime.errors import ConfigError, UsageError
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "config.example.yaml"
+EXAMPLE = Path(__file__).resolve().parents[3] / "config.example.yaml"
 
 
 @pytest.fixture(autouse=True)

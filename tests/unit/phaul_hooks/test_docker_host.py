@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from phaul_hooks import docker_host as module
 from phaul_hooks.docker_host import DockerHost
 from phaul_hooks.hostfile import write_whole
 from phaul_hooks.jsontext import members, with_member, without_member
-
 from phaul_runtime.errors import Refused
 
 EVENTS = (

@@ -18,7 +18,7 @@ from phaul_runtime.hooks.directory import Effect, HookDirectory
 from phaul_runtime.hooks.lifecycle import COMMITTED, EVENTS, PRE_FREEZE, Hooks, Move
 from phaul_runtime.system import proc
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "hooks/examples/pre_freeze.d/10-not-at-noon"
+EXAMPLE = Path(__file__).resolve().parents[3] / "hooks/examples/pre_freeze.d/10-not-at-noon"
 MOVE = Move("1f1f1f1f", Role.SOURCE, "runc", "web", "ssh://root@b")
 
 

@@ -56,7 +56,7 @@ def test_the_end_of_the_other_side_is_ready() -> None:
 def test_nothing_here_uses_select(where: str) -> None:
     """By the linter, whose rule must not get lost."""
     pytest.importorskip("ruff")
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     argv = [sys.executable, "-m", "ruff", "check", "--select", "TID251", "--quiet", where]
     done = subprocess.run(argv, cwd=root, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stdout

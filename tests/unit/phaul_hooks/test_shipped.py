@@ -15,8 +15,8 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
-from phaul_hooks import announce, haproxy, webhook
 
+from phaul_hooks import announce, haproxy, webhook
 from phaul_runtime.cutover.states import Role
 from phaul_runtime.errors import MigrationFailed, PhaulError, UsageError
 from phaul_runtime.hooks.lifecycle import EVENTS, Hooks, Move
