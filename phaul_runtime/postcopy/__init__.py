@@ -17,5 +17,4 @@ It imports rpc and below; source, destination and recovery import it. Read `prot
     receiver       the destination: asks, stores, tells the pager
     late           the destination's channels, one after the other
     transfer       the source's side of all of it, until the copy needs nothing more
-    page_channels  a new channel, where the first broke
 """

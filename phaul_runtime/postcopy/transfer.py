@@ -34,10 +34,10 @@ from phaul_runtime.errors import (
     StillUnderWay,
 )
 from phaul_runtime.events import Listener, Reconnecting, Serving, SourceDead, guarded
-from phaul_runtime.postcopy.page_channels import reach
 from phaul_runtime.postcopy.pages import RemotePages
 from phaul_runtime.postcopy.sender import PageSource
 from phaul_runtime.rpc.client import RemoteAgent
+from phaul_runtime.rpc.connect import reach
 from phaul_runtime.system.cancel import Cancellation
 
 if TYPE_CHECKING:

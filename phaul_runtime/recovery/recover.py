@@ -37,10 +37,10 @@ from phaul_runtime.errors import (
 )
 from phaul_runtime.events import Listener, guarded, nobody
 from phaul_runtime.hooks.lifecycle import announce
-from phaul_runtime.postcopy.page_channels import reach
 from phaul_runtime.postcopy.transfer import Transfer, attend
 from phaul_runtime.recovery.resolve import Settler
 from phaul_runtime.rpc.client import RemoteAgent
+from phaul_runtime.rpc.connect import reach
 from phaul_runtime.system.cancel import Cancellation
 
 if TYPE_CHECKING:

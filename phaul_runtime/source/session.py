@@ -13,8 +13,9 @@ from phaul_runtime.cutover.journal import lock_directory
 from phaul_runtime.errors import DestinationUnreachable, OutcomeUnknown, PhaulError, Refused
 from phaul_runtime.memory.image_dirs import remove_tree
 from phaul_runtime.rpc.client import RemoteAgent
+from phaul_runtime.rpc.connect import agent_on, open_channel
 from phaul_runtime.system.cancel import Cancellation
-from phaul_runtime.transport.base import Channel, Destination, load_transport
+from phaul_runtime.transport.base import Channel, Destination
 from phaul_runtime.transport.image_proxy import ImageProxy, ProxiedChannel
 
 if TYPE_CHECKING:
@@ -58,21 +59,14 @@ class Session:
         self.agent: RemoteAgent
 
     def __enter__(self) -> Session:
-        timeouts = self._config.timeouts
         self._proxy = ImageProxy.of(self._config.transport)
-        self._channel = load_transport(self._destination).open(
-            self._destination, self._config, self._cancellation, self._token
+        self._channel = open_channel(
+            self._config, self._destination, self._cancellation, self._token
         )
         try:
             if self._proxy is not None:
                 self._channel = ProxiedChannel(self._channel, self._proxy)
-            self.agent = RemoteAgent(
-                self._channel,
-                call_s=timeouts.call_s,
-                prepare_s=timeouts.prepare_s,
-                commit_s=timeouts.commit_s,
-                cancellation=self._cancellation,
-            )
+            self.agent = agent_on(self._channel, self._config, self._cancellation)
         except BaseException:
             self._channel.close()
             raise

@@ -22,11 +22,11 @@ from phaul_runtime.events import Warned
 from phaul_runtime.files.staged_files import FileStage
 from phaul_runtime.hooks.lifecycle import Hooks, announce
 from phaul_runtime.memory.image_dirs import RESUMED
-from phaul_runtime.postcopy import page_channels as reach_module
 from phaul_runtime.postcopy.transfer import Transfer
 from phaul_runtime.recovery import recover as recovery_module
 from phaul_runtime.recovery.recover import Recovery
 from phaul_runtime.recovery.resolve import Settler
+from phaul_runtime.rpc import connect as reach_module
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.rpc.client import RemoteAgent
 from phaul_runtime.rpc.protocol import PROTOCOL

@@ -22,10 +22,10 @@ from phaul_runtime.hooks.lifecycle import Hooks
 from phaul_runtime.memory.image_dirs import ImageDirs
 from phaul_runtime.recovery import resolve as settle_module
 from phaul_runtime.report import MigrationReport
+from phaul_runtime.rpc import connect
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.source import migration as migration_module
 from phaul_runtime.source import preflight
-from phaul_runtime.source import session as session_module
 from phaul_runtime.source.migration import Migration
 from phaul_runtime.testing import FakeCase, FakeEngine, Place
 from phaul_runtime.testing.bench import NoCriu
@@ -135,7 +135,7 @@ class WholeMove:
         monkeypatch.setattr(agent_module, "check_space", lambda *_: _finding())
         monkeypatch.setattr(incoming_module, "PhaulServer", _PageServer)
         monkeypatch.setattr(migration_module, "Criu", lambda *_, **__: NoCriu())
-        monkeypatch.setattr(session_module, "load_transport", lambda _: self)
+        monkeypatch.setattr(connect, "load_transport", lambda _: self)
         monkeypatch.setattr(migration_module, "load_transport", lambda _: self)
 
     def config(self, **more: Any) -> Config:

@@ -32,15 +32,14 @@ from phaul_runtime.destination.lazy_restore import Filled
 from phaul_runtime.errors import DestinationError, MigrationFailed, PhaulError
 from phaul_runtime.hooks.lifecycle import Hooks
 from phaul_runtime.memory import image_dirs
-from phaul_runtime.postcopy import page_channels
 from phaul_runtime.postcopy.transfer import Transfer
 from phaul_runtime.recovery import recover, resolve
 from phaul_runtime.recovery.recover import Recovery
 from phaul_runtime.rpc import client as remote_module
+from phaul_runtime.rpc import connect, phaul_pb2_grpc
 from phaul_runtime.rpc import phaul_pb2 as pb
-from phaul_runtime.rpc import phaul_pb2_grpc
 from phaul_runtime.rpc.protocol import PROTOCOL
-from phaul_runtime.source import migration, outcome, preflight, session
+from phaul_runtime.source import migration, outcome, preflight
 from phaul_runtime.source.migration import Migration
 from phaul_runtime.testing.bench import NoCriu
 from tests.contract.wholemove import _PageServer
@@ -108,7 +107,7 @@ class Hosts:
             patch.setattr(module, "gather_facts", lambda *_: facts)
         for module in (migration, recover):
             patch.setattr(module, "Criu", lambda *_, **__: NoCriu())
-        for module in (migration, session, page_channels):
+        for module in (migration, connect):
             patch.setattr(module, "load_transport", lambda _: self)
         patch.setattr(preflight, "compare_hosts", lambda *_: [])
         patch.setattr(preflight, "check_lazy", lambda *_: _fine())
