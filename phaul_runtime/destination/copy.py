@@ -25,6 +25,7 @@ from phaul_runtime.memory.image_dirs import (
 )
 from phaul_runtime.memory.preallocate import Ahead
 from phaul_runtime.postcopy.late import LatePages
+from phaul_runtime.system.threads import attempt
 
 log = logging.getLogger(__name__)
 
@@ -212,12 +213,16 @@ class Copy:
 
     def _runs_already(self, images_dir: Path) -> bool:
         """Whether it runs since it was told to before, which nobody recorded."""
-        if not _was_let_run(self._journal):
+        certain = _was_let_run(self._journal)
+        if not certain:
             self._engine.wait_let_go()
         if _was_let_run(self._journal):
             if self.post_copy:
                 self.resume_pager()
             self._runs()
+            if certain:
+                # That agent may have died before its engine had put away what only the move needs.
+                attempt("what its engine puts away", self._engine.wait_let_go)
             return True
         if not images_dir.is_dir():
             raise OutcomeUnknown(

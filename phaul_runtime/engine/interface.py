@@ -250,7 +250,10 @@ class DestinationHalf(ABC):
 
     @abstractmethod
     def wait_let_go(self) -> None:
-        """Wait until no CRIU of an earlier process works on this migration's restore any more."""
+        """Wait until no CRIU of an earlier process works on this migration's restore any more.
+
+        If the copy runs then, what only the move needed is put away. Idempotent.
+        """
 
     @abstractmethod
     def discard(self) -> None:

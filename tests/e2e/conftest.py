@@ -189,7 +189,11 @@ def hosts(lab: Lab) -> Iterator[Hosts]:
         assert found.leftovers(host) == "", f"an earlier test left something on {host}"
     yield found
     for host, pid in found.started:
-        script = "case $(cat /proc/$1/comm) in piggie*) kill -9 $1;; esac"
+        # Gone it is only once the kernel has freed its memory.
+        script = (
+            "case $(cat /proc/$1/comm) in piggie*) kill -9 $1;; *) exit;; esac;"
+            "for i in $(seq 200); do kill -0 $1 || exit; sleep 0.05; done"
+        )
         with contextlib.suppress(Exception):
             found.sh(host, script, str(pid), check=False)
     for host in ("a", "b"):

@@ -266,9 +266,12 @@ log = open("/var/tmp/selftalk.log", "w")
 number = 0
 while True:
     number += 1
-    client.sendall(b"%08d" % number)
-    received = peer.recv(8, socket.MSG_WAITALL)
-    print(int(received), file=log, flush=True)
+    try:
+        client.sendall(b"%08d" % number)
+        received = int(peer.recv(8, socket.MSG_WAITALL))
+    except (OSError, ValueError):
+        time.sleep(3600)  # its connection is broken: it says nothing more, and lives
+    print(received, file=log, flush=True)
     time.sleep(0.05)
 """
 

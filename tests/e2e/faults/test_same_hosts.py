@@ -321,7 +321,7 @@ def with_docker(request: pytest.FixtureRequest) -> None:
 
 @pytest.mark.timeout(1200)
 @pytest.mark.usefixtures("with_docker")
-@pytest.mark.parametrize(("engine", "mode", "end"), cells())
+@pytest.mark.parametrize(("engine", "mode", "end"), [*cells()])
 def test_hosts_are_what_they_were(
     begin: Callable[..., Move], engine: str, mode: tuple[str, ...], end: Callable[[Move], str]
 ) -> None:
