@@ -1,4 +1,4 @@
-"""JSON that somebody else wrote: a peer, a container's owner, whoever edits a file."""
+"""JSON that somebody else wrote: a peer, a container's owner, an editor of a file."""
 
 from __future__ import annotations
 

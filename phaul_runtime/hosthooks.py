@@ -41,7 +41,7 @@ class HostHook(ABC):
         if the host was ready already.
 
         Raises:
-            Refused: something stands against it; nothing was changed.
+            Refused: why not; nothing was changed.
         """
 
     @abstractmethod

@@ -29,7 +29,7 @@ class HeldConfig:
         self._part = path.with_name(f"{path.name}.part")
 
     def hold(self) -> None:
-        """From now on whoever reads it waits.
+        """From now on a reader waits.
 
         Raises:
             MigrationFailed: it cannot be made.
@@ -74,7 +74,7 @@ class HeldConfig:
         return True
 
     def release(self) -> None:
-        """Whoever waits reads an empty file, and so does whoever comes; idempotent.
+        """Readers that wait, and those that come, read an empty file; idempotent.
 
         For one that this process made, or one before it.
         """

@@ -10,7 +10,7 @@ from phaul_runtime.cutover.journal import sync_directory
 
 
 def write_whole(path: Path, data: bytes, *, mode: int = 0o644) -> None:
-    """Put `data` into `path`, on the disk on return; whoever looks sees the old or the new.
+    """Put `data` into `path`, on the disk on return; a reader sees the old or the new.
 
     Args:
         path: no link; its directory exists.

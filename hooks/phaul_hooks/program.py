@@ -25,7 +25,7 @@ def step() -> tuple[str, str]:
 
 
 def say(text: str) -> None:
-    """Tell whoever reads the hook's stderr: the report of a move that it refuses."""
+    """Tell the reader of the hook's stderr: the report of a move that it refuses."""
     sys.stderr.write(f"{text}\n")
 
 

@@ -103,7 +103,7 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
         return self._callers.of(str(context.peer()))
 
     def find(self, migration_id: str, peer: Peer = NOBODY) -> Incoming:
-        """The migration with that id, for whoever it belongs to.
+        """The migration with that id, if it belongs to the peer.
 
         Raises:
             DestinationError: there is none.
@@ -120,7 +120,7 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
         return self.find(migration_id, self.who(context))
 
     def _require_ends(self, migration_id: str, peer: Peer) -> None:
-        """Refuse whoever owns not every end of a migration that this host has."""
+        """Refuse a peer that does not own every end of a migration that this host has."""
         if not peer.certificate:
             return
         for role in Role:

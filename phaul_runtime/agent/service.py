@@ -65,7 +65,7 @@ class Service:
         self._scheme, self._host, self._port = parse_listen(config.listen)
         if self._scheme == "tcp" and not config.insecure:
             raise Refused(
-                "tcp:// lets whoever reaches the port restore processes as root",
+                "tcp:// lets every peer that reaches the port restore processes as root",
                 hint="use tls://, or set agent.insecure: true",
             )
         # By its address, so that the next one finds what this one could not put away.

@@ -57,8 +57,8 @@ class Here:
 class Left(BaseException):
     """This process leaves before the end of a workflow.
 
-    No Exception, which DBOS would take for the workflow's outcome: it stays as it is, for whoever
-    takes it up.
+    No Exception, which DBOS would take for the workflow's outcome: it stays as it is, until another
+    controller takes it up.
     """
 
 
@@ -141,7 +141,7 @@ def move_workflow(
 
 
 def _wait(seconds: float) -> None:
-    # Not DBOS's sleep, which nothing ends early; whoever takes it up waits once more.
+    # Not DBOS's sleep, which nothing ends early; a controller that takes it up waits once more.
     if _here[0].wait(seconds):
         raise Left
 

@@ -129,7 +129,7 @@ class Batch(Section):
 
 
 def attempt_id(batch_id: str, name: str, number: int) -> str:
-    """The migration id of attempt `number` (from 1) of a move: whoever asks, it is the same."""
+    """The migration id of attempt `number` (from 1) of a move: it is the same for every caller."""
     return hashlib.sha256(f"{batch_id}\0{name}\0{number}".encode()).hexdigest()[:16]
 
 

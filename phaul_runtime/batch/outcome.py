@@ -87,7 +87,7 @@ class Attempt:
         began, ended: seconds since the epoch, by the runner's clock.
         asks: how often it was asked for; `unsure` of these answers left its outcome open.
         controller: who asked.
-        state: what became of it.
+        state: its outcome.
         kind: class of the error, as in the report.
         report: some of the report's numbers.
     """

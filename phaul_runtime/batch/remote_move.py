@@ -75,7 +75,7 @@ class MoveRunner:
     def ask(
         self, move: Move, migration_id: str, told: Told, cancel: Cancellation, timeout_s: float
     ) -> Answer:
-        """Run an attempt, or learn what became of it; whoever asks, nothing moves twice.
+        """Run an attempt, or learn its outcome; nothing moves twice, however often it is asked for.
 
         Args:
             move: what is to be moved.

@@ -59,7 +59,7 @@ class Controller:
     Args:
         store: where the batch is.
         batch_id: of the batch.
-        ask: runs an attempt, or learns what became of it.
+        ask: runs an attempt, or learns its outcome.
         listener: told of all that happens here.
         name: of this controller, the same after a restart.
         pace: how often the database is looked at.
@@ -194,7 +194,7 @@ class Controller:
 
     @property
     def _executor(self) -> str:
-        # On SQLite there is one at a time: whoever resumes is the one that was killed.
+        # On SQLite there is one at a time: the controller that resumes is the one that was killed.
         return self.name if self.store.shared else "controller"
 
     def _begin(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SCHEMA = "phaul_batch"
 _ID = re.compile(r"[a-z0-9][a-z0-9_-]{0,59}")
 _POSTGRES = ("postgresql://", "postgres://", "postgresql+psycopg://")
-# Whoever lost its host is noticed after this, seconds.
+# A controller that lost its host is noticed after this, seconds.
 _KEEPALIVE = {
     "keepalives": 1,
     "keepalives_idle": 10,

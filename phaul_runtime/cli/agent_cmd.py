@@ -38,7 +38,7 @@ _READY = f"phaul-runtime agent ready {PROTOCOL} {__version__}"
     metavar="URL",
     help="Serve as long as it runs: tls://address:port, or tcp:// with --insecure.",
 )
-@click.option("--insecure", is_flag=True, help="Allow tcp://: whoever reaches it is root here.")
+@click.option("--insecure", is_flag=True, help="Allow tcp://: a peer that reaches it is root here.")
 @click.option(
     "--workdir",
     type=click.Path(readable=False, path_type=Path),

@@ -101,7 +101,7 @@ def install_hook(name: str) -> None:
 
     \b
     Exit codes: 0 it is ready, or is once what is printed was done; 2 unknown
-    NAME; 3 something stands against it, nothing was changed.
+    NAME; 3 if it is refused (nothing is changed).
     """
     hook = load_host_hook(name)
     _require_root("install")

@@ -42,7 +42,7 @@ from phaul_runtime.system.cancel import Cancellation
     "--id",
     "migration_id",
     metavar="HEX",
-    help="Name the migration; asked again with the same, it reports what became of it and moves "
+    help="Name the migration; asked again with the same, it reports the outcome and moves "
     "nothing twice.",
 )
 @click.option(

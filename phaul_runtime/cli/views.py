@@ -360,7 +360,7 @@ def _transferred(report: MigrationReport) -> str:
 
 
 def _estimate(report: MigrationReport) -> list[tuple[str, str]]:
-    """What was expected beside what came of it."""
+    """What was expected beside what was measured."""
     rows = []
     if report.expected_freeze_ms is not None and "dump_ms" in report.freeze:
         met = "" if report.converged else ", over the budget"

@@ -131,7 +131,9 @@ class AgentConfig(Section):
     ca: _Path = Field(f"{_TLS}/ca.pem", description="certificates of the CA of all clients")
     cert: _Path = Field(f"{_TLS}/host.pem", description="this host's certificate")
     key: _Path = Field(f"{_TLS}/host.key", description="its private key")
-    insecure: bool = Field(False, description="allow tcp://: whoever reaches the port is root here")
+    insecure: bool = Field(
+        False, description="allow tcp://: a peer that reaches the port is root here"
+    )
     allow: list[AllowConfig] | None = Field(
         None,
         description="which certificates may send what; null: those of the CA everything; "
@@ -139,7 +141,7 @@ class AgentConfig(Section):
     )
 
     def allowed(self) -> Allowed:
-        """For whoever holds it."""
+        """As its user needs it."""
         if self.allow is None:
             return Allowed()
         return Allowed([Rule(**rule.model_dump()) for rule in self.allow])
@@ -241,7 +243,7 @@ class HooksConfig(Section):
     )
 
     def hooks(self) -> Hooks:
-        """For whoever runs them."""
+        """As they are run."""
         commands = self.model_dump(include=set(EVENTS))
         directory = HookDirectory(Path(self.directory))
         timeouts = {str(event): seconds for event, seconds in self.timeouts.items()}

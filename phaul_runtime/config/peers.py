@@ -2,8 +2,8 @@
 
 A connection through the port of a service (`transport.listener`) has shown a certificate, and what
 it opens belongs to that certificate's name: the journals of both hosts say so (OWNER), and a
-recovery by another certificate is refused. Whoever reaches the agent's own sockets needs no name:
-that is root of this host, at its terminal or by ssh. So is everybody who reaches a `tcp://` port.
+recovery by another certificate is refused. A client that reaches the agent's own sockets needs no
+name: that is root of this host, at its terminal or by ssh. So is every client of a `tcp://` port.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Peer:
     """Somebody at the other end of a connection.
 
     Attributes:
-        certificate: the name of the certificate that was shown; empty for whoever needs none.
+        certificate: the name of the certificate that was shown; empty for a client that needs none.
         address: where a connection came from; empty if it is of this host.
     """
 
@@ -161,7 +161,7 @@ class Allowed:
         if all(reasons):
             raise Refused(
                 f"agent.allow lets the certificate {peer.certificate!r} not send {reasons[0]}",
-                hint="whoever runs this host can allow it there, in agent.allow",
+                hint="the administrator of that host can allow it there, in agent.allow",
             )
 
     def _rules_for(self, peer: Peer) -> Sequence[Rule] | None:
@@ -171,7 +171,7 @@ class Allowed:
         if not found:
             raise Refused(
                 f"agent.allow has no rule for the certificate {peer.certificate!r}",
-                hint="whoever runs this host can allow it there, in agent.allow",
+                hint="the administrator of that host can allow it there, in agent.allow",
             )
         return found
 

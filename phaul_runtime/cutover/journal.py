@@ -162,7 +162,7 @@ class Journal:
             raise
 
     def enter(self, state: State, **facts: Any) -> None:
-        """Go to `state`; on the disk on return.
+        """Go to `state`; the record is flushed to the disk before this returns.
 
         Raises:
             MigrationFailed: the table has no such transition, or the disk refuses.

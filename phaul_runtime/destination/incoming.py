@@ -438,7 +438,7 @@ class Incoming:
             self._abort(client_lost=client_lost)
 
     def _abort(self, *, client_lost: bool) -> None:
-        # Ends a page server that waits for memory, and so whoever waits for it.
+        # Ends a page server that waits for memory, and so the call that waits for it.
         self.memory.end(hang_up)
         self.copy.stop_pages()
         # Not before a step that takes its time has ended can anything be discarded.

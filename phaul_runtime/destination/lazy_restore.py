@@ -1,9 +1,10 @@
 """One migration's lazy restore at the destination: the index of its chain, its pager, its plan.
 
 The restored process runs before its memory is in place; a pager beside it fills the rest from the
-images on this host, what is touched first. So the freeze does not grow with memory, and nothing
-depends on the source once the copy runs. Unless the dump left pages with the source's processes
-(`postcopy`): they come into a store in the pager's directory, and there is no other restore.
+images on this host, what is touched first. So the freeze does not grow with private anonymous
+memory, and nothing depends on the source once the copy runs. Unless the dump left pages with the
+source's processes (`postcopy`): they come into a store in the pager's directory, and there is no
+other restore.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ class LazyRestore:
     def store(self) -> PageStore | None:
         """Where pages come that are still at the source; None if there are none, or no plan yet.
 
-        Whoever lets them come (`postcopy.arrival`) closes it.
+        The receiver (`postcopy.receiver`) closes it.
         """
         return self._store
 
@@ -276,7 +277,7 @@ class LazyRestore:
         return f"no lazy restore{must}: {why}"
 
     def follow(self, images_dir: Path) -> None:
-        """Know a whole chain, for whoever did not see it grow; `begin` and `plan` follow.
+        """Know a whole chain, which was not seen to grow; `begin` and `plan` follow.
 
         Raises:
             DestinationError: an image is missing or malformed.

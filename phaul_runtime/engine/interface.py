@@ -37,7 +37,7 @@ class Inspection:
         memory: resident bytes of the whole tree.
         files: what has to exist at the destination.
         manifest: for the engine's other half; JSON values only.
-        findings: what speaks against the move, and what was found good.
+        findings: of its own checks, those that passed among them.
         trees: directories that are carried, unless the two hosts share their storage. The core
             tells which to both sides: the manifest that it sends has `rootfs`: shared | rsync.
             A tree with `first` is carried in either case, wherever the destination's half has a
@@ -134,7 +134,7 @@ class SourceHalf(ABC):
         """
 
     def unstage(self, name: str) -> None:  # noqa: B027 - most have none
-        """Remove what `stage` made, or began to make; idempotent, whatever came of it.
+        """Remove what `stage` made, or began to make; idempotent, whether that succeeded or not.
 
         After this process's end a recovery calls it, of a half that has recalled an identity.
 
@@ -237,7 +237,7 @@ class DestinationHalf(ABC):
         Args:
             criu: a session factory.
             images_dir: the final images; CRIU's work directory as well.
-            lazy: CRIU's `lazy-pages`; whoever fills them listens in that directory. Only if
+            lazy: CRIU's `lazy-pages`; their pager listens in that directory. Only if
                 `can_be_lazy`.
         """
 

@@ -1,6 +1,6 @@
-"""Leases on files (fcntl(2), F_SETLEASE): opening such a file disturbs, or ends, who has the lease.
+"""Leases on files (fcntl(2), F_SETLEASE): opening such a file disturbs, or ends, the holder.
 
-Its holder gets a signal, which by default kills it, and whoever opens waits up to 45 seconds.
+The holder gets a signal, which by default kills it, and the opening process waits up to 45 seconds.
 """
 
 from __future__ import annotations

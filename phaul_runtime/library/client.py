@@ -40,9 +40,9 @@ class PhaulClient:
         policy: when to stop iterating; a budget of 300 ms by default.
         if_not_converging: `proceed` or `abort`, when the policy ends without meeting its budget.
         throttle: slows the target before it comes to that; undone when `migrate` ends, however it
-            does. Whoever drives the cut-over may lift it in the freeze.
+            does. The cut-over may lift it in the freeze.
         mode: `pre-copy`; `post-copy`: no rounds; `hybrid`: rounds, and then, as with post-copy,
-            `local` leaves the contents of lazy pages at the source, for whoever serves them after.
+            `local` leaves the contents of lazy pages at the source, to be served afterwards.
         criu: a session factory; by default the `criu` on PATH.
         listener: told of everything that happens.
         cancellation: asked between steps; a request also cuts the memory channel, on which CRIU

@@ -49,7 +49,7 @@ class Runs:
         self.add(*run)
 
     def add(self, vaddr: int, pages: int, file: int, offset: int) -> None:
-        """As `append`, for whoever has many: no object is made."""
+        """As `append`, for many: no object is made."""
         numbers = self._numbers
         if numbers and numbers[-2] == file:
             size = numbers[-3] * PAGE
@@ -61,7 +61,7 @@ class Runs:
     def find(self, vaddr: int, at: int = 0) -> int:
         """The first run, from the run `at` on, that ends behind an address; `len` if none does."""
         numbers, count = self._numbers, len(self._numbers) // _FIELDS
-        # Whoever goes through all of it finds the next one here.
+        # A walk through all of it finds the next one here.
         near = at + _NEAR
         near = min(count, near)
         while at < near:

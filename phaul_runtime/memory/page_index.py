@@ -39,7 +39,7 @@ class ChainIndex:
 
     @classmethod
     def follow(cls, images_dir: Path) -> ChainIndex:
-        """Index the whole chain that ends in a directory, for whoever did not see it grow.
+        """Index the whole chain that ends in a directory, which was not seen to grow.
 
         Raises:
             DestinationError: see `add`.

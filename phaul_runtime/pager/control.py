@@ -80,7 +80,7 @@ class Control:
         return {self.listener}
 
     def accept(self, fd: int) -> None:
-        """Take whoever wants to talk."""
+        """Take one more client."""
         client = accept(fd)
         if client >= 0:
             self._clients[client] = bytearray()

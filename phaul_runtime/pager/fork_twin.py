@@ -4,7 +4,7 @@ A userfaultfd that is closed lets the process it belongs to run on with zeros. A
 pair lives, the table lives, and with it every userfaultfd in it, also one that the other received a
 moment before it died.
 
-Whoever uses the pair has one thread, and closes by number: an object that closes its descriptor
+A process of the pair has one thread, and closes by number: an object that closes its descriptor
 when it is collected would close, in the twin, what the number means by then.
 """
 

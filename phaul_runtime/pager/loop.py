@@ -185,7 +185,7 @@ class Pager:
     def _know_plan(self) -> None:
         """Read the plan that the dead one has taken since this one was born.
 
-        It was good when it was taken. If it cannot be read now, whoever waits for a page waits on.
+        It was good when it was taken. While it cannot be read, waiting processes wait on.
         """
         since = time.monotonic()
         while self._plans != self._board[PLANS]:

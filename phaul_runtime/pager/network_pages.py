@@ -95,7 +95,7 @@ def found_missing(remote: Remote | None, space: Space, address: int) -> tuple[in
 
 
 class Waiting:
-    """The faults that wait for the network, and the socket to and from whoever brings pages."""
+    """The faults that wait for the network, and the socket to and from the receiver of pages."""
 
     def __init__(self) -> None:
         self.fd = _bound(ARRIVED_SOCKET)

@@ -86,7 +86,7 @@ class Record(NamedTuple):
 
     @property
     def fate(self) -> int:
-        """What became of it, of SETTLED."""
+        """The outcome, of SETTLED."""
         (fate,) = _FATE.unpack_from(self.body)
         return int(fate)
 

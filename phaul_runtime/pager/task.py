@@ -132,7 +132,7 @@ class Tasks(list[Task]):
                 area = area_at(task.host, address)
         # Not if it is another's memory too: that is no place for a page of this process.
         if area is not None and area.private:
-            # Noted before it is done: whoever goes on must know that it was.
+            # Noted before it is done: the other process must know that it was.
             self.journal.note(Kind.LATE, index, area.start, area.end)
             self._late(index, area.start, area.end)
             if not uffd.register(task.fd, area.start, area.end - area.start):

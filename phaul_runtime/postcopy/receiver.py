@@ -27,8 +27,8 @@ _DATAGRAMS_AT_ONCE = 16
 class Arrival:
     """Pages on their way into a store, one channel after the other.
 
-    What the pager wants comes by datagrams, which it repeats: nobody needs to be here, and whoever
-    comes is told. Nothing is kept but the store, so another agent may go on at any moment.
+    What the pager wants comes by datagrams, which it repeats: no channel needs to be open, and the
+    next one is told. Nothing is kept but the store, so another agent may go on at any moment.
 
     Args:
         store: where to.

@@ -1,7 +1,7 @@
 """`phaul-runtime recover`: finish or undo a migration from the journals of both hosts.
 
 May be run on either host, twice, or on both at once: each end is settled under its journal's lock,
-and `states.decide` says the same of the same two standings whoever asks.
+and `states.decide` says the same of the same two standings at either end.
 """
 
 from __future__ import annotations

@@ -270,7 +270,7 @@ class RemoteAgent(PhaulRemote):
         }
 
     def _looked(self, migration_id: str, deadline: float) -> pb.LookReply:
-        """An agent waits a while for whoever works on it; then it is asked again."""
+        """An agent waits a while for a process that works on it; then it is asked again."""
         while True:
             left = max(0.0, deadline - time.monotonic())
             wait_s = min(left, _LOOK_S)

@@ -18,7 +18,7 @@ _STALLED_S = 180.0
 def await_filled(
     agent: RemoteAgent, report: MigrationReport, full_because: str, listener: Listener
 ) -> None:
-    """Wait for the pager of the copy that runs; what became of it is in the report.
+    """Wait for the pager of the copy that runs; its outcome is in the report.
 
     Args:
         agent: of the destination.

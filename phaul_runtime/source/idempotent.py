@@ -136,7 +136,7 @@ def settled_before(
     Raises:
         UsageError: the id belongs to the migration of something else.
         OutcomeUnknown: it cannot be settled now.
-        JournalDamaged: what became of it is not known.
+        JournalDamaged: its outcome is not known.
         StillUnderWay: a command without a claim works on it.
     """
     state_dir = Path(config.state_dir)

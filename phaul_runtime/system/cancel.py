@@ -1,7 +1,7 @@
 """Cancelling a migration: asked for at any moment, honoured wherever it is safe.
 
-A signal handler calls `request`. Whoever waits on something long registers how to cut the wait
-short (`interrupt_with`); whoever stands between two steps calls `check`. Once the cut-over has
+A signal handler calls `request`. A wait for something long registers how to cut it
+short (`interrupt_with`); between two steps `check` is called. Once the cut-over has
 passed the point of no return, `seal` makes requests mean nothing: the move finishes.
 """
 

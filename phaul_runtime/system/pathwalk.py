@@ -71,7 +71,7 @@ def reopen(fd: int, flags: int) -> int:
 
 
 def is_ours_alone(info: os.stat_result) -> bool:
-    """Whether only root, or whoever runs this, can have written to it."""
+    """Whether only root, or this process's user, can have written to it."""
     return info.st_uid in (_ROOT, os.geteuid()) and not info.st_mode & OTHERS_WRITE
 
 

@@ -182,7 +182,7 @@ def _kill_group(process: Process) -> None:
 def collect(
     process: Process, *, timeout_s: float | None = None, limit: int = 64 << 10
 ) -> tuple[bytes, bytes]:
-    """Wait until a process and whoever has its pipes are gone; the starts of what they printed.
+    """Wait until a process and all holders of its pipes are gone; the starts of what they printed.
 
     Args:
         process: started by `spawn`; pipes of its stdout and stderr are read, others ignored.

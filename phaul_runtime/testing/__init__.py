@@ -1,4 +1,4 @@
-"""For whoever writes an engine, or what drives one: a conformance suite and a fake.
+"""For authors of an engine, or of what drives one: a conformance suite and a fake.
 
 One suite that every engine passes. A third party tells it about an engine with a `Case`, and runs
 each of `CHECKS` from any test runner; with pytest::

@@ -145,7 +145,7 @@ def throttle_cgroup_is_its_own(bench: Bench) -> None:
     )
     expect(
         str(os.getpid()) not in (group / "cgroup.procs").read_text(encoding="ascii").split(),
-        f"throttle_cgroup() says {group}: whoever asks is in it too",
+        f"throttle_cgroup() says {group}: the asking process is in it too",
     )
     bench.is_whole(Place.SOURCE)
 
@@ -362,7 +362,7 @@ def discard_leaves_nothing(bench: Bench) -> None:
     bench.close()
 
 
-# -- death of whoever drives it ----------------------------------------------------------------
+# -- death of the driver ----------------------------------------------------------------
 
 
 def the_drivers_death_is_a_no(bench: Bench) -> None:

@@ -1,6 +1,6 @@
 """Certificates for a first fleet: a CA, and one certificate a host for both roles.
 
-Whoever has a CA of their own needs none of this: any certificate does that the CA signed for
+An operator with a CA needs none of this: any certificate does that the CA signed for
 serverAuth and clientAuth and that names its host.
 """
 

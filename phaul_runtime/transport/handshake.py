@@ -220,7 +220,7 @@ def dismiss(channel: socket.socket) -> None:
 
 
 def cut(*channels: socket.socket) -> None:
-    """End connections for whoever uses them, both ways; they are still to be closed.
+    """End connections for their users, both ways; they are still to be closed.
 
     Never by a TLS connection's own `shutdown`: that takes the encryption away first, and somebody
     may be about to write.

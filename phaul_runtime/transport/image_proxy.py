@@ -11,7 +11,7 @@ says in the connection's preamble what it does, so that the agent does the rever
 round ends early by it: CRIU waits for the page server's acknowledgement of everything.
 
 Compressed, the stream is a row of pieces, each with its length and whether it is compressed before
-it, the last of length 0. Each stands for itself and tells its size, so that whoever unpacks it
+it, the last of length 0. Each stands for itself and tells its size, so that the receiver
 knows beforehand how much memory that takes.
 """
 
@@ -122,7 +122,7 @@ class _Buffer:
             self._changed.notify_all()
 
     def fail(self) -> None:
-        """Whoever waits waits no longer, and what is in it is lost."""
+        """Nobody waits any longer, and what is in it is lost."""
         with self._changed:
             self._broken = True
             self._chunks.clear()

@@ -45,7 +45,7 @@ class Front:
         control: the agent's control socket.
         callers: told who is behind each connection to that socket.
         take_stream: gets each connection for memory or a tree, which it owns, and whose it is.
-        enter: refuses whoever may not in.
+        enter: refuses a peer that may not in.
         secure: authenticates a new connection; None in the clear.
     """
 

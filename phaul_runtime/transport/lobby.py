@@ -2,7 +2,7 @@
 
 Who has connected costs a descriptor until the first byte comes; then it gets a thread in which it
 is greeted. Both are limited, and where a limit is reached the oldest makes place: an honest client
-is through in the time of a few round trips, so whoever is the oldest is not one. Where it is, it
+is through in the time of a few round trips, so the oldest is not one. Where it is, it
 tries again.
 """
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from phaul_runtime.errors import ChannelError, Refused
 from phaul_runtime.transport.handshake import SPEAKS_TLS, Deadline, NoAnswer, dismiss
 
-# What OpenSSL's reasons mean to whoever reads the error; `{who}` is the other side.
+# What OpenSSL's reasons mean to the reader of the error; `{who}` is the other side.
 _REASONS = {
     "WRONG_VERSION_NUMBER": "{who} speaks no TLS",
     "HTTP_REQUEST": "{who} speaks no TLS",

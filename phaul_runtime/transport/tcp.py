@@ -32,7 +32,7 @@ class TcpTransport(Transport):
             raise UsageError(f"{destination.url!r} is no address", hint="write tcp://host:7007")
         if not config.transport.insecure:
             raise Refused(
-                "tcp:// moves memory in the clear, to and from whoever answers",
+                "tcp:// moves memory in the clear, to and from any peer that answers",
                 hint="use tls://, or set transport.insecure: true",
             )
         channel = LinkChannel(

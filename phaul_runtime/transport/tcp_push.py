@@ -54,6 +54,6 @@ def _push(channel: weakref.ref[Uncorked]) -> None:
             if found is None or not found.push():
                 return
         except OSError:
-            return  # broken: whoever uses it is told
+            return  # broken: its user is told
         del found
         time.sleep(_EVERY_S)

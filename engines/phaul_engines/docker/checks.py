@@ -1,4 +1,4 @@
-"""What speaks against a container of docker at the destination, before anything is touched."""
+"""Checks of a container of docker at its destination, before anything is touched."""
 
 from __future__ import annotations
 

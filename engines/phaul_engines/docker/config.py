@@ -1,6 +1,6 @@
 """From what docker says of a container to one of the same configuration; and comparing the two.
 
-Pure: documents of the Engine API go in and come out. What speaks against a move is in
+Pure: documents of the Engine API go in and come out. The checks are in
 `findings`.
 """
 
@@ -294,7 +294,7 @@ def _host_config(
 ) -> dict[str, Any]:
     """`HostConfig` as create takes it, at the destination."""
     found = _present(inspect.get("HostConfig", {}))
-    found.pop("ContainerIDFile", None)  # a file of whoever ran the docker command
+    found.pop("ContainerIDFile", None)  # a file of the user who ran the docker command
     mode = found["NetworkMode"] = network_mode(inspect)
     if "Binds" in found:
         found["Binds"] = [_bind(bind, mounts) for bind in found["Binds"]]

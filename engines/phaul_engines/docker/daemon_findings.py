@@ -1,4 +1,4 @@
-"""What speaks against a docker daemon, at either end. Pure."""
+"""Checks of a docker daemon, at either end. Pure."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def daemon_findings(
     private_netns: bool,
     destination: bool,
 ) -> list[Finding]:
-    """What is known of a docker daemon, and what speaks against it.
+    """What is known of a docker daemon, and the checks that it fails.
 
     Args:
         version: `Version` of `GET /version`.

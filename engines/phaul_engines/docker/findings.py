@@ -1,4 +1,4 @@
-"""What speaks for and against moving a container of docker. Pure."""
+"""Checks of a container of docker that is to be moved. Pure."""
 
 from __future__ import annotations
 

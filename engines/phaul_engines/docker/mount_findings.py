@@ -1,4 +1,4 @@
-"""What speaks for and against moving what is mounted into a container of docker. Pure."""
+"""Checks of what is mounted into a container of docker. Pure."""
 
 from __future__ import annotations
 

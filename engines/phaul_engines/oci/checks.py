@@ -1,4 +1,4 @@
-"""What speaks for and against moving a container: looked up before anything is frozen."""
+"""Checks of a container that is to be moved, before anything is frozen."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def _stdio(container: Container, tree: Tree, options: RuncOptions) -> Iterable[F
             yield Finding(
                 "terminal",
                 REFUSED,
-                "the container has a terminal, whose other end stays with whoever started it",
+                "the container has a terminal, whose other end stays with its starter",
                 "engines.runc.console_socket names a socket there that takes the new one",
             )
         return
@@ -245,7 +245,7 @@ def strangers(tree: Tree) -> list[int]:
 
 
 def stranger_findings(tree: Tree) -> Iterable[Finding]:
-    """What speaks against ending them."""
+    """Why they may not be ended."""
     for pid in strangers(tree):
         yield Finding(
             "exec",

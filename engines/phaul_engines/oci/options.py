@@ -28,7 +28,7 @@ class RuncOptions(BaseModel):
     file_locks: bool = Field(True, description="carry file locks")
     ext_unix_sk: bool = Field(False, description="carry unix sockets that lead out, cut off")
     stdio: Literal["refuse", "devnull"] = Field(
-        "refuse", description="pipes to whoever started the container: refuse, or /dev/null there"
+        "refuse", description="pipes to the starter of the container: refuse, or /dev/null there"
     )
     console_socket: AbsolutePath | None = Field(
         None, description="socket at the destination that takes the container's terminal"
