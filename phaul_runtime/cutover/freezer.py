@@ -22,7 +22,8 @@ from phaul_runtime.engine.findings import OK, REFUSED, Finding
 from phaul_runtime.errors import MigrationFailed
 from phaul_runtime.system import cgroup
 from phaul_runtime.system.host import boot_id
-from phaul_runtime.system.process import Life, Member, start_time, status_words
+from phaul_runtime.system.process import Life, Member
+from phaul_runtime.system.procfs import cgroup_of, start_time, status_words, tracer_of
 
 FACT = "hold"
 _ROOT = Path("/sys/fs/cgroup")
@@ -272,16 +273,15 @@ def _own_group(pids: Sequence[int]) -> Path | None:
 
 def _group_of(pid: int) -> Path:
     """The directory of a process's cgroup; the empty path if it has ended."""
-    try:
-        lines = (_PROC / str(pid) / "cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
+    home = _PROC / str(pid)
+    if not home.exists():
         return Path()
-    path = next((line[3:] for line in lines if line.startswith("0::")), "/")
+    path = cgroup_of(home) or "/"
     return _ROOT / path.lstrip("/")
 
 
 def _tracer(pid: int) -> int:
-    return int(next(iter(status_words(_PROC / str(pid), "TracerPid")), 0))
+    return tracer_of(_PROC / str(pid))
 
 
 def _inner_pids(pid: int) -> list[int]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from phaul_runtime.errors import DestinationError
-from phaul_runtime.system.process import status_words
+from phaul_runtime.system.procfs import children, status_words
 
 _PROC = Path("/proc")
 
@@ -27,7 +26,7 @@ def by_image(root: int) -> dict[int, int]:
         raise DestinationError(f"the restored process {root} has ended")
     found, below = {}, [root]
     for pid in below:
-        below += _children(pid)
+        below += children(_PROC / str(pid))
         inner = _pids(pid)
         # What has ended meanwhile is missed by who knows what it was.
         if len(inner) >= depth:
@@ -38,18 +37,6 @@ def by_image(root: int) -> dict[int, int]:
 def _pids(pid: int) -> list[int]:
     """A process's pids, in each pid namespace from /proc's inwards; none if it has ended."""
     return [int(word) for word in status_words(_PROC / str(pid), "NSpid")]
-
-
-def _children(pid: int) -> list[int]:
-    """Of all its threads."""
-    found: list[int] = []
-    try:
-        for task in os.listdir(_PROC / str(pid) / "task"):
-            path = _PROC / str(pid) / "task" / task / "children"
-            found += map(int, path.read_text(encoding="ascii").split())
-    except OSError:
-        pass  # It has ended; so will who asks for one of them.
-    return found
 
 
 __all__ = ["by_image"]

@@ -18,6 +18,7 @@ from typing import Any
 from phaul_runtime.errors import PhaulError, Refused
 from phaul_runtime.system.cgroup import below
 from phaul_runtime.system.host import boot_id
+from phaul_runtime.system.procfs import PROC, tracer_of
 
 ROOT = Path("/sys/fs/cgroup")
 PERIOD_US = 100_000
@@ -202,7 +203,7 @@ class Throttle:
     def _watch(self) -> None:
         """At full speed while CRIU traces the target, slowed otherwise."""
         while not self._lifted.wait(_POLL_S):
-            traced = _is_traced(self._pid)
+            traced = bool(tracer_of(PROC / str(self._pid)))
             with self._lock:
                 if self._before is not None and not self._lifted.is_set():
                     self._write(self._before if traced else self._slowed)
@@ -232,11 +233,3 @@ class Throttle:
         if before is None or now is None or now[0] <= before[0]:
             return None
         return (now[1] - before[1]) / (now[0] - before[0])
-
-
-def _is_traced(pid: int) -> bool:
-    try:
-        text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-    return "\nTracerPid:\t0\n" not in text

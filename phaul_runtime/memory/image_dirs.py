@@ -21,12 +21,12 @@ from phaul_runtime.memory.pagemap import read_pagemap
 from phaul_runtime.system import proc
 from phaul_runtime.system.filemark import Mark, mark_of
 from phaul_runtime.system.pathwalk import DIRECTORY, is_ours_alone, reopen, walk
+from phaul_runtime.system.procfs import mounts
 
 log = logging.getLogger(__name__)
 
 RESUMED = "stats-restore"
 """CRIU writes this file once all tasks of a restore run (cr-restore.c, `write_stats`)."""
-_OCTAL = re.compile(rb"\\([0-7]{3})")
 _UMOUNT_S = 30.0
 # All that a destination may name.
 _PAGE_MAP = re.compile(r"pagemap(-shmem)?-[0-9]{1,10}\.img")
@@ -228,10 +228,5 @@ def _unmount(path: Path) -> bool:
 def mounts_below(path: Path) -> list[Path]:
     """Where something is mounted on a directory or in it, the innermost last."""
     at = os.path.realpath(path)
-    lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
-    # Spaces and the like are octal escapes there (proc_pid_mountinfo(5)).
-    points = [
-        os.fsdecode(_OCTAL.sub(lambda m: bytes([int(m[1], 8)]), line.split(b" ")[4]))
-        for line in lines
-    ]
+    points = [mount.point for mount in mounts()]
     return [Path(point) for point in points if point == at or point.startswith(f"{at}/")]

@@ -21,6 +21,8 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
+from phaul_runtime.system.procfs import mounts
+
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _LINKS = 40
 _PATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -241,9 +243,5 @@ def _mount_id(fd: int) -> bytes:
 
 def _mounted(mount_id: bytes) -> tuple[str, str]:
     """Type and options of a mount; empty if it has just gone."""
-    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
-        before, _, after = line.partition(b" - ")
-        if before.split(b" ", 1)[0] == mount_id:
-            kind, _, rest = after.partition(b" ")
-            return os.fsdecode(kind), os.fsdecode(rest.rpartition(b" ")[2])
-    return "", ""
+    found = (mount for mount in mounts() if mount.id == mount_id)
+    return next(((mount.type, mount.options) for mount in found), ("", ""))

@@ -18,14 +18,14 @@ from enum import Enum
 from pathlib import Path
 
 from phaul_runtime.errors import OutcomeUnknown
+from phaul_runtime.system.procfs import PROC, START, stat_fields, status_words
 
-PROC = Path("/proc")
 _SIGKILL = 1 << (signal.SIGKILL - 1)
 _EXITING = 0x4
 _DOOMED_FOR_S = 20.0
 _POLL_S = 0.002
 # Of /proc/PID/stat, counted from the state, which is the third: flags, number 9; start, number 22.
-_FLAGS, _START = 6, 19
+_FLAGS = 6
 
 
 class Life(Enum):
@@ -51,8 +51,8 @@ class Member:
     def life(self, proc: Path = PROC) -> Life:
         """What it can do now; `proc` is where the kernel shows processes."""
         home = proc / str(self.pid)
-        fields = _stat(home)
-        if not fields or int(fields[_START]) != self.start_time:
+        fields = stat_fields(home)
+        if not fields or int(fields[START]) != self.start_time:
             return Life.OVER
         found = Life.OVER
         for thread in _threads(home):
@@ -69,8 +69,8 @@ class Member:
 
     def exists(self, proc: Path = PROC) -> bool:
         """Whether the kernel still keeps it, with its cgroup and its memory."""
-        fields = _stat(proc / str(self.pid))
-        if not fields or int(fields[_START]) != self.start_time:
+        fields = stat_fields(proc / str(self.pid))
+        if not fields or int(fields[START]) != self.start_time:
             return False
         return fields[0] not in "ZX" or self.alive(proc)
 
@@ -106,22 +106,6 @@ class Member:
         return life is Life.RUNS
 
 
-def _stat(home: Path) -> list[str]:
-    """The fields from the state on; none if there is no such process or thread."""
-    try:
-        text = (home / "stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return []
-    # The field before, a name in brackets, may hold anything.
-    return text.rpartition(")")[2].split()
-
-
-def start_time(home: Path) -> int:
-    """When a process was started, clock ticks since boot; 0 if it has ended."""
-    fields = _stat(home)
-    return int(fields[_START]) if fields else 0
-
-
 def _threads(home: Path) -> Iterator[Path]:
     """The process itself first: mostly it is the only one, or says enough."""
     yield home
@@ -132,7 +116,7 @@ def _threads(home: Path) -> Iterator[Path]:
 
 
 def _life(thread: Path) -> Life:
-    fields = _stat(thread)
+    fields = stat_fields(thread)
     if not fields or fields[0] in "ZX" or int(fields[_FLAGS]) & _EXITING:
         return Life.OVER
     if not _is_killed(thread):
@@ -146,16 +130,4 @@ def _is_killed(thread: Path) -> bool:
     return any(int(word, 16) & _SIGKILL for word in status_words(thread, "SigPnd"))
 
 
-def status_words(home: Path, name: str) -> list[str]:
-    """What /proc/PID/status says under a name; nothing if there is no such process or thread."""
-    try:
-        text = (home / "status").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return []
-    for line in text.splitlines():
-        if line.startswith(f"{name}:"):
-            return line.split()[1:]
-    return []
-
-
-__all__ = ["Life", "Member", "start_time", "status_words"]
+__all__ = ["Life", "Member"]

@@ -48,6 +48,7 @@ from phaul_runtime.memory.image_dirs import RESUMED, new_directory, remove_tree
 from phaul_runtime.system import proc
 from phaul_runtime.system.cancel import Cancellation
 from phaul_runtime.system.poll import readable
+from phaul_runtime.system.procfs import PROC, start_time, stat_fields
 from phaul_runtime.testing import fakevictim
 from phaul_runtime.testing.case import Case, Place, Told
 
@@ -91,12 +92,8 @@ class _Process:
 
 def _started(pid: int) -> int:
     """Its start in clock ticks since boot; 0 if it does not exist, or is a zombie."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return 0
-    fields = text[text.rindex(")") + 2 :].split()
-    return 0 if fields[0] in "ZX" else int(fields[19])
+    home = PROC / str(pid)
+    return 0 if "".join(stat_fields(home)[:1]) in "ZX" else start_time(home)
 
 
 def _read(path: Path) -> dict[str, Any]:

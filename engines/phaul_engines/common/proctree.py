@@ -7,7 +7,6 @@ import ipaddress
 import os
 import stat
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from phaul_runtime.engine import User
 from phaul_runtime.errors import NoSuchTarget
 from phaul_runtime.files.compare import Use
 from phaul_runtime.files.identity import ROOT
+from phaul_runtime.system import procfs
 from phaul_runtime.system.filemark import Mark, mark_of
 from phaul_runtime.system.process import Member
 
@@ -153,16 +153,11 @@ def ancestors(pid: int) -> list[Member]:
 
 def tracer_of(pid: int) -> int:
     """The pid that traces it; 0 if nobody does, or it is gone."""
-    return _status_number(pid, "TracerPid", 10)
+    return procfs.tracer_of(PROC / str(pid))
 
 
 def _status_number(pid: int, name: str, base: int) -> int:
-    try:
-        text = (PROC / str(pid) / "status").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return 0
-    lines = [line for line in text.splitlines() if line.startswith(f"{name}:")]
-    return int(lines[0].split()[1], base) if lines else 0
+    return int(next(iter(procfs.status_words(PROC / str(pid), name)), "0"), base)
 
 
 def read_process(pid: int) -> Process:
@@ -211,19 +206,6 @@ def _user(status: dict[str, str]) -> User:
     return User(uid, gid, tuple(int(group) for group in status.get("Groups", "").split()))
 
 
-def _children(pid: int) -> Iterator[int]:
-    try:
-        tasks = os.listdir(PROC / str(pid) / "task")
-    except OSError:
-        return
-    for task in tasks:
-        try:
-            text = (PROC / str(pid) / "task" / task / "children").read_text(encoding="ascii")
-        except OSError:
-            continue
-        yield from (int(child) for child in text.split())
-
-
 def tasks_below(pid: int) -> dict[int, int]:
     """All threads of a tree, as this pid namespace numbers them, each with its process."""
     found: dict[int, int] = {}
@@ -231,7 +213,7 @@ def tasks_below(pid: int) -> dict[int, int]:
     for process in processes:
         with contextlib.suppress(OSError):
             found |= {int(task): process for task in os.listdir(PROC / str(process) / "task")}
-        processes += _children(process)
+        processes += procfs.children(PROC / str(process))
     return found
 
 
@@ -289,7 +271,7 @@ def read_members(pid: int) -> Tree:
     """
     tree = Tree([read_process(pid)])
     for member in tree.members:
-        for child in _children(member.pid):
+        for child in procfs.children(PROC / str(member.pid)):
             try:
                 tree.members.append(read_process(child))
             except NoSuchTarget:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from phaul_engines.docker.daemon import Daemon
 from phaul_runtime.errors import PhaulError
-from phaul_runtime.system.process import PROC
+from phaul_runtime.system.procfs import PROC
 
 
 class Start:

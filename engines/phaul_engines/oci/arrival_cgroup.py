@@ -12,7 +12,8 @@ from pathlib import PurePosixPath
 from phaul_engines.common.proctree import ancestors
 from phaul_engines.oci.runtime import cgroup_pids
 from phaul_runtime.errors import DestinationError, NoSuchTarget
-from phaul_runtime.system.process import PROC, Member, start_time
+from phaul_runtime.system.process import Member
+from phaul_runtime.system.procfs import PROC, start_time
 
 
 def require_free(path: str) -> None:

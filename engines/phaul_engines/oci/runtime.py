@@ -16,7 +16,7 @@ from phaul_runtime.errors import MigrationFailed, NoSuchTarget, Refused
 from phaul_runtime.files.compare import InUse, Use, gather_all
 from phaul_runtime.files.identity import ROOT
 from phaul_runtime.memory.image_dirs import unmount_below
-from phaul_runtime.system import proc
+from phaul_runtime.system import proc, procfs
 
 CONFIG = "config.json"
 CGROUP_ROOT = Path("/sys/fs/cgroup")
@@ -248,11 +248,7 @@ def common_flags(options: CheckpointOptions) -> list[str]:
 
 def cgroup_of(pid: int) -> str:
     """The cgroup v2 path of a process, as `/web`; empty if there is none."""
-    try:
-        lines = Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
-    return next((line[3:] for line in lines if line.startswith("0::")), "")
+    return procfs.cgroup_of(procfs.PROC / str(pid))
 
 
 def cgroup_directory(path: str) -> Path:

@@ -19,7 +19,8 @@ from phaul_engines.runc.arrival import RuncDestination
 
 from phaul_runtime.engine import DestinationHalf
 from phaul_runtime.system import cgroup
-from phaul_runtime.system.process import Member, start_time
+from phaul_runtime.system.process import Member
+from phaul_runtime.system.procfs import start_time
 
 
 def harm(*_: object, **__: object) -> Any:
