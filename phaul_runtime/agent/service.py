@@ -25,7 +25,7 @@ from phaul_runtime.hooks.lifecycle import Hooks
 from phaul_runtime.memory.image_dirs import remove_tree
 from phaul_runtime.transport.base import socket_directory
 from phaul_runtime.transport.handshake import parse_listen
-from phaul_runtime.transport.listener import Front, Secure
+from phaul_runtime.transport.listener import PortListener, Secure
 from phaul_runtime.transport.mutual_tls import Credentials, as_server
 from phaul_runtime.transport.preamble import CONTROL
 
@@ -90,7 +90,7 @@ class Service:
             credentials = Credentials(config.ca, config.cert, config.key)
             credentials.load(ssl.PROTOCOL_TLS_SERVER)
             secure = functools.partial(as_server, credentials)
-        self._front = Front(
+        self._front = PortListener(
             self._sockets / CONTROL,
             self._agent.callers,
             self._agent.take_stream,

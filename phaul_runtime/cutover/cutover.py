@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from phaul_runtime.cutover.freezer import FACT as HOLD
-from phaul_runtime.cutover.freezer import Hold
+from phaul_runtime.cutover.freezer import Freezer
 from phaul_runtime.cutover.journal import RUNS, Journal
 from phaul_runtime.cutover.states import State
 from phaul_runtime.engine.interface import Handover
@@ -99,13 +99,13 @@ class CutOver(Handover):
     in_freeze: Callable[[], None] = lambda: None
     when_frozen: Callable[[], None] | None = None
     processes: Callable[[], Sequence[int]] | None = None
-    serve: Callable[[Hold, Path], Callable[[], object] | None] = lambda _hold, _images_dir: None
+    serve: Callable[[Freezer, Path], Callable[[], object] | None] = lambda _hold, _images_dir: None
     freeze: dict[str, float] = field(default_factory=dict)
     bytes_sent: int = 0
     files_sent: int = 0
     full_because: str = ""
     downtime_ms: float | None = None
-    hold: Hold | None = None
+    hold: Freezer | None = None
     _frozen_at: float = 0.0
     _early: Future[tuple[int, int]] | None = None
 
@@ -185,7 +185,7 @@ class CutOver(Handover):
         synced = time.monotonic()
         hold, is_served = None, None
         if self.processes is not None:
-            hold = Hold.plan(f"{self.journal.id}-held", self.processes())
+            hold = Freezer.plan(f"{self.journal.id}-held", self.processes())
             hold.require(processes(images_dir))
             is_served = self.serve(hold, images_dir)
         held, images_bytes = self.destination.prepare(images_dir)

@@ -33,7 +33,7 @@ _POLL_S = 0.002
 
 
 @dataclass
-class Hold:
+class Freezer:
     """The cgroup that holds a tree, and what finds the tree in it again.
 
     Attributes:
@@ -54,7 +54,7 @@ class Hold:
     thawed: bool = False
 
     @classmethod
-    def plan(cls, name: str, pids: Sequence[int]) -> Hold:
+    def plan(cls, name: str, pids: Sequence[int]) -> Freezer:
         """For a tree that stands still now; changes nothing.
 
         Args:
@@ -100,7 +100,7 @@ class Hold:
         }
 
     @classmethod
-    def recall(cls, facts: Mapping[str, Any] | None) -> Hold | None:
+    def recall(cls, facts: Mapping[str, Any] | None) -> Freezer | None:
         """What a journal has under `FACT`; None if it has nothing."""
         if not facts:
             return None
@@ -299,4 +299,4 @@ def _is(pid: int, start: int) -> bool:
     return Member(pid, start).alive(_PROC)
 
 
-__all__ = ["FACT", "Hold", "check_hold"]
+__all__ = ["FACT", "Freezer", "check_hold"]

@@ -23,7 +23,7 @@ from phaul_runtime.memory.image_dirs import (
     note_resumed,
     was_resumed,
 )
-from phaul_runtime.memory.preallocate import Ahead
+from phaul_runtime.memory.preallocate import Preallocation
 from phaul_runtime.postcopy.late import LatePages
 from phaul_runtime.system.threads import attempt
 
@@ -97,7 +97,7 @@ class Copy:
 
     # -- its pager -------------------------------------------------------------------------
 
-    def begin_lazy(self, room: Ahead | None) -> None:
+    def begin_lazy(self, room: Preallocation | None) -> None:
         """Start its pager, if the migration asks for one and there can be one.
 
         Args:

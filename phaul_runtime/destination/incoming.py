@@ -45,7 +45,7 @@ from phaul_runtime.memory.hard_close import hang_up
 from phaul_runtime.memory.image_dirs import (
     remove_tree,
 )
-from phaul_runtime.memory.preallocate import Ahead
+from phaul_runtime.memory.preallocate import Preallocation
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.system import logs
 from phaul_runtime.system.threads import attempt
@@ -86,8 +86,8 @@ class Incoming:
         self._step = threading.RLock()
         self.memory = MemoryChannel()
         self.server: PhaulServer | None = None
-        self._ahead: Ahead | None = None
-        self._late_room: Ahead | None = None
+        self._ahead: Preallocation | None = None
+        self._late_room: Preallocation | None = None
         self._log_level = int(facts["log_level"])
         engine = load_engine(facts["engine"])
         options = engine.options_model.model_validate(facts["options"])
@@ -145,10 +145,10 @@ class Incoming:
             self._dir.mkdir(mode=0o700)
             self._dir_lock = lock_directory(self._dir)
             if self.journal.facts["page_server"] == "phaul":
-                self._ahead = Ahead(self._dir / _AHEAD, memory)
+                self._ahead = Preallocation(self._dir / _AHEAD, memory)
                 self._ahead.begin()
             if late_memory:
-                self._late_room = Ahead(self._dir / _LATE_ROOM, late_memory)
+                self._late_room = Preallocation(self._dir / _LATE_ROOM, late_memory)
                 self._late_room.begin()
             self._engine.prepare(manifest, self.id)
             self.carried.place_trees()

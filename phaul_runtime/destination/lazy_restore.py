@@ -22,8 +22,8 @@ from phaul_runtime.destination.restored import by_image
 from phaul_runtime.errors import DestinationError, PhaulError
 from phaul_runtime.memory.fill_plan import PAGE
 from phaul_runtime.memory.mark_lazy import MAP, plan_lazy
-from phaul_runtime.memory.page_index import ChainIndex
-from phaul_runtime.memory.preallocate import Ahead
+from phaul_runtime.memory.page_index import PageIndex
+from phaul_runtime.memory.preallocate import Preallocation
 from phaul_runtime.pager import LAZY_SOCKET
 from phaul_runtime.pager.client import PagerClient
 from phaul_runtime.postcopy import store
@@ -96,7 +96,7 @@ class LazyRestore:
         cannot: Callable[[], str] = str,
         place: str = PLACE,
         *,
-        room: Ahead | None = None,
+        room: Preallocation | None = None,
     ) -> None:
         self._mode = mode
         self._cannot = cannot
@@ -104,7 +104,7 @@ class LazyRestore:
         self._room = room
         self._name = name
         self._why_not = "restore: full" if mode == "full" else ""
-        self._index = ChainIndex()
+        self._index = PageIndex()
         self._pager: PagerClient | None = None
         self._starting: threading.Thread | None = None
         self._handing: threading.Thread | None = None
@@ -282,7 +282,7 @@ class LazyRestore:
         Raises:
             DestinationError: an image is missing or malformed.
         """
-        self._index = ChainIndex.follow(images_dir)
+        self._index = PageIndex.follow(images_dir)
 
     def resume(self) -> None:
         """Take up the pager and the store of an agent that died while the copy was filled.

@@ -23,9 +23,9 @@ from phaul_runtime.errors import DestinationError, PhaulError, Refused
 from phaul_runtime.library.api import PhaulConfig
 from phaul_runtime.memory.hard_close import hang_up
 from phaul_runtime.memory.image_dirs import ImageDirs, directory_bytes
-from phaul_runtime.memory.page_receiver import Aborted, Listed, PageSink
+from phaul_runtime.memory.page_receiver import Aborted, Listed, PageReceiver
 from phaul_runtime.memory.pagemap import convert_page_maps, page_maps, pagemap_image, read_pagemap
-from phaul_runtime.memory.preallocate import Ahead
+from phaul_runtime.memory.preallocate import Preallocation
 from phaul_runtime.system.poll import readable
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class PhaulServer:
         *,
         log_level: int = 4,
         page_server: Literal["phaul", "criu"] = "phaul",
-        ahead: Ahead | None = None,
+        ahead: Preallocation | None = None,
         client: PageFormat | None = None,
     ) -> None:
         self.config = config
@@ -217,7 +217,7 @@ class PhaulServer:
             os.symlink(parent, "parent", dir_fd=directory)
         else:
             self._listed = {}
-        sink = PageSink(
+        sink = PageReceiver(
             self._memory.fileno(),
             Path(str(self._dirs.last)),
             wire=self._client or images,
@@ -371,7 +371,7 @@ class _PageServer:
 
 
 class _Receiver:
-    """One session of a `PageSink`, in a thread; the same for it as `_PageServer` for CRIU's.
+    """One session of a `PageReceiver`, in a thread; the same for it as `_PageServer` for CRIU's.
 
     Args:
         sink: from now on this object's.
@@ -379,7 +379,7 @@ class _Receiver:
     """
 
     def __init__(
-        self, sink: PageSink, on_end: Callable[[dict[str, Listed] | PhaulError], object]
+        self, sink: PageReceiver, on_end: Callable[[dict[str, Listed] | PhaulError], object]
     ) -> None:
         self._sink = sink
         self._on_end = on_end

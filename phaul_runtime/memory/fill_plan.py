@@ -28,7 +28,7 @@ class Run(NamedTuple):
     Attributes:
         vaddr: of the first, bytes.
         pages: how many.
-        file: index in `LazyPlan.files`.
+        file: index in `FillPlan.files`.
         offset: of the first in that file, bytes.
     """
 
@@ -139,7 +139,7 @@ class Runs:
 
 
 @dataclass
-class LazyPlan:
+class FillPlan:
     """The lazy pages of a process tree.
 
     Attributes:
@@ -177,7 +177,7 @@ class LazyPlan:
         new.replace(path)
 
     @classmethod
-    def load(cls, path: Path) -> LazyPlan:
+    def load(cls, path: Path) -> FillPlan:
         """Read what `save` wrote.
 
         Raises:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phaul_runtime.errors import DestinationError
-from phaul_runtime.memory.fill_plan import PAGE, LazyPlan, Runs
-from phaul_runtime.memory.page_index import ChainIndex
+from phaul_runtime.memory.fill_plan import PAGE, FillPlan, Runs
+from phaul_runtime.memory.page_index import PageIndex
 from phaul_runtime.memory.pagemap import (
     IN_PARENT,
     LAZY,
@@ -28,7 +28,7 @@ MAP = "remote.map"
 """Beside the file of pages that come over the network: which are there, a byte each."""
 
 
-def plan_lazy(index: ChainIndex, images_dir: Path, remote: Path | None = None) -> LazyPlan:
+def plan_lazy(index: PageIndex, images_dir: Path, remote: Path | None = None) -> FillPlan:
     """Mark in the page maps what may be lazy, and plan it; may be repeated.
 
     The directory is added to the index if it is not yet. Its small images (`mm-*`) must be there.
@@ -49,7 +49,7 @@ def plan_lazy(index: ChainIndex, images_dir: Path, remote: Path | None = None) -
             lazy. Page maps of some processes may be marked then.
     """
     index.add(images_dir)
-    plan = LazyPlan(index.files)
+    plan = FillPlan(index.files)
     file = -1 if remote is None else len(plan.files)
     far = _Far(file)
     for pid in processes(images_dir):

@@ -20,7 +20,7 @@ from phaul_runtime.memory.pagemap import (
 )
 
 
-class ChainIndex:
+class PageIndex:
     """Per process the runs of its pages, as CRIU would read them along the `parent` links.
 
     A page map lists all pages of its process: here, or in the parent. So a page that it does not
@@ -38,7 +38,7 @@ class ChainIndex:
         self._last = ""
 
     @classmethod
-    def follow(cls, images_dir: Path) -> ChainIndex:
+    def follow(cls, images_dir: Path) -> PageIndex:
         """Index the whole chain that ends in a directory, which was not seen to grow.
 
         Raises:

@@ -36,7 +36,7 @@ from phaul_runtime.memory.pagemap import (
     Pagemap,
     write_pagemap,
 )
-from phaul_runtime.memory.preallocate import Ahead
+from phaul_runtime.memory.preallocate import Preallocation
 
 _OPEN, _PARENT, _ADD, _CLOSE, _FORCE_CLOSE = 4, 5, 6, 0x1023, 0x1024
 _COMMAND_BITS = 16
@@ -93,7 +93,7 @@ class _Map:
     listed: Listed = field(default_factory=Listed)
 
 
-class PageSink:
+class PageReceiver:
     """One session: an iteration's pages from `channel` into `directory`.
 
     `run` once, in any thread; `stop` and `received` from any other.
@@ -115,7 +115,7 @@ class PageSink:
         wire: PageFormat,
         images: PageFormat,
         parent: Mapping[str, Listed],
-        ahead: Ahead | None = None,
+        ahead: Preallocation | None = None,
     ) -> None:
         self._header = wire.header
         self._images = images
@@ -265,7 +265,7 @@ class PageSink:
 
     # -- pages -----------------------------------------------------------------------------
 
-    def _use_ahead(self, to: _Map, ahead: Ahead) -> None:
+    def _use_ahead(self, to: _Map, ahead: Preallocation) -> None:
         """The first page map with a big run gets the room that was made; little is there yet."""
         self._write()
         if to.offset > _BUFFER:

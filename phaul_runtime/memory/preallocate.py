@@ -22,7 +22,7 @@ _ASK = 16 << 20
 _SPARE = 4
 
 
-class Ahead:
+class Preallocation:
     """A file of a memory file system that grows while nothing else is to be done.
 
     It never fails: where it cannot allocate, or not without need elsewhere, it has got less.

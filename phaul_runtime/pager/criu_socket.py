@@ -15,7 +15,7 @@ import os
 import socket
 import struct
 
-from phaul_runtime.pager.shared_log import Journal, Kind
+from phaul_runtime.pager.shared_log import Kind, SharedLog
 from phaul_runtime.pager.uffd import libc
 
 FINISHED = 0x52535446
@@ -118,7 +118,7 @@ def handed(body: bytes) -> int:
     return int(_CONTROL.unpack_from(body)[3])
 
 
-def receive(connection: int, journal: Journal, descriptor: bool) -> bool | None:
+def receive(connection: int, journal: SharedLog, descriptor: bool) -> bool | None:
     """Read CRIU's next word into the journal's next record, not yet counted.
 
     Args:

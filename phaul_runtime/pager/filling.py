@@ -17,7 +17,7 @@ import time
 
 from phaul_runtime.pager import uffd
 from phaul_runtime.pager.account import Fate
-from phaul_runtime.pager.network_pages import Remote, Sweep, Waiting, found_missing
+from phaul_runtime.pager.network_pages import NetworkPages, Sweep, Waiting, found_missing
 from phaul_runtime.pager.poller import Poller
 from phaul_runtime.pager.shared_log import FAULTS, RUNNING, STAGE, WORST_NS, Board, Kind
 from phaul_runtime.pager.task import Task, Tasks
@@ -53,7 +53,7 @@ class Filler:
 
     def __init__(self, board: Board, poller: Poller, pause_ms: int) -> None:
         self.tasks = Tasks(self._look_again)
-        self.remote: Remote | None = None
+        self.remote: NetworkPages | None = None
         self.deferred: list[tuple[int, int, int]] = []
         self.waiting = Waiting()
         self.back_off_ms = 0

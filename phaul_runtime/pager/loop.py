@@ -62,9 +62,9 @@ from phaul_runtime.pager import (
 )
 from phaul_runtime.pager.control import Control
 from phaul_runtime.pager.filling import Filler
-from phaul_runtime.pager.missing_ranges import Space
+from phaul_runtime.pager.missing_ranges import MissingRanges
 from phaul_runtime.pager.network_pages import ASK_MS
-from phaul_runtime.pager.plan_files import Source
+from phaul_runtime.pager.plan_files import PlanFiles
 from phaul_runtime.pager.poller import Poller
 from phaul_runtime.pager.shared_log import (
     CLEAN,
@@ -83,8 +83,8 @@ from phaul_runtime.pager.shared_log import (
     WORKER,
     WORST_NS,
     Board,
-    Journal,
     Kind,
+    SharedLog,
 )
 from phaul_runtime.pager.task import Task
 from phaul_runtime.pager.uffd import PAGE
@@ -116,7 +116,7 @@ class Pager:
         self._grace_s = grace_s
         self._keep = keep
         self._board = Board()
-        self._source: Source | None = None
+        self._source: PlanFiles | None = None
         self._plans = 0
         self._renew_at = math.inf
         self._pid = 0
@@ -190,7 +190,7 @@ class Pager:
         since = time.monotonic()
         while self._plans != self._board[PLANS]:
             try:
-                self._take(Source(Path(self._board.path)))
+                self._take(PlanFiles(Path(self._board.path)))
                 self._plans = self._board[PLANS]
             except (PhaulError, OSError):
                 late = time.monotonic() - since > self._grace_s
@@ -198,7 +198,7 @@ class Pager:
                     raise
                 time.sleep(_RETRY_S)
 
-    def _take(self, source: Source) -> None:
+    def _take(self, source: PlanFiles) -> None:
         self._source = source
         self._filler.remote = source.remote
 
@@ -228,11 +228,11 @@ class Pager:
         self._pid = 0
 
     @property
-    def _journal(self) -> Journal:
+    def _journal(self) -> SharedLog:
         return self._tasks.journal
 
     @_journal.setter
-    def _journal(self, journal: Journal) -> None:
+    def _journal(self, journal: SharedLog) -> None:
         self._tasks.journal = journal
 
     def _adopt(self, known: set[int]) -> None:
@@ -256,11 +256,11 @@ class Pager:
         journal: whichever of the two is the heir when this one dies, knows all.
         """
         if not self._keep:
-            self._journal = Journal()
+            self._journal = SharedLog()
             return
         journal, before = self._journal, self._keeper_fd
         self._renew_at = math.inf
-        self._journal = Journal()
+        self._journal = SharedLog()
         generation = self._generation + 1
         try:
             pid = fork_twin.clone()
@@ -406,7 +406,7 @@ class Pager:
             self._pid = number
 
     def _handed(self, fd: int) -> None:
-        space = Space() if self._source is None else self._source.space(self._pid)
+        space = MissingRanges() if self._source is None else self._source.space(self._pid)
         self._tasks.add(Task(fd, space, self._pid))
         self._pid = 0
 
@@ -427,7 +427,7 @@ class Pager:
         """Take a plan and hear CRIU; what is wrong with it, or nothing."""
         if self._connection >= 0 or self._board[STAGE] >= RUNNING:
             return "a restore is under way"
-        new = Source(Path(path))
+        new = PlanFiles(Path(path))
         if self._source is not None:
             self._source.close()
         self._take(new)

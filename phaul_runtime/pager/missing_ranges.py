@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 
 
-class Space:
+class MissingRanges:
     """The missing runs of one process, sorted, without overlaps.
 
     Three lists side by side: a fault costs one bisection and no object.
@@ -41,9 +41,9 @@ class Space:
         """(start, end, source) of each run."""
         return list(zip(self._starts, self._ends, self._sources, strict=True))
 
-    def copy(self) -> Space:
+    def copy(self) -> MissingRanges:
         """A forked child's: it misses what its parent misses."""
-        return Space(self._starts[:], self._ends[:], self._sources[:])
+        return MissingRanges(self._starts[:], self._ends[:], self._sources[:])
 
     def find(self, address: int) -> tuple[int, int] | None:
         """The end of the run that holds an address, and the source of that address."""

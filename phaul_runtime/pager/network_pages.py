@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterable, Sequence
 
 from phaul_runtime.pager import ARRIVED_SOCKET, WANTED, WANTS_SOCKET
-from phaul_runtime.pager.missing_ranges import Space
+from phaul_runtime.pager.missing_ranges import MissingRanges
 from phaul_runtime.pager.task import Task
 from phaul_runtime.pager.uffd import PAGE, libc
 
@@ -36,7 +36,7 @@ _memchr.restype = ctypes.c_void_p
 _memchr.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t)
 
 
-class Remote:
+class NetworkPages:
     """What of a mapped file is here.
 
     Args:
@@ -80,7 +80,9 @@ class Remote:
         return ctypes.string_at(self.flags, self.pages).count(0)
 
 
-def found_missing(remote: Remote | None, space: Space, address: int) -> tuple[int, int] | None:
+def found_missing(
+    remote: NetworkPages | None, space: MissingRanges, address: int
+) -> tuple[int, int] | None:
     """The number of the page that is missing at an address, and how many to ask for.
 
     None if the page is here, or nothing is missing there.
@@ -127,7 +129,9 @@ class Waiting:
             while True:
                 os.read(fd, 64)
 
-    def ended(self, tasks: Sequence[Task], remote: Remote | None) -> list[tuple[int, int, int]]:
+    def ended(
+        self, tasks: Sequence[Task], remote: NetworkPages | None
+    ) -> list[tuple[int, int, int]]:
         """Those that wait no more, to be answered (task, address, since)."""
         self.due = False
         ended = []
@@ -137,7 +141,7 @@ class Waiting:
                 ended.append((index, address, since))
         return ended
 
-    def ask(self, tasks: Sequence[Task], remote: Remote | None) -> None:
+    def ask(self, tasks: Sequence[Task], remote: NetworkPages | None) -> None:
         """Ask for what faults wait for, what is new at once and all of it now and then."""
         now = time.monotonic()
         if not self._new and now < self._ask_at:
@@ -189,7 +193,7 @@ class Sweep:
         self._rested_at = min(self._rested_at, self._least)
 
     def next(
-        self, tasks: Sequence[Task], remote: Remote | None, now: float
+        self, tasks: Sequence[Task], remote: NetworkPages | None, now: float
     ) -> tuple[int, int, int, int] | None:
         """What can be filled now: task, start, end, source.
 

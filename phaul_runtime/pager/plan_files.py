@@ -12,9 +12,9 @@ from operator import add, le
 from pathlib import Path
 
 from phaul_runtime.errors import DestinationError
-from phaul_runtime.memory.fill_plan import LazyPlan, Runs
-from phaul_runtime.pager.missing_ranges import Space
-from phaul_runtime.pager.network_pages import Remote
+from phaul_runtime.memory.fill_plan import FillPlan, Runs
+from phaul_runtime.pager.missing_ranges import MissingRanges
+from phaul_runtime.pager.network_pages import NetworkPages
 from phaul_runtime.pager.uffd import PAGE, libc
 
 _PROT_NONE, _PROT_READ = 0, 1
@@ -29,14 +29,14 @@ _munmap = libc.munmap
 _munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 
-class Source:
+class PlanFiles:
     """The files of a plan, and what each process misses at its start."""
 
     def __init__(self, path: Path) -> None:
-        plan = LazyPlan.load(path)
+        plan = FillPlan.load(path)
         self._maps: list[tuple[int, int]] = []
-        self._spaces: dict[int, Space] = {}
-        self.remote: Remote | None = None
+        self._spaces: dict[int, MissingRanges] = {}
+        self.remote: NetworkPages | None = None
         """What of the file that is still written is here; None if there is none."""
         try:
             self._files = len(plan.files)
@@ -53,7 +53,7 @@ class Source:
             self.close()
             raise
 
-    def _know_remote(self, plan: LazyPlan) -> Remote:
+    def _know_remote(self, plan: FillPlan) -> NetworkPages:
         base, size = self._maps[plan.remote_file]
         flags, pages = _map(plan.remote, written=True)
         # Behind the files of the plan, to be unmapped with them.
@@ -64,9 +64,9 @@ class Source:
         if nowhere == _FAILED:
             raise DestinationError("no memory for the map of what comes over the network")
         self._maps.append((int(nowhere), PAGE))
-        return Remote(base, flags, pages, int(nowhere))
+        return NetworkPages(base, flags, pages, int(nowhere))
 
-    def _place(self, runs: Runs) -> Space | None:
+    def _place(self, runs: Runs) -> MissingRanges | None:
         """The runs with addresses of ours; None if they are not sorted or not in the files."""
         # Whole columns at a time: it happens while the process is frozen.
         numbers = array("Q")
@@ -75,7 +75,7 @@ class Source:
         sizes = [count * PAGE for count in counts]
         ends = list(map(add, starts, sizes))
         if not starts:
-            return Space()
+            return MissingRanges()
         if max(files) >= self._files:
             return None
         limits = [self._maps[file][1] for file in files]
@@ -86,17 +86,17 @@ class Source:
         ):
             return None
         bases = [self._maps[file][0] for file in files]
-        return Space(starts, ends, list(map(add, bases, offsets)))
+        return MissingRanges(starts, ends, list(map(add, bases, offsets)))
 
     @property
     def pids(self) -> set[int]:
         """The processes that miss something at their start."""
         return {pid for pid, space in self._spaces.items() if space}
 
-    def space(self, pid: int) -> Space:
+    def space(self, pid: int) -> MissingRanges:
         """What a process misses: a copy, as another attempt may begin anew."""
         space = self._spaces.get(pid)
-        return Space() if space is None else space.copy()
+        return MissingRanges() if space is None else space.copy()
 
     def close(self) -> None:
         """Unmap the files; nothing may be served from them any more. Idempotent."""

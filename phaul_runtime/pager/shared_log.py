@@ -135,7 +135,7 @@ class Board:
         self._words[at] = value
 
 
-class Journal:
+class SharedLog:
     """The records since a twin was born; a new twin gets a new one."""
 
     def __init__(self) -> None:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from phaul_runtime.pager import uffd
 from phaul_runtime.pager.account import Account, Fate
-from phaul_runtime.pager.missing_ranges import Space
-from phaul_runtime.pager.shared_log import Journal, Kind, Record
+from phaul_runtime.pager.missing_ranges import MissingRanges
+from phaul_runtime.pager.shared_log import Kind, Record, SharedLog
 from phaul_runtime.pager.smaps import area_at
 from phaul_runtime.pager.uffd import PAGE
 
@@ -32,7 +32,7 @@ class Task:
     """
 
     fd: int
-    space: Space
+    space: MissingRanges
     pid: int = 0
     host: int = 0
     forked: bool = False
@@ -57,7 +57,7 @@ class Tasks(list[Task]):
     def __init__(self, changed: Callable[[], object]) -> None:
         super().__init__()
         self._changed = changed
-        self.journal = Journal()
+        self.journal = SharedLog()
         self.account = Account()
 
     def forget(self) -> None:
@@ -166,7 +166,7 @@ class Tasks(list[Task]):
     def _ended(self, index: int) -> int:
         task = self[index]
         self._count(index, Fate.ENDED, 0, task.space.missing)
-        fd, task.fd, task.space = task.fd, -1, Space()
+        fd, task.fd, task.space = task.fd, -1, MissingRanges()
         return fd
 
 

@@ -24,8 +24,8 @@ from dataclasses import dataclass, field
 from phaul_runtime.errors import DestinationError
 from phaul_runtime.pager import smaps, uffd
 from phaul_runtime.pager.account import Fate
-from phaul_runtime.pager.missing_ranges import Space
-from phaul_runtime.pager.network_pages import Remote
+from phaul_runtime.pager.missing_ranges import MissingRanges
+from phaul_runtime.pager.network_pages import NetworkPages
 from phaul_runtime.pager.smaps import Area, areas, present
 from phaul_runtime.pager.task import Task, Tasks
 from phaul_runtime.pager.uffd import PAGE
@@ -64,7 +64,7 @@ class Verified:
         self.again |= other.again
 
 
-def missing_and_there(pid: int, space: Space, area: Area) -> list[int]:
+def missing_and_there(pid: int, space: MissingRanges, area: Area) -> list[int]:
     """Pages of an area that are missing by the plan, and there all the same.
 
     Raises:
@@ -90,7 +90,7 @@ class Verifying:
     """
 
     def __init__(
-        self, task: Task, host: int, remote: Remote | None, filled: Callable[[int], bool]
+        self, task: Task, host: int, remote: NetworkPages | None, filled: Callable[[int], bool]
     ) -> None:
         self._task = task
         self._host = host
@@ -172,7 +172,7 @@ class Verifying:
                 os.close(memory)
 
 
-def verify(tasks: Tasks, pids: Mapping[int, int], remote: Remote | None) -> Verified:
+def verify(tasks: Tasks, pids: Mapping[int, int], remote: NetworkPages | None) -> Verified:
     """See that all that is planned for the tasks of a held tree can be served, or make it so.
 
     Args:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from phaul_runtime.errors import DestinationError
-from phaul_runtime.postcopy.receiver import Arrival
+from phaul_runtime.postcopy.receiver import Receiver
 from phaul_runtime.postcopy.store import PageStore
 
 # The channel is opened a little before the images that say which pages there will be.
@@ -23,7 +23,7 @@ class LatePages:
     def __init__(self) -> None:
         self._changing = threading.Lock()
         self._serving = threading.Lock()
-        self._arrival: Arrival | None = None
+        self._arrival: Receiver | None = None
         self._closed = False
 
     def serve(
@@ -34,14 +34,14 @@ class LatePages:
         A later connection ends an earlier one: that broke, which is not always noticed here first.
 
         Args:
-            channel: to a `PageSource`.
+            channel: to a `PageSender`.
             find: asked for the store and the pager's directory until there is a store.
 
         Returns:
             Whether all pages are here.
 
         Raises:
-            DestinationError: no store comes, or as `Arrival.serve`.
+            DestinationError: no store comes, or as `Receiver.serve`.
         """
         try:
             deadline = time.monotonic() + _STORE_WITHIN_S
@@ -55,7 +55,7 @@ class LatePages:
                     raise DestinationError("nobody waits for pages any more")
                 if self._arrival is not None:
                     self._arrival.stop()
-                mine = self._arrival = Arrival(store, place)
+                mine = self._arrival = Receiver(store, place)
             with self._serving:
                 return mine.serve(channel)
         finally:

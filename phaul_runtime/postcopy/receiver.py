@@ -24,7 +24,7 @@ _DATAGRAM = 64 << 10
 _DATAGRAMS_AT_ONCE = 16
 
 
-class Arrival:
+class Receiver:
     """Pages on their way into a store, one channel after the other.
 
     What the pager wants comes by datagrams, which it repeats: no channel needs to be open, and the
@@ -55,7 +55,7 @@ class Arrival:
         """Let pages come until all are here, or the channel ends; one channel at a time.
 
         Args:
-            channel: to a `PageSource`; a plain one (of TLS: `transport.carry.expose`).
+            channel: to a `PageSender`; a plain one (of TLS: `transport.carry.expose`).
 
         Returns:
             Whether all are here; the source has been told then, if it could be. If it could not,

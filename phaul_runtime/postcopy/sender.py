@@ -19,7 +19,7 @@ _LOOK_S = 0.1
 _MOST_WANTS = 1 << 20
 
 
-class PageSource:
+class PageSender:
     """The memory of a frozen tree, for as long as it is not closed.
 
     Args:
@@ -62,7 +62,7 @@ class PageSource:
         May be called again with a new channel after a ChannelError.
 
         Args:
-            channel: to an `Arrival`; a plain one (of TLS: `transport.carry.expose`).
+            channel: to an `Receiver`; a plain one (of TLS: `transport.carry.expose`).
             tell: told how many pages are missing, 10 times a second at most.
             silent_s: how long nothing may move.
             stream: whether to send what nobody has asked for, too; until it says so silence is
@@ -116,7 +116,7 @@ class _Serving:
 
     def __init__(
         self,
-        source: PageSource,
+        source: PageSender,
         link: Link,
         tell: Callable[[int], object],
         silent_s: float,

@@ -13,7 +13,7 @@ from pathlib import Path
 from phaul_runtime.errors import DestinationError
 from phaul_runtime.memory.fill_plan import PAGE
 from phaul_runtime.memory.mark_lazy import MAP
-from phaul_runtime.memory.preallocate import Ahead
+from phaul_runtime.memory.preallocate import Preallocation
 
 PAGES = "remote.pages"
 _MISSING, _HERE = b"\0", b"\1"
@@ -31,7 +31,7 @@ class PageStore:
         self._missing = self._total - (0 if flags is None else flags[:].count(_HERE))
 
     @classmethod
-    def create(cls, directory: Path, pages: int, room: Ahead | None = None) -> PageStore:
+    def create(cls, directory: Path, pages: int, room: Preallocation | None = None) -> PageStore:
         """Make the files, with nothing in them. Earlier ones go; who has them open keeps them.
 
         There is room for every page from now on: nothing else can fill the file system after the
@@ -162,7 +162,7 @@ class PageStore:
             os.close(file)
 
 
-def _make_room(path: Path, size: int, room: Ahead | None) -> None:
+def _make_room(path: Path, size: int, room: Preallocation | None) -> None:
     """Make a file of `size` bytes, each of them allocated; `room` is used up."""
     there = 0
     if room is not None and room.claim():

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from phaul_runtime.cutover.freezer import Hold
+from phaul_runtime.cutover.freezer import Freezer
 from phaul_runtime.cutover.journal import Journal
 from phaul_runtime.cutover.progress import forget_progress, write_progress
 from phaul_runtime.cutover.states import Role, State, Verdict
@@ -35,7 +35,7 @@ from phaul_runtime.errors import (
 )
 from phaul_runtime.events import Listener, Reconnecting, Serving, SourceDead, guarded
 from phaul_runtime.postcopy.pages import RemotePages
-from phaul_runtime.postcopy.sender import PageSource
+from phaul_runtime.postcopy.sender import PageSender
 from phaul_runtime.rpc.client import RemoteAgent
 from phaul_runtime.rpc.connect import reach
 from phaul_runtime.system.cancel import Cancellation
@@ -75,7 +75,7 @@ class Transfer:
         self,
         config: Config,
         journal: Journal,
-        hold: Hold,
+        hold: Freezer,
         images_dir: Path,
         *,
         listener: Listener,
@@ -198,7 +198,7 @@ class Transfer:
             if not pages.total:
                 self._over = True
                 return
-            source = PageSource(pages, self._hold.by_image)
+            source = PageSender(pages, self._hold.by_image)
             try:
                 self._serve_all(source)
             finally:
@@ -210,7 +210,7 @@ class Transfer:
             log.exception("the transfer of pages failed")
             self._error = MigrationFailed(f"{type(error).__name__}: {error}")
 
-    def _serve_all(self, source: PageSource) -> None:
+    def _serve_all(self, source: PageSender) -> None:
         while not self._stopped.is_set():
             try:
                 if self._agent is None:
@@ -223,7 +223,7 @@ class Transfer:
             except (ChannelError, DestinationError, DestinationUnreachable, StillUnderWay) as error:
                 self._after(error)
 
-    def _serve(self, source: PageSource, agent: RemoteAgent) -> None:
+    def _serve(self, source: PageSender, agent: RemoteAgent) -> None:
         channel = agent.open_pages()
         with self._lock:
             if self._stopped.is_set():

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from phaul_runtime.criu.session import Criu
 from phaul_runtime.cutover import orphans
 from phaul_runtime.cutover.freezer import FACT as HOLD
-from phaul_runtime.cutover.freezer import Hold
+from phaul_runtime.cutover.freezer import Freezer
 from phaul_runtime.cutover.journal import (
     RUNS,
     Journal,
@@ -193,7 +193,7 @@ class Recovery:
     def _serve(self, journal: Journal, agent: RemoteAgent) -> Settled:
         """The copy runs there: bring it the pages that it misses, then end the one here."""
         with trusted(journal.path):
-            hold = Hold.recall(journal.facts[HOLD])
+            hold = Freezer.recall(journal.facts[HOLD])
             final_dir = Path(journal.facts["final_dir"])
         half = self._here.source(journal)
         if hold is None:

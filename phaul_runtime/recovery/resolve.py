@@ -13,7 +13,7 @@ from pathlib import Path
 
 from phaul_runtime.criu.session import Criu
 from phaul_runtime.cutover.freezer import FACT as HOLD
-from phaul_runtime.cutover.freezer import Hold
+from phaul_runtime.cutover.freezer import Freezer
 from phaul_runtime.cutover.journal import Journal, journal_path, read_records, replay, trusted
 from phaul_runtime.cutover.orphans import private_directories
 from phaul_runtime.cutover.states import Role, Settled, Standing, State, Verdict
@@ -76,7 +76,7 @@ class Settler:
         if journal.role is Role.DESTINATION:
             return Standing(journal.state)
         source = self.source(journal)
-        hold = Hold.recall(journal.facts.get(HOLD))
+        hold = Freezer.recall(journal.facts.get(HOLD))
         if hold is not None and hold.lives() and hold.frozen():
             # A tree that runs is not frozen now: the destination may have been told nothing.
             hold.cut_loose()
@@ -176,7 +176,7 @@ class Settler:
         if journal.state in (State.DONE, State.ABORTED):
             return Settled()
         unthrottled = [text] if (text := throttle.undo(journal.facts.get(throttle.FACT))) else []
-        hold = Hold.recall(journal.facts.get(HOLD))
+        hold = Freezer.recall(journal.facts.get(HOLD))
         if verdict is Verdict.RUN:
             if hold is not None and hold.lives():
                 raise OutcomeUnknown(

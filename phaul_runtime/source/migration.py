@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from phaul_runtime.criu.session import Criu
 from phaul_runtime.cutover.cutover import CutOver
-from phaul_runtime.cutover.freezer import Hold
+from phaul_runtime.cutover.freezer import Freezer
 from phaul_runtime.cutover.journal import Journal, forget_old
 from phaul_runtime.cutover.states import Role, State
 from phaul_runtime.engine.interface import Engine, Inspection, SourceHalf, load_engine
@@ -354,7 +354,7 @@ class Migration:
         )
 
     def _begin_pages(
-        self, agent: RemoteAgent, begun: Begun, hold: Hold, images_dir: Path
+        self, agent: RemoteAgent, begun: Begun, hold: Freezer, images_dir: Path
     ) -> Callable[[], None]:
         """Before the restore, which may need some of the pages that stay here.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from phaul_runtime.cutover.cutover import RECOVER, CutOver
 from phaul_runtime.cutover.freezer import FACT as HOLD
-from phaul_runtime.cutover.freezer import Hold
+from phaul_runtime.cutover.freezer import Freezer
 from phaul_runtime.cutover.journal import Journal
 from phaul_runtime.cutover.states import State, Verdict
 from phaul_runtime.engine.interface import SourceHalf
@@ -107,7 +107,7 @@ class Begun:
             self.transfer.stop()
         if self.cut_over is not None:
             self.cut_over.end()
-        if hold := Hold.recall(self.journal.facts.get(HOLD)):
+        if hold := Freezer.recall(self.journal.facts.get(HOLD)):
             hold.release()
         self.source.rollback()
 

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 Secure = Callable[[socket.socket, Deadline], ssl.SSLSocket]
 
 
-class Front:
+class PortListener:
     """A listening port before an agent.
 
     Args:

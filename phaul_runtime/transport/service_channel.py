@@ -46,7 +46,7 @@ Secure = Callable[[socket.socket, Deadline], ssl.SSLSocket]
 """Authenticates both ends of a new connection; raises ChannelError or OSError."""
 
 
-class LinkChannel(Channel):
+class ServiceChannel(Channel):
     """A channel to an agent that is a service.
 
     Args:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from phaul_runtime.errors import Refused, UsageError
 from phaul_runtime.transport.base import Channel, Destination, Transport, link_directory
-from phaul_runtime.transport.service_channel import LinkChannel
+from phaul_runtime.transport.service_channel import ServiceChannel
 
 if TYPE_CHECKING:
     from phaul_runtime.config.model import Config
@@ -35,7 +35,7 @@ class TcpTransport(Transport):
                 "tcp:// moves memory in the clear, to and from any peer that answers",
                 hint="use tls://, or set transport.insecure: true",
             )
-        channel = LinkChannel(
+        channel = ServiceChannel(
             destination,
             link_directory(config.workdir, token),
             timeout_s=config.transport.connect_timeout_s,

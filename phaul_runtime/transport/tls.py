@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from phaul_runtime.errors import UsageError
 from phaul_runtime.transport.base import Channel, Destination, Transport, link_directory
 from phaul_runtime.transport.mutual_tls import Credentials, as_client
-from phaul_runtime.transport.service_channel import LinkChannel
+from phaul_runtime.transport.service_channel import ServiceChannel
 
 if TYPE_CHECKING:
     from phaul_runtime.config.model import Config
@@ -35,7 +35,7 @@ class TlsTransport(Transport):
         settings = config.transport
         credentials = Credentials(settings.ca, settings.cert, settings.key)
         credentials.load(ssl.PROTOCOL_TLS_CLIENT)
-        channel = LinkChannel(
+        channel = ServiceChannel(
             destination,
             link_directory(config.workdir, token),
             timeout_s=settings.connect_timeout_s,

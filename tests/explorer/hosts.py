@@ -115,7 +115,7 @@ class Hosts:
         patch.setattr(migration, "await_filled", lambda *_: None)
         patch.setattr(migration, "Transfer", self._transfer)
         for module in (outcome, recover, resolve, cutover):
-            patch.setattr(module, "Hold", self._holds())
+            patch.setattr(module, "Freezer", self._holds())
         patch.setattr(recover, "Transfer", self._transfer)
         patch.setattr(recover, "attend", lambda agent, migration_id, _: agent.take_up(migration_id))
         patch.setattr(agent_module, "check_space", lambda *_: _fine())
@@ -125,7 +125,7 @@ class Hosts:
             patch.setattr(module, "STEP", 4096)
         patch.setattr(incoming, "PhaulServer", _Pages)
         patch.setattr(copy, "LazyRestore", self._lazy)
-        patch.setattr(incoming, "Ahead", _NoRoom)
+        patch.setattr(incoming, "Preallocation", _NoRoom)
         patch.setattr(Incoming, "_settle_soon", _settle_later)
         patch.setattr(Incoming, "wait_settled", lambda self, *_: _settle_now(self))
         self._owners: dict[int, Process] = {}
@@ -436,7 +436,7 @@ class _Pages(_PageServer):
 
 
 class _NoRoom:
-    """As `Ahead`, whose thread would open a file in the name of whoever runs just then."""
+    """As `Preallocation`, whose thread would open a file in the name of whoever runs just then."""
 
     def __init__(self, *_: object) -> None: ...
     def begin(self) -> None: ...

@@ -314,7 +314,7 @@ class ModelDestination(DestinationHalf):
 
 @dataclass
 class ModelHold:
-    """As `hold.Hold`."""
+    """As `freezer.Freezer`."""
 
     world: World
     group: str = "group"

@@ -26,7 +26,7 @@ from phaul_runtime.destination import incoming as incoming_module
 from phaul_runtime.destination import memory_channel
 from phaul_runtime.engine import OK, Engine, Finding
 from phaul_runtime.errors import DestinationError, PhaulError
-from phaul_runtime.memory.fill_plan import LazyPlan, Runs
+from phaul_runtime.memory.fill_plan import FillPlan, Runs
 from phaul_runtime.pager import CONTROL_SOCKET, LAZY_SOCKET
 from phaul_runtime.pager.client import PagerClient
 from phaul_runtime.recovery import resolve as settle_module
@@ -334,7 +334,7 @@ class PagerWords(Target):
         self._plan = self._work / "plan"
         runs = Runs()
         runs.add(0x10000, 8, 0, 0)
-        LazyPlan([str(self._work / "pages")], {1: runs}).save(self._plan)
+        FillPlan([str(self._work / "pages")], {1: runs}).save(self._plan)
         self._client = self._started()
 
     def _started(self) -> PagerClient:

@@ -18,9 +18,9 @@ from phaul_runtime.cutover.journal_format import HEADER, STEP, decode, encode
 from phaul_runtime.cutover.states import Role, State
 from phaul_runtime.destination.requests import checked_json
 from phaul_runtime.errors import PhaulError
-from phaul_runtime.memory.fill_plan import LazyPlan
+from phaul_runtime.memory.fill_plan import FillPlan
 from phaul_runtime.memory.mark_lazy import plan_lazy
-from phaul_runtime.memory.page_index import ChainIndex
+from phaul_runtime.memory.page_index import PageIndex
 from phaul_runtime.memory.pagemap import Pagemap, convert_page_maps, read_pagemap, write_pagemap
 from phaul_runtime.recovery import resolve
 from phaul_runtime.recovery.resolve import Settler
@@ -71,7 +71,7 @@ class Images(Target):
         areas = b"".join(_vma(at << 12, (at + 8) << 12, 0x22, 0x201) for at in range(1, 60, 8))
         (last / "mm-1.img").write_bytes(_MM + len(areas).to_bytes(4, "little") + areas)
         self._good = root / "good"
-        plan_lazy(ChainIndex.follow(last), last)  # it is good
+        plan_lazy(PageIndex.follow(last), last)  # it is good
 
     def case(self, rng: Random) -> tuple[int, bool]:
         """See `Target`."""
@@ -84,7 +84,7 @@ class Images(Target):
                 path.write_bytes(mutated(rng, path.read_bytes()))
             taken = True
             for work in (
-                lambda: plan_lazy(ChainIndex.follow(chain / "2"), chain / "2"),
+                lambda: plan_lazy(PageIndex.follow(chain / "2"), chain / "2"),
                 lambda: read_pagemap(chain / "2/pagemap-1.img"),
                 lambda: convert_page_maps(chain / "1", rng.choice(list(PageFormat))),
             ):
@@ -111,7 +111,7 @@ class Plan(Target):
         path = self.root / "plan"
         path.write_bytes(mutated(rng, data) if rng.random() < 0.5 else data)
         try:
-            LazyPlan.load(path)
+            FillPlan.load(path)
         except PhaulError:
             return 1, False
         return 1, True

@@ -16,7 +16,7 @@ import zstandard
 from phaul_runtime.criu.page_format import PageFormat
 from phaul_runtime.errors import PhaulError
 from phaul_runtime.files.tree_server import checked_arguments
-from phaul_runtime.memory.page_receiver import Aborted, Listed, PageSink
+from phaul_runtime.memory.page_receiver import Aborted, Listed, PageReceiver
 from phaul_runtime.postcopy import protocol
 from phaul_runtime.postcopy.receiver import _Arriving
 from phaul_runtime.postcopy.sender import _Serving
@@ -91,7 +91,7 @@ class Pages(Target):
         place.mkdir()
         try:
             with fed(data) as channel:
-                sink = PageSink(
+                sink = PageReceiver(
                     channel.fileno(), place, wire=form, images=rng.choice(list(PageFormat)),
                     parent=parent,
                 )  # fmt: skip

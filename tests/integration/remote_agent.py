@@ -6,10 +6,10 @@ import socket
 import sys
 from pathlib import Path
 
-from phaul_runtime.postcopy.receiver import Arrival
+from phaul_runtime.postcopy.receiver import Receiver
 from phaul_runtime.postcopy.store import PageStore
 
 if __name__ == "__main__":
     place = Path(sys.argv[1])
-    arrival = Arrival(PageStore.open(place), place)
+    arrival = Receiver(PageStore.open(place), place)
     sys.exit(0 if arrival.serve(socket.socket(fileno=int(sys.argv[2]))) else 1)

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from phaul_runtime.errors import DestinationError
-from phaul_runtime.memory.fill_plan import PAGE, LazyPlan, Run, Runs
+from phaul_runtime.memory.fill_plan import PAGE, FillPlan, Run, Runs
 from phaul_runtime.pager.client import PagerClient
 
 TASK = Path(__file__).with_name("lazy_task.py")
@@ -60,7 +60,7 @@ class Place:
                 runs[piece.start] = Run(BASE + piece.start * PAGE, len(piece), 0, file.tell())
                 for page in piece:
                     file.write(struct.pack("=Q", page + 1) * 512)
-        plan = LazyPlan([str(self.images / "pages-1.img")], {42: Runs()})
+        plan = FillPlan([str(self.images / "pages-1.img")], {42: Runs()})
         for _, run in sorted(runs.items()):
             plan.tasks[42].append(run)
         plan.save(self.plan)
@@ -283,7 +283,7 @@ def test_it_ends_without_an_owner_and_not_with_one(place: Place) -> None:
 
 def test_a_bad_plan_is_refused(place: Place) -> None:
     pager = place.pager()
-    plan = LazyPlan.load(place.plan)
+    plan = FillPlan.load(place.plan)
     plan.tasks[42].append(Run(BASE + PAGES * PAGE, 1, 0, PAGES * PAGE))
     plan.save(place.plan)
     with pytest.raises(DestinationError, match="bad runs of process 42"):

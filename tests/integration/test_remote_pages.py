@@ -25,12 +25,12 @@ import pytest
 
 from phaul_runtime.destination.lazy_restore import LazyRestore
 from phaul_runtime.errors import ChannelError, DestinationError, MigrationFailed
-from phaul_runtime.memory.fill_plan import PAGE, LazyPlan, Run, Runs
+from phaul_runtime.memory.fill_plan import PAGE, FillPlan, Run, Runs
 from phaul_runtime.pager import WANTED
 from phaul_runtime.pager.client import PagerClient
 from phaul_runtime.postcopy.pages import RemotePages
-from phaul_runtime.postcopy.receiver import Arrival
-from phaul_runtime.postcopy.sender import PageSource
+from phaul_runtime.postcopy.receiver import Receiver
+from phaul_runtime.postcopy.sender import PageSender
 from phaul_runtime.postcopy.store import PageStore
 from tests.integration.test_pager import (  # noqa: F401
     BASE,
@@ -108,14 +108,14 @@ class Place:
         self.pages = RemotePages(remote)
         self.store = PageStore.create(self.workdir, number)
         files = [str(path / "pages-1.img"), str(self.workdir / "remote.pages")]
-        LazyPlan(files, {PID: runs}, str(self.workdir / "remote.map"), 1, number).save(self.plan)
+        FillPlan(files, {PID: runs}, str(self.workdir / "remote.map"), 1, number).save(self.plan)
         self.clients: list[PagerClient] = []
         self.tasks: list[subprocess.Popen[str]] = []
         self.other = self._start("--source", str(BASE), str(PAGES))
         assert self.other.stdout is not None
         assert self.other.stdout.readline() == "runs\n"
         self.other.send_signal(signal.SIGSTOP)
-        self.source = PageSource(self.pages, {PID: self.other.pid})
+        self.source = PageSender(self.pages, {PID: self.other.pid})
         self.told: list[int] = []
 
     def _start(self, *args: str) -> subprocess.Popen[str]:
@@ -176,7 +176,7 @@ class Place:
     def arrive(self, pause_s: float = 0.0) -> bool:
         """Over one channel, in this process, to the end."""
         with self.channel(pause_s) as channel:
-            return Arrival(self.store, self.workdir).serve(channel.destination)
+            return Receiver(self.store, self.workdir).serve(channel.destination)
 
     @contextlib.contextmanager
     def asked(self) -> Iterator[socket.socket]:
@@ -266,7 +266,7 @@ def test_cuts_and_what_the_process_does_to_its_memory(place: Place, seed: int) -
     task = place.task(seed, steps=300)
     cuts, over = 0, False
     while not over:
-        arrival = Arrival(place.store, place.workdir)
+        arrival = Receiver(place.store, place.workdir)
         with place.channel(0.005) as channel:
             how = rng.choice((channel.cut, arrival.stop))
             timer = threading.Timer(rng.random() * 0.3, how)
@@ -344,7 +344,7 @@ def test_what_the_restore_touched_comes_before_the_copy_runs(tmp_path: Path) -> 
             assert list(WANTED.iter_unpack(agent.recv(1000))) == [(0, 1), (1, 1), (8, 1)]
         with place.channel(0) as channel:
             arriving = threading.Thread(
-                target=Arrival(place.store, place.workdir).serve, args=(channel.destination,)
+                target=Receiver(place.store, place.workdir).serve, args=(channel.destination,)
             )
             arriving.start()
             found = pager.verify({PID: task.pid})
@@ -439,7 +439,7 @@ def test_the_source_is_killed(place: Place) -> None:
     with ours, theirs:
         said: list[bool] = []
         thread = threading.Thread(
-            target=lambda: said.append(Arrival(place.store, place.workdir).serve(ours))
+            target=lambda: said.append(Receiver(place.store, place.workdir).serve(ours))
         )
         thread.start()
         with pytest.raises(MigrationFailed, match="cannot read the memory of process 42"):
@@ -463,7 +463,7 @@ def test_another_agent_takes_up_pager_and_store(place: Place, tmp_path: Path) ->
     assert restore.store.missing_pages == place.pages.total
     assert not restore.filled().over
     with place.channel(0) as channel:
-        assert Arrival(restore.store, restore.place).serve(channel.destination)
+        assert Receiver(restore.store, restore.place).serve(channel.destination)
     seen: list[int] = []
     restore.watch(lambda now: seen.append(now.missing))
     assert seen[-1] == 0

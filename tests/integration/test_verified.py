@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from phaul_runtime.errors import DestinationError
-from phaul_runtime.memory.fill_plan import LazyPlan, Run
+from phaul_runtime.memory.fill_plan import FillPlan, Run
 from phaul_runtime.pager.client import PagerClient
 from tests.integration.test_pager import BASE, PAGES, Place, accounted, kill_one, place, pytestmark
 
@@ -153,7 +153,7 @@ def test_what_cannot_be_served_is_an_error(held: Begin, act: str, why: str) -> N
 
 
 def test_processes_that_are_not_what_the_plan_says(place: Place) -> None:
-    plan = LazyPlan.load(place.plan)
+    plan = FillPlan.load(place.plan)
     plan.save(place.plan)
     pager = place.pager()
     with pytest.raises(DestinationError, match="no restored tree is held"):

@@ -13,7 +13,7 @@ import pytest
 from phaul_runtime.criu.page_format import PageFormat
 from phaul_runtime.cutover import freezer
 from phaul_runtime.cutover.cutover import CutOver, Held, Running
-from phaul_runtime.cutover.freezer import FACT, Hold
+from phaul_runtime.cutover.freezer import FACT, Freezer
 from phaul_runtime.cutover.journal import Journal, read_records, replay
 from phaul_runtime.cutover.states import Role, State
 from phaul_runtime.errors import ChannelError, MigrationFailed, OutcomeUnknown
@@ -105,7 +105,7 @@ def test_a_tree_among_others_gets_a_group_of_its_own_and_goes_back(kernel: Kerne
         kernel.process(pid, "system")
     (kernel.root / "system/cgroup.procs").write_text("10\n11\n12\n")
     (kernel.proc / "12").mkdir()
-    taken = Hold.plan("1f-held", [10, 11])
+    taken = Freezer.plan("1f-held", [10, 11])
     assert taken.group == kernel.root / "phaul-runtime/1f-held"
     (kernel.root / "system/cgroup.procs").write_text("")
     taken.take()
@@ -113,7 +113,7 @@ def test_a_tree_among_others_gets_a_group_of_its_own_and_goes_back(kernel: Kerne
     assert taken.frozen()
     assert taken.lives()
     # Found again by another process, from the journal.
-    again = Hold.recall(taken.facts())
+    again = Freezer.recall(taken.facts())
     assert again == taken
     assert again is not None
     again.release()
@@ -128,7 +128,7 @@ def test_a_group_that_is_the_trees_own_is_frozen_in_place(kernel: Kernel) -> Non
     kernel.process(20, "box/web", inner=(1,))
     kernel.process(21, "box/web", inner=(7,))
     (kernel.root / "box/web/cgroup.procs").write_text("20\n21\n")
-    taken = Hold.plan("2e-held", [20, 21])
+    taken = Freezer.plan("2e-held", [20, 21])
     assert (taken.group, taken.back) == (kernel.root / "box/web", {})
     assert taken.by_image == {1: 20, 7: 21}
     taken.take()
@@ -147,7 +147,7 @@ def test_a_group_is_thawed_as_its_tree_dies_and_is_its_runtimes_from_then_on(
 ) -> None:
     kernel.process(20, "box/web", inner=(1,))
     (kernel.root / "box/web/cgroup.procs").write_text("20\n")
-    taken = Hold.plan("2f-held", [20])
+    taken = Freezer.plan("2f-held", [20])
     taken.take()
     freeze = taken.group / "cgroup.freeze"
     taken.thaw_dying()
@@ -166,20 +166,20 @@ def test_a_group_is_thawed_as_its_tree_dies_and_is_its_runtimes_from_then_on(
 def test_a_pid_that_is_used_again_is_not_the_tree(kernel: Kernel) -> None:
     kernel.process(30, "box/one")
     (kernel.root / "box/one/cgroup.procs").write_text("30\n")
-    taken = Hold.plan("3d-held", [30])
+    taken = Freezer.plan("3d-held", [30])
     stat = kernel.proc / "30/stat"
     stat.write_text(stat.read_text().replace(" 5 0", " 6 0"))
     assert not taken.lives()
-    elsewhere = Hold.recall({**taken.facts(), "boot_id": "another"})
+    elsewhere = Freezer.recall({**taken.facts(), "boot_id": "another"})
     assert elsewhere is not None
     assert not elsewhere.lives()
-    assert Hold.recall(None) is None
+    assert Freezer.recall(None) is None
 
 
 def test_one_that_runs_outside_of_the_group_is_not_held(kernel: Kernel) -> None:
     kernel.process(40, "box/two")
     (kernel.root / "box/two/cgroup.procs").write_text("40\n")
-    taken = Hold.plan("4c-held", [40])
+    taken = Freezer.plan("4c-held", [40])
     taken.take()
     (kernel.root / "box/two/cgroup.procs").write_text("")
     (kernel.proc / "40/cgroup").write_text("0::/elsewhere\n")
@@ -191,7 +191,7 @@ def test_what_does_not_freeze_is_left_to_criu(kernel: Kernel) -> None:
     (kernel.root / "box/three/cgroup.procs").write_text("50\n")
     kernel.stubborn = True
     with pytest.raises(MigrationFailed, match="does not freeze"):
-        Hold.plan("5b-held", [50]).take()
+        Freezer.plan("5b-held", [50]).take()
     assert kernel.killed == []
 
 
@@ -243,7 +243,7 @@ def journal(tmp_path: Path, kernel: Kernel) -> Journal:
 
 
 def run(journal: Journal, there: There) -> tuple[CutOver, Outcome]:
-    def serve(planned: Hold, images_dir: Path) -> None:
+    def serve(planned: Freezer, images_dir: Path) -> None:
         assert images_dir == images
         assert not planned.frozen()
         there.seen.append(("serve", journal.state))
@@ -276,22 +276,22 @@ def test_it_is_held_and_recorded_before_the_commit(journal: Journal, kernel: Ker
     assert kernel.killed == [CRIU]
     assert outcome.restored_pid == 7
     assert journal.state is State.POST_COPY
-    assert Hold.recall(journal.facts[FACT]) == cut.hold
+    assert Freezer.recall(journal.facts[FACT]) == cut.hold
 
 
 def test_nothing_is_held_that_no_journal_knows_of(
     journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed in between, it would stand still for ever, and a recovery find a copy that runs."""
-    take, known = Hold.take, []
+    take, known = Freezer.take, []
 
-    def taken(self: Hold) -> None:
+    def taken(self: Freezer) -> None:
         state_dir = journal.path.parents[1]
         state, facts = replay(read_records(state_dir, journal.id, Role.SOURCE))
-        known.append((state, Hold.recall(facts.get(FACT)) == self))
+        known.append((state, Freezer.recall(facts.get(FACT)) == self))
         take(self)
 
-    monkeypatch.setattr(Hold, "take", taken)
+    monkeypatch.setattr(Freezer, "take", taken)
     run(journal, There(journal))
     assert known == [(State.COMMITTING, True)]
 
@@ -300,7 +300,7 @@ def test_no_answer_to_the_commit_leaves_it_held(journal: Journal) -> None:
     with pytest.raises(OutcomeUnknown, match="frozen"):
         run(journal, There(journal, "commit"))
     assert journal.state is State.COMMITTING
-    found = Hold.recall(journal.facts[FACT])
+    found = Freezer.recall(journal.facts[FACT])
     assert found is not None
     assert found.frozen()
 
@@ -342,14 +342,14 @@ def test_a_child_that_is_not_held_calls_the_move_off(journal: Journal, kernel: K
     cut.prepare(images, {"members": [[10, 5], [11, 5]]})
     # What finds the tree again is what stood still.
     assert journal.facts["identity"] == {"members": [[10, 5], [11, 5]]}
-    assert {pid for pid, _, _ in Hold.recall(journal.facts[FACT]).pids} == {10, 11}  # type: ignore[union-attr]
+    assert {pid for pid, _, _ in Freezer.recall(journal.facts[FACT]).pids} == {10, 11}  # type: ignore[union-attr]
 
 
 def test_pages_that_cannot_be_served_call_the_move_off(journal: Journal, kernel: Kernel) -> None:
     images = journal.path.parent / "final"
     images.mkdir()
 
-    def serve(_hold: Hold, _images_dir: Path) -> Callable[[], None]:
+    def serve(_hold: Freezer, _images_dir: Path) -> Callable[[], None]:
         def check() -> None:
             raise ChannelError("no channel for pages")
 
@@ -369,14 +369,14 @@ def test_pages_that_cannot_be_served_call_the_move_off(journal: Journal, kernel:
 def test_a_debugger_of_the_operator_is_let_be(kernel: Kernel) -> None:
     kernel.process(60, "box/four")
     (kernel.root / "box/four/cgroup.procs").write_text("60\n")
-    taken = Hold.plan("6a-held", [60])
+    taken = Freezer.plan("6a-held", [60])
     assert taken.tracers == [(CRIU, 0)]
     taken.take()
     assert kernel.killed == [CRIU]
     # Another traces it now, and a recovery looks.
     status = kernel.proc / "60/status"
     status.write_text(status.read_text().replace("TracerPid:\t0", "TracerPid:\t4711"))
-    again = Hold.recall(taken.facts())
+    again = Freezer.recall(taken.facts())
     assert again is not None
     again.cut_loose()
     assert kernel.killed == [CRIU]
@@ -392,7 +392,7 @@ def test_a_tree_that_criu_has_lost_before_is_not_held(kernel: Kernel) -> None:
     """It has run since its dump: its memory does not belong to the images any more."""
     kernel.process(70, "box/five")
     (kernel.root / "box/five/cgroup.procs").write_text("70\n")
-    taken = Hold.plan("7b-held", [70])
+    taken = Freezer.plan("7b-held", [70])
     status = kernel.proc / "70/status"
     status.write_text(status.read_text().replace(f"TracerPid:\t{CRIU}", "TracerPid:\t0"))
     with pytest.raises(MigrationFailed, match="process 70 has run since its dump"):

@@ -12,7 +12,7 @@ from phaul_runtime.destination import lazy_restore
 from phaul_runtime.destination.lazy_restore import AUTO_FROM, LazyRestore
 from phaul_runtime.destination.restored import by_image
 from phaul_runtime.errors import DestinationError
-from phaul_runtime.memory.fill_plan import PAGE, LazyPlan, Run, Runs
+from phaul_runtime.memory.fill_plan import PAGE, FillPlan, Run, Runs
 from phaul_runtime.postcopy.pages import RemotePages
 
 MIB = 1 << 20
@@ -40,7 +40,7 @@ class Pager:
     def plan(self, path: Path, **_: Any) -> None:
         if self.broken == "plan":
             raise DestinationError("both are dead")
-        self.said.append(f"plan {LazyPlan.load(path).pages}")
+        self.said.append(f"plan {FillPlan.load(path).pages}")
 
     def verify(self, pids: dict[int, int], **_: Any) -> dict[str, Any]:
         if self.broken == "verify":
@@ -78,10 +78,10 @@ class Pager:
 def planned(monkeypatch: pytest.MonkeyPatch) -> type[Pager]:
     """Pages as many as `AUTO_FROM`, and a pager that works unless it is told not to."""
 
-    def plan(*_: Any) -> LazyPlan:
+    def plan(*_: Any) -> FillPlan:
         runs = Runs()
         runs.append(Run(PAGE, AUTO_FROM // PAGE, 0, 0))
-        return LazyPlan(["/pages-1.img"], {1: runs})
+        return FillPlan(["/pages-1.img"], {1: runs})
 
     class Fresh(Pager):
         pass
@@ -220,10 +220,10 @@ def test_a_pager_that_does_nothing_is_told(
 def far(planned: type[Pager], monkeypatch: pytest.MonkeyPatch) -> type[Pager]:
     """Three pages, as little as that is, and they are not here."""
 
-    def plan(_index: object, _images_dir: Path, remote: Path) -> LazyPlan:
+    def plan(_index: object, _images_dir: Path, remote: Path) -> FillPlan:
         runs = Runs()
         runs.append(Run(PAGE, 3, 0, 0))
-        return LazyPlan([str(remote)], {1: runs}, str(remote.with_name("remote.map")), 0, 3)
+        return FillPlan([str(remote)], {1: runs}, str(remote.with_name("remote.map")), 0, 3)
 
     def of(_images_dir: Path) -> RemotePages:
         return RemotePages([(1, PAGE, 3)])
@@ -269,7 +269,7 @@ def test_without_a_pager_what_is_at_the_source_fails(
 def test_a_plan_that_fails_is_no_full_restore(
     tmp_path: Path, far: type[Pager], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def plan(*_: Any) -> LazyPlan:
+    def plan(*_: Any) -> FillPlan:
         raise DestinationError("no image has the page")
 
     monkeypatch.setattr(lazy_restore, "plan_lazy", plan)

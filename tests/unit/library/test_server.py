@@ -16,7 +16,7 @@ from phaul_runtime.errors import DestinationError, Refused
 from phaul_runtime.library.api import PhaulConfig
 from phaul_runtime.library.server import PhaulServer
 from phaul_runtime.memory.pagemap import IN_PARENT, PRESENT
-from phaul_runtime.memory.preallocate import Ahead
+from phaul_runtime.memory.preallocate import Preallocation
 from tests.processes import open_descriptors
 from tests.unit.memory.test_page_index import BASE, pagemap_image
 from tests.unit.memory.test_page_receiver import PAGE, Map, Wire, same, session
@@ -244,7 +244,7 @@ def test_pages_for_a_criu_of_no_known_format_are_refused_by_name(tmp_path: Path)
 @pytest.mark.parametrize("version", [(4, 1), (4, 3)])
 def test_criu_does_it_where_it_is_asked_to(tmp_path: Path, version: tuple[int, int]) -> None:
     pytest.importorskip("pycriu")
-    room = Ahead(tmp_path / "ahead.img", PAGE)
+    room = Preallocation(tmp_path / "ahead.img", PAGE)
     served = Served(tmp_path, version=version, page_server="criu", ahead=room)
     with pytest.raises(Refused, match="no-such-criu"):
         served.server.start_iter()

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 
 from phaul_runtime.criu.page_format import PageFormat
 from phaul_runtime.errors import DestinationError
-from phaul_runtime.memory.fill_plan import PAGE, LazyPlan
+from phaul_runtime.memory.fill_plan import PAGE, FillPlan
 from phaul_runtime.memory.mark_lazy import plan_lazy, restore_full
-from phaul_runtime.memory.page_index import ChainIndex
+from phaul_runtime.memory.page_index import PageIndex
 from phaul_runtime.memory.pagemap import (
     IN_PARENT,
     LAZY,
@@ -132,7 +132,7 @@ def listed(images_dir: Path, pid: int) -> dict[int, int]:
     }
 
 
-def planned(plan: LazyPlan, pid: int) -> dict[int, bytes]:
+def planned(plan: FillPlan, pid: int) -> dict[int, bytes]:
     """Every page of the plan."""
     pages = {}
     for vaddr, count, file, offset in plan.tasks[pid]:
@@ -282,7 +282,7 @@ def test_every_page_is_read_the_same_lazy_or_not(
     random: Random, iterations: int, late: bool
 ) -> None:
     with source(random) as process:
-        index = ChainIndex()
+        index = PageIndex()
         for _ in range(iterations - 1):
             process.live()
             index.add(process.dump())
@@ -292,9 +292,9 @@ def test_every_page_is_read_the_same_lazy_or_not(
         before = {pid: (last / f"pagemap-{pid}.img").read_bytes() for pid in process.memory}
         dumped = {pid: listed(last, pid) for pid in process.memory}
 
-        plan = plan_lazy(ChainIndex.follow(last) if late else index, last)
+        plan = plan_lazy(PageIndex.follow(last) if late else index, last)
         plan.save(last / "plan")
-        plan = LazyPlan.load(last / "plan")
+        plan = FillPlan.load(last / "plan")
 
         assert sorted(plan.tasks) == sorted(process.memory)
         for pid, pages in process.memory.items():
@@ -314,7 +314,7 @@ def test_every_page_is_read_the_same_lazy_or_not(
                 end = start + count * PAGE
                 assert any(a <= start and end <= b for a, b, _f, s in areas[pid] if s != 0x10000)
 
-        again = plan_lazy(index, last) if not late else plan_lazy(ChainIndex.follow(last), last)
+        again = plan_lazy(index, last) if not late else plan_lazy(PageIndex.follow(last), last)
         assert again.tasks.keys() == plan.tasks.keys()
         for pid in process.memory:
             assert planned(again, pid) == planned(plan, pid)
@@ -330,14 +330,14 @@ def test_every_page_is_read_the_same_lazy_or_not(
 @given(RANDOMS, ITERATIONS)
 def test_the_index_after_each_iteration(random: Random, iterations: int) -> None:
     with source(random) as process:
-        index = ChainIndex()
+        index = PageIndex()
         for _ in range(iterations):
             process.live()
             images_dir = process.dump()
             index.add(images_dir)
             index.add(images_dir)
             assert sorted(index.pids) == sorted(process.memory)
-            plan = LazyPlan(index.files, {pid: index.runs(pid) for pid in index.pids})
+            plan = FillPlan(index.files, {pid: index.runs(pid) for pid in index.pids})
             for pid, pages in process.memory.items():
                 truth = {BASE + page * PAGE: content(token) for page, token in pages.items()}
                 assert planned(plan, pid) == truth
@@ -376,7 +376,7 @@ def directory(
 def test_a_page_that_is_nowhere_is_never_zero(
     tmp_path: Path, first: list[Piece], second: list[Piece], missing: int
 ) -> None:
-    index = ChainIndex()
+    index = PageIndex()
     index.add(directory(tmp_path, 1, first))
     last = directory(tmp_path, 2, second)
     with pytest.raises(DestinationError, match=rf"process 5: .* {BASE + missing * PAGE:#x}$"):
@@ -384,7 +384,7 @@ def test_a_page_that_is_nowhere_is_never_zero(
 
 
 def test_a_page_freed_in_between_is_nowhere(tmp_path: Path) -> None:
-    index = ChainIndex()
+    index = PageIndex()
     index.add(directory(tmp_path, 1, [(0, 4, PRESENT)]))
     index.add(directory(tmp_path, 2, [(0, 2, IN_PARENT)]))
     with pytest.raises(DestinationError, match=f"{BASE + 2 * PAGE:#x}"):
@@ -392,7 +392,7 @@ def test_a_page_freed_in_between_is_nowhere(tmp_path: Path) -> None:
 
 
 def test_a_directory_of_another_chain_is_refused_and_changes_nothing(tmp_path: Path) -> None:
-    index = ChainIndex()
+    index = PageIndex()
     index.add(directory(tmp_path, 1, [(0, 4, PRESENT)]))
     directory(tmp_path, 2, [(0, 4, IN_PARENT)])
     third = directory(tmp_path, 3, [(0, 4, IN_PARENT)])
@@ -411,7 +411,7 @@ def test_a_directory_of_another_chain_is_refused_and_changes_nothing(tmp_path: P
 
 
 def test_a_pages_file_that_is_cut_short_is_refused(tmp_path: Path) -> None:
-    index = ChainIndex()
+    index = PageIndex()
     with pytest.raises(DestinationError, match="cut short"):
         index.add(directory(tmp_path, 1, [(0, 4, PRESENT)], data=3))
     assert not index.pids

@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from phaul_runtime.criu.page_format import PageFormat
 from phaul_runtime.errors import DestinationError
 from phaul_runtime.memory import preallocate as ahead_module
-from phaul_runtime.memory.page_index import ChainIndex
-from phaul_runtime.memory.page_receiver import Aborted, Listed, PageSink
+from phaul_runtime.memory.page_index import PageIndex
+from phaul_runtime.memory.page_receiver import Aborted, Listed, PageReceiver
 from phaul_runtime.memory.pagemap import IN_PARENT, LAZY, PRESENT, read_pagemap
-from phaul_runtime.memory.preallocate import Ahead
+from phaul_runtime.memory.preallocate import Preallocation
 
 PAGE = 4096
 OPEN, PARENT, ADD, CLOSE, FORCE_CLOSE = 4, 5, 6, 0x1023, 0x1024
@@ -102,7 +102,7 @@ class Line:
         directory: Path,
         parent: dict[str, Listed] | None = None,
         wire: int = 1,
-        ahead: Ahead | None = None,
+        ahead: Preallocation | None = None,
         tcp: bool = False,
         images: int = 0,
     ) -> None:
@@ -114,7 +114,7 @@ class Line:
         else:
             self.ours, self.theirs = socket.socketpair()
         self.ours.settimeout(20)
-        self.sink = PageSink(
+        self.sink = PageReceiver(
             self.theirs.fileno(),
             directory,
             wire=PageFormat(wire),
@@ -242,8 +242,8 @@ def test_what_is_sent_is_what_the_images_have(
     expected: int,
 ) -> None:
     directory = Path(tempfile.mkdtemp(dir=SHM))
-    index = ChainIndex()
-    room: Ahead | None = Ahead(directory / "ahead.img", expected)
+    index = PageIndex()
+    room: Preallocation | None = Preallocation(directory / "ahead.img", expected)
     assert room is not None
     room.begin()
     try:
@@ -278,7 +278,7 @@ def test_the_stream_goes_on_after_a_session(tmp_path: Path) -> None:
     line.send(session(first))
     parent = line.over()
     narrow = PageFormat.NARROW
-    again = PageSink(line.theirs.fileno(), tmp_path, wire=narrow, images=narrow, parent=parent)
+    again = PageReceiver(line.theirs.fileno(), tmp_path, wire=narrow, images=narrow, parent=parent)
     line.sink, line.thread = again, threading.Thread(target=line.run)
     line.thread.start()
     line.send(session(second, {"pagemap-7.img"}))
@@ -390,7 +390,7 @@ def test_a_connection_that_is_reset_fails(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["header", "small", "big", "ahead"])
 def test_it_can_be_stopped_wherever_it_waits(memory: Path, where: str) -> None:
-    room = Ahead(memory / "ahead.img", 64 << 20)
+    room = Preallocation(memory / "ahead.img", 64 << 20)
     if where == "ahead":
         room.begin()
     line = Line(memory / "1", ahead=room)
@@ -423,7 +423,7 @@ def small(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("pages", [1, 15, 1000])
 @pytest.mark.parametrize("expected", [0, 4 << 20])
 def test_a_full_disk_is_told(small: Path, pages: int, expected: int) -> None:
-    room = Ahead(small / "ahead.img", expected)
+    room = Preallocation(small / "ahead.img", expected)
     room.begin()
     line = Line(small / "1", ahead=room)
     line.ours.settimeout(1)  # nobody hangs up
@@ -455,7 +455,7 @@ def wait(condition: object) -> None:
 
 
 def test_room_is_made_used_and_given_back(memory: Path) -> None:
-    room = Ahead(memory / "ahead.img", 9 << 20)
+    room = Preallocation(memory / "ahead.img", 9 << 20)
     room.begin()
     wait(lambda: room.allocated == 9 << 20)
     assert allocated(room.path) == 9 << 20
@@ -475,7 +475,7 @@ def test_room_is_made_used_and_given_back(memory: Path) -> None:
 
 
 def test_a_page_map_that_has_grown_already_keeps_its_file(memory: Path) -> None:
-    room = Ahead(memory / "ahead.img", 9 << 20)
+    room = Preallocation(memory / "ahead.img", 9 << 20)
     room.begin()
     each = Map(1, 1)
     for number in range(40):
@@ -490,7 +490,7 @@ def test_a_page_map_that_has_grown_already_keeps_its_file(memory: Path) -> None:
 
 
 def test_room_is_made_while_nothing_comes(memory: Path) -> None:
-    room = Ahead(memory / "ahead.img", 20 << 20)
+    room = Preallocation(memory / "ahead.img", 20 << 20)
     room._stop.set()
     room.begin()
     assert room.claim()
@@ -512,7 +512,7 @@ def test_no_room_is_made_where_it_is_scarce(
     else:
         expected = shutil.disk_usage(memory).free
         monkeypatch.setattr(ahead_module, "memory_available", lambda: 1 << 60)
-    room = Ahead(memory / "ahead.img", expected)
+    room = Preallocation(memory / "ahead.img", expected)
     room.begin()
     room.claim()
     assert not room.step()
@@ -527,7 +527,7 @@ def test_no_room_is_made_where_it_is_scarce(
 
 def test_no_room_is_made_on_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead_module, "filesystem_of", lambda _: "ext4")
-    room = Ahead(tmp_path / "ahead.img", 8 << 20)
+    room = Preallocation(tmp_path / "ahead.img", 8 << 20)
     room.begin()
     assert not room.claim()
     room.drop()
@@ -535,7 +535,7 @@ def test_no_room_is_made_on_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_room_that_nobody_wanted_is_given_back(memory: Path) -> None:
-    room = Ahead(memory / "ahead.img", 8 << 20)
+    room = Preallocation(memory / "ahead.img", 8 << 20)
     room.begin()
     for _ in range(2):
         room.drop()

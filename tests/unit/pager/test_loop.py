@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from phaul_runtime.errors import DestinationError
-from phaul_runtime.memory.fill_plan import LazyPlan, Run, Runs
+from phaul_runtime.memory.fill_plan import FillPlan, Run, Runs
 from phaul_runtime.pager import criu_socket, shared_log, uffd
 from phaul_runtime.pager.account import Fate
 from phaul_runtime.pager.loop import Pager
-from phaul_runtime.pager.missing_ranges import Space
+from phaul_runtime.pager.missing_ranges import MissingRanges
 from phaul_runtime.pager.shared_log import Kind
 from phaul_runtime.pager.task import Task
 
@@ -44,14 +44,14 @@ def message(event: int, *values: int) -> bytes:
 
 
 def test_a_fault_that_was_read_and_not_answered_is_answered(pager: Pager) -> None:
-    pager._filler.tasks.add(Task(5, Space([P], [9 * P], [0])))
+    pager._filler.tasks.add(Task(5, MissingRanges([P], [9 * P], [0])))
     happens(pager, Kind.EVENT, 0, message(uffd.EVENT_PAGEFAULT, 0, 3 * P + 17, 0))
     pager._replay()
     assert [fault[:2] for fault in pager._filler.deferred] == [(0, 3 * P)]
 
 
 def test_all_that_the_process_did(pager: Pager) -> None:
-    pager._filler.tasks.add(Task(5, Space([0], [16 * P], [0])))
+    pager._filler.tasks.add(Task(5, MissingRanges([0], [16 * P], [0])))
     pager._journal.settled(0, 0, P, Fate.FILLED)
     for event in (
         message(uffd.EVENT_UNMAP, 2 * P, 4 * P, 0),
@@ -89,7 +89,7 @@ def test_what_criu_had_said(pager: Pager) -> None:
 
 
 def test_what_ended_stays_so(pager: Pager) -> None:
-    pager._filler.tasks.add(Task(5, Space([0], [P], [0])))
+    pager._filler.tasks.add(Task(5, MissingRanges([0], [P], [0])))
     pager._journal.note(Kind.ENDED, 0)
     pager._replay()
     assert pager._filler.tasks == [Task(-1, pager._filler.tasks[0].space)]
@@ -110,7 +110,7 @@ def test_a_heir_has_counted_what_the_dead_one_had(pager: Pager, tmp_path: Path) 
 
     def give(pager: Pager) -> None:
         for fd, pid in ((5, 42), (6, 43)):
-            pager._filler.tasks.add(Task(fd, Space([P], [17 * P], [0]), pid))
+            pager._filler.tasks.add(Task(fd, MissingRanges([P], [17 * P], [0]), pid))
 
     other = Pager()
     for each in (pager, other):
@@ -156,7 +156,7 @@ def test_a_heir_has_counted_what_the_dead_one_had(pager: Pager, tmp_path: Path) 
 
 
 def test_of_a_failed_attempt_nothing_is_counted(pager: Pager) -> None:
-    pager._filler.tasks.add(Task(5, Space([P], [17 * P], [0]), 42))
+    pager._filler.tasks.add(Task(5, MissingRanges([P], [17 * P], [0]), 42))
     pager._filler.tasks.settle(0, P, 3 * P, Fate.GONE)
     pager._journal.note(Kind.RESET, 0)
     pager._replay()
@@ -177,7 +177,7 @@ def test_a_twin_that_only_has_to_leave_the_result_has_all_of_it(
     monkeypatch.setattr(os, "_exit", leave)
     board = pager._board
     board[shared_log.STAGE] = shared_log.RUNNING
-    pager._filler.tasks.add(Task(-1, Space([P], [4 * P], [0]), 42))
+    pager._filler.tasks.add(Task(-1, MissingRanges([P], [4 * P], [0]), 42))
     pager._filler.tasks.settle(0, P, 3 * P, Fate.GONE)
     with pytest.raises(SystemExit):
         pager._finish()
@@ -197,7 +197,7 @@ def test_what_criu_said_before_the_plan_is_heard_before_it_is_verified(pager: Pa
     runs = Runs()
     runs.append(Run(P, 1, 0, 0))
     Path("pages").write_bytes(bytes(P))
-    LazyPlan([str(Path("pages").absolute())], {42: runs}).save(Path("plan"))
+    FillPlan([str(Path("pages").absolute())], {42: runs}).save(Path("plan"))
     ours, theirs = os.pipe()
     with socket.socket(socket.AF_UNIX) as criu:
         criu.connect("lazy-pages.socket")

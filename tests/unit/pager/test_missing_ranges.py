@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from phaul_runtime.pager.missing_ranges import Space
+from phaul_runtime.pager.missing_ranges import MissingRanges
 
 P = 4096
 SPAN = 64
@@ -20,7 +20,7 @@ steps = st.lists(
 )
 
 
-def build(pages: set[int]) -> tuple[Space, dict[int, int]]:
+def build(pages: set[int]) -> tuple[MissingRanges, dict[int, int]]:
     model = {page: 1000 + page for page in pages}
     runs: list[list[int]] = []
     for page in sorted(pages):
@@ -29,7 +29,7 @@ def build(pages: set[int]) -> tuple[Space, dict[int, int]]:
             runs[-1][1] += 1
         else:
             runs.append([page, page + 1])
-    space = Space(
+    space = MissingRanges(
         [run[0] * P for run in runs],
         [run[1] * P for run in runs],
         [(1000 + run[0]) * P for run in runs],
@@ -37,7 +37,7 @@ def build(pages: set[int]) -> tuple[Space, dict[int, int]]:
     return space, model
 
 
-def as_pages(space: Space) -> dict[int, int]:
+def as_pages(space: MissingRanges) -> dict[int, int]:
     pages = {}
     before = -1
     for start, end, source in space.runs():

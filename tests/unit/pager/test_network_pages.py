@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phaul_runtime.pager.missing_ranges import Space
-from phaul_runtime.pager.network_pages import SWEEP, Remote, Sweep, found_missing
+from phaul_runtime.pager.missing_ranges import MissingRanges
+from phaul_runtime.pager.network_pages import SWEEP, NetworkPages, Sweep, found_missing
 from phaul_runtime.pager.task import Task
 
 P = 4096
@@ -17,12 +17,12 @@ BASE = 1 << 40
 FLAGS = st.lists(st.booleans(), min_size=1, max_size=40)
 
 
-def mapped(here: list[bool]) -> tuple[Remote, ctypes.Array[ctypes.c_char]]:
+def mapped(here: list[bool]) -> tuple[NetworkPages, ctypes.Array[ctypes.c_char]]:
     kept = ctypes.create_string_buffer(bytes(here), len(here))
-    return Remote(BASE, ctypes.addressof(kept), len(here), 0), kept
+    return NetworkPages(BASE, ctypes.addressof(kept), len(here), 0), kept
 
 
-def fill(sweep: Sweep, tasks: list[Task], remote: Remote | None, now: float) -> list[int]:
+def fill(sweep: Sweep, tasks: list[Task], remote: NetworkPages | None, now: float) -> list[int]:
     """Everything that is found until it rests: addresses of pages."""
     filled: list[int] = []
     while not sweep.rest(now):
@@ -52,7 +52,7 @@ def test_pieces_of_a_map(here: list[bool], data: st.DataObject) -> None:
     present = part.index(False) if False in part else count
     assert remote.here(BASE + first * P, count * P) == present * P
     assert remote.missing == here.count(False)
-    space = Space([9 * P], [(9 + count) * P], [BASE + first * P])
+    space = MissingRanges([9 * P], [(9 + count) * P], [BASE + first * P])
     want = found_missing(remote, space, 9 * P)
     assert want == (None if part[0] else (first, min(lacking, 32)))
     assert found_missing(remote, space, 8 * P) is None
@@ -79,7 +79,7 @@ def test_a_sweep_finds_all_that_is_here_and_nothing_else(
                 if local or here[number + page]:
                     expected.add(starts[-1] + page * P)
             number, at, left = number + count, at + 1, left - count
-        tasks.append(Task(fd, Space(starts, ends, sources)))
+        tasks.append(Task(fd, MissingRanges(starts, ends, sources)))
     sweep = Sweep()
     found = fill(sweep, tasks, remote, 100.0)
     # The same address in two tasks may be found in both.
@@ -102,7 +102,7 @@ def test_very_many_runs_are_looked_at_in_turns() -> None:
     count = 3 * SWEEP
     remote, _kept = mapped([False] * count)
     starts = [number * 2 * P for number in range(count)]
-    space = Space(starts, [at + P for at in starts], [BASE + at // 2 for at in starts])
+    space = MissingRanges(starts, [at + P for at in starts], [BASE + at // 2 for at in starts])
     sweep, turns, now = Sweep(), 0, 50.0
     while not sweep.rest(now):
         assert sweep.next([Task(1, space)], remote, now) is None

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 
 from phaul_runtime.pager.account import Fate
-from phaul_runtime.pager.shared_log import Journal, Kind
+from phaul_runtime.pager.shared_log import Kind, SharedLog
 from phaul_runtime.pager.uffd import EVENT_PAGEFAULT, EVENT_UNMAP
 
 
-def read(journal: Journal, task: int, event: int) -> None:
+def read(journal: SharedLog, task: int, event: int) -> None:
     """As the kernel writes a message: into the record itself."""
     ours, theirs = os.pipe()
     os.write(theirs, bytes([event]) + bytes(31))
@@ -20,7 +20,7 @@ def read(journal: Journal, task: int, event: int) -> None:
 
 
 def test_what_was_read_is_there_before_it_is_counted() -> None:
-    journal = Journal()
+    journal = SharedLog()
     journal.expect(Kind.EVENT, 3)
     assert list(journal) == []
     read(journal, 3, EVENT_UNMAP)
@@ -28,7 +28,7 @@ def test_what_was_read_is_there_before_it_is_counted() -> None:
 
 
 def test_the_last_fault_stays_and_an_earlier_one_does_not() -> None:
-    journal = Journal()
+    journal = SharedLog()
     read(journal, 1, EVENT_PAGEFAULT)
     read(journal, 2, EVENT_PAGEFAULT)
     assert [(kind, task) for kind, task, _ in journal] == [(Kind.EVENT, 2)]
@@ -38,7 +38,7 @@ def test_the_last_fault_stays_and_an_earlier_one_does_not() -> None:
 
 
 def test_filled_ranges_grow_and_others_stand_alone() -> None:
-    journal = Journal()
+    journal = SharedLog()
     journal.settled(0, 0, 4096, Fate.FILLED)
     journal.settled(0, 4096, 8192, Fate.FILLED)
     journal.settled(1, 8192, 12288, Fate.FILLED)

@@ -12,8 +12,8 @@ import pytest
 
 from phaul_runtime.errors import DestinationError
 from phaul_runtime.pager import smaps, uffd
-from phaul_runtime.pager.missing_ranges import Space
-from phaul_runtime.pager.network_pages import Remote
+from phaul_runtime.pager.missing_ranges import MissingRanges
+from phaul_runtime.pager.network_pages import NetworkPages
 from phaul_runtime.pager.smaps import Area, areas
 from phaul_runtime.pager.task import Task
 from phaul_runtime.pager.uffd import PAGE as P
@@ -106,10 +106,10 @@ class Content:
         # Two runs side by side, as of two files.
         starts = [8 * P, 16 * P]
         self.task = Task(
-            9, Space(starts, [16 * P, 24 * P], [self.base + at for at in starts]), pid=42
+            9, MissingRanges(starts, [16 * P, 24 * P], [self.base + at for at in starts]), pid=42
         )
 
-    def run(self, remote: Remote | None = None, most: int = 99) -> Verified:
+    def run(self, remote: NetworkPages | None = None, most: int = 99) -> Verified:
         def filled(address: int) -> bool:
             self.task.space.drop(address, address + P)
             self.most -= 1
@@ -167,7 +167,7 @@ def test_what_is_still_at_the_source_is_waited_for(kernel: Kernel) -> None:
     kernel.area(8, 24, um=False)
     content = Content()
     flags = ctypes.create_string_buffer(bytes(8), 8)
-    remote = Remote(content.base + 16 * P, ctypes.addressof(flags), 8, 0)
+    remote = NetworkPages(content.base + 16 * P, ctypes.addressof(flags), 8, 0)
     for _ in range(2):
         found = content.run(remote)
         assert (found.wants, found.pending, found.registered) == ({4}, True, 0)

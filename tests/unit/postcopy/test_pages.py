@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phaul_runtime.errors import DestinationError
-from phaul_runtime.memory.fill_plan import PAGE, LazyPlan
+from phaul_runtime.memory.fill_plan import PAGE, FillPlan
 from phaul_runtime.memory.mark_lazy import plan_lazy
-from phaul_runtime.memory.page_index import ChainIndex
+from phaul_runtime.memory.page_index import PageIndex
 from phaul_runtime.memory.pagemap import IN_PARENT, LAZY, PRESENT, Entry, Pagemap, write_pagemap
 from phaul_runtime.postcopy.pages import RemotePages
 from phaul_runtime.postcopy.store import PageStore
@@ -81,11 +81,11 @@ def test_the_numbers_count_through_runs_and_marks_change_nothing(tmp_path: Path)
     with pytest.raises(ValueError, match="no pages"):
         list(before.pieces(9, 2))
 
-    index = ChainIndex()
+    index = PageIndex()
     index.add(tmp_path / "1")
     plan = plan_lazy(index, last, tmp_path / "remote.pages")
     plan.save(tmp_path / "plan")
-    plan = LazyPlan.load(tmp_path / "plan")
+    plan = FillPlan.load(tmp_path / "plan")
     assert (last / "pagemap-7.img.full").exists()
     assert RemotePages.of(last) == before
     assert plan.remote == str(tmp_path / "remote.map")
@@ -112,7 +112,7 @@ def test_the_numbers_count_through_runs_and_marks_change_nothing(tmp_path: Path)
 
 def test_without_pages_that_were_left_there_is_no_such_file(tmp_path: Path) -> None:
     last = directory(tmp_path, 1, {7: [(0, 20, PRESENT | LAZY)]})
-    plan = plan_lazy(ChainIndex(), last, tmp_path / "remote.pages")
+    plan = plan_lazy(PageIndex(), last, tmp_path / "remote.pages")
     assert (plan.remote, plan.remote_file, len(plan.files)) == ("", -1, 1)
     assert RemotePages.of(last).total == 0
 
@@ -120,17 +120,17 @@ def test_without_pages_that_were_left_there_is_no_such_file(tmp_path: Path) -> N
 def test_a_page_that_was_left_and_cannot_come_is_refused(tmp_path: Path) -> None:
     last = directory(tmp_path, 1, {7: [(0, 2, PRESENT), (3, 2, LAZY)]})
     with pytest.raises(DestinationError, match=f"no image has the page at {BASE + 3 * PAGE:#x}"):
-        plan_lazy(ChainIndex(), last)
+        plan_lazy(PageIndex(), last)
     areas = [(0, 4, 0x22, 0x201), (4, 9, 0x2022, 0x201)]
     (last / "mm-7.img").write_bytes(mm_image(areas))
     with pytest.raises(DestinationError, match=f"{BASE + 4 * PAGE:#x} .*cannot be lazy"):
-        plan_lazy(ChainIndex(), last, tmp_path / "remote.pages")
+        plan_lazy(PageIndex(), last, tmp_path / "remote.pages")
 
 
 def test_a_plan_with_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    LazyPlan(["/a"], {}, "/remote.map", 1).save(tmp_path / "plan")
+    FillPlan(["/a"], {}, "/remote.map", 1).save(tmp_path / "plan")
     with pytest.raises(DestinationError, match="cannot read the plan"):
-        LazyPlan.load(tmp_path / "plan")
+        FillPlan.load(tmp_path / "plan")
 
 
 @given(st.integers(0, 60), st.data())

@@ -24,8 +24,8 @@ from phaul_runtime.pager import WANTED
 from phaul_runtime.postcopy import protocol
 from phaul_runtime.postcopy.pages import RemotePages
 from phaul_runtime.postcopy.protocol import Kind
-from phaul_runtime.postcopy.receiver import Arrival
-from phaul_runtime.postcopy.sender import PageSource
+from phaul_runtime.postcopy.receiver import Receiver
+from phaul_runtime.postcopy.sender import PageSender
 from phaul_runtime.postcopy.store import PageStore
 
 PAGES = 300
@@ -49,8 +49,8 @@ class Memory:
         self.pages = RemotePages(runs)
         assert self.pages.total == pages
 
-    def source(self) -> PageSource:
-        return PageSource(self.pages, {PID: os.getpid()})
+    def source(self) -> PageSender:
+        return PageSender(self.pages, {PID: os.getpid()})
 
 
 def content(page: int) -> bytes:
@@ -159,7 +159,7 @@ def test_all_pages_come_whatever_is_there_wanted_or_cut(
         # Another agent each time.
         store.close()
         store = PageStore.open(place)
-        arrival = Arrival(store, place)
+        arrival = Receiver(store, place)
         cut = Cut(most)
         at_source, at_destination = cut.ends
         sent = source.bytes_sent
@@ -244,9 +244,9 @@ def test_more_than_may_be_on_its_way_at_once(tmp_path: Path) -> None:
     memory = Memory(3 * protocol.FLIGHT)
     ours, theirs = socket.socketpair()
     store = PageStore.create(tmp_path, 3 * protocol.FLIGHT)
-    source, told = memory.source(), []  # type: PageSource, list[int]
+    source, told = memory.source(), []  # type: PageSender, list[int]
     with running(source.serve, ours, told.append, silent_s=5) as served:
-        assert Arrival(store, tmp_path, silent_s=5).serve(theirs)
+        assert Receiver(store, tmp_path, silent_s=5).serve(theirs)
     assert served == [None]
     assert told[-1] == 0
     source.close()
@@ -312,7 +312,7 @@ def test_a_destination_that_makes_no_sense(said: bytes, match: str) -> None:
 def test_a_source_that_makes_no_sense(tmp_path: Path, said: bytes) -> None:
     ours, theirs = socket.socketpair()
     store = PageStore.create(tmp_path, PAGES)
-    with running(Arrival(store, tmp_path).serve, theirs) as arrived:
+    with running(Receiver(store, tmp_path).serve, theirs) as arrived:
         ours.sendall(said)
     with pytest.raises(DestinationError, match="makes no sense"):
         raise arrived[0]
@@ -330,7 +330,7 @@ def test_silence_ends_it_at_both_ends(tmp_path: Path) -> None:
     with pytest.raises(ChannelError, match=r"nothing has moved .* for 0\.3 s"):
         raise served[0]
     store = PageStore.create(tmp_path, PAGES)
-    with running(Arrival(store, tmp_path, silent_s=0.3).serve, theirs) as arrived:
+    with running(Receiver(store, tmp_path, silent_s=0.3).serve, theirs) as arrived:
         pass
     assert arrived == [False]
     source.close()
@@ -341,7 +341,7 @@ def test_silence_ends_it_at_both_ends(tmp_path: Path) -> None:
 def test_stop_ends_it_now_and_later(tmp_path: Path) -> None:
     ours, theirs = socket.socketpair()
     store = PageStore.create(tmp_path, PAGES)
-    arrival = Arrival(store, tmp_path)
+    arrival = Receiver(store, tmp_path)
     with running(arrival.serve, theirs) as arrived:
         ours.recv(1)
         arrival.stop()
@@ -355,9 +355,9 @@ def test_a_store_that_is_complete_says_so_at_once(tmp_path: Path) -> None:
     ours, theirs = socket.socketpair()
     store = PageStore.create(tmp_path, PAGES)
     store.put(0, b"".join(map(content, range(PAGES))))
-    source, told = MEMORY.source(), []  # type: PageSource, list[int]
+    source, told = MEMORY.source(), []  # type: PageSender, list[int]
     with running(source.serve, ours, told.append, silent_s=10) as served:
-        assert Arrival(store, tmp_path).serve(theirs)
+        assert Receiver(store, tmp_path).serve(theirs)
         theirs.close()
     assert served == [None]
     assert source.bytes_sent == 0
@@ -367,10 +367,10 @@ def test_a_store_that_is_complete_says_so_at_once(tmp_path: Path) -> None:
 
 def test_a_process_that_is_gone_or_unknown() -> None:
     with pytest.raises(MigrationFailed, match="process 42 of the images is not known"):
-        PageSource(MEMORY.pages, {})
+        PageSender(MEMORY.pages, {})
     with pytest.raises(MigrationFailed, match="cannot open /proc/0/mem"):
-        PageSource(MEMORY.pages, {PID: 0})
-    source = PageSource(RemotePages([(PID, PAGE, 1)]), {PID: os.getpid()})
+        PageSender(MEMORY.pages, {PID: 0})
+    source = PageSender(RemotePages([(PID, PAGE, 1)]), {PID: os.getpid()})
     with pytest.raises(MigrationFailed, match="cannot read the memory of process 42 at 0x1000"):
         source.read(0, 1)
     source.close()

@@ -11,7 +11,7 @@ import pytest
 
 from phaul_runtime.errors import DestinationError
 from phaul_runtime.memory.fill_plan import PAGE
-from phaul_runtime.memory.preallocate import Ahead
+from phaul_runtime.memory.preallocate import Preallocation
 from phaul_runtime.postcopy.store import PageStore
 
 PAGES = 256
@@ -53,7 +53,7 @@ def test_a_full_file_system_is_told_before_the_commit(small: Path) -> None:
 
 @pytest.mark.parametrize("expected", [PAGES - 7, PAGES, PAGES + 9])
 def test_room_that_was_made_ahead_is_used(small: Path, expected: int) -> None:
-    room = Ahead(small / "late.img", expected * PAGE)
+    room = Preallocation(small / "late.img", expected * PAGE)
     room.begin()
     assert room.claim()
     while room.allocated < expected * PAGE:

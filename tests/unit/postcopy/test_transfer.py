@@ -23,7 +23,7 @@ from phaul_runtime.errors import MigrationFailed, OutcomeUnknown
 from phaul_runtime.events import Event, Listener, nobody
 from phaul_runtime.memory.pagemap import LAZY, Pagemap, write_pagemap
 from phaul_runtime.postcopy import protocol
-from phaul_runtime.postcopy.sender import PageSource
+from phaul_runtime.postcopy.sender import PageSender
 from phaul_runtime.postcopy.transfer import Transfer
 from phaul_runtime.system.cancel import Cancellation
 
@@ -126,7 +126,7 @@ def test_what_ends_its_thread_is_no_success(
     def fails(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(PageSource, "serve", fails)
+    monkeypatch.setattr(PageSender, "serve", fails)
     with stand.transfer() as transfer:
         transfer.begin(stand.agent)
         with pytest.raises(OutcomeUnknown, match=str(error.args[-1])):

@@ -110,7 +110,7 @@ class There:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Here:
     found = Here(tmp_path / "state")
     for module in (recovery, resolve):
-        monkeypatch.setattr(module, "Hold", SimpleNamespace(recall=found.hold))
+        monkeypatch.setattr(module, "Freezer", SimpleNamespace(recall=found.hold))
         monkeypatch.setattr(module, "announce", lambda *_: found._do("announce", [])())
     monkeypatch.setattr(resolve, "load_engine", lambda _: found)
     return found
