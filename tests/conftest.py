@@ -51,7 +51,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _logs_as_before() -> Iterator[None]:
-    """What a command set up in this process ends with the test: its stderr is none afterwards."""
+    """What a command set up in this process ends with the test: its stderr is none afterwards.
+
+    Nor is a test about the migration of an earlier one (`logs.enter`).
+    """
+    logs.enter("")
     root = logging.getLogger()
     handlers = list(root.handlers)
     levels = {name: logging.getLogger(name).level for name in logs._OURS}

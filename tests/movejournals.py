@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ def build(state_dir: Path, role: Role, upto: State, members: list[list[int]]) ->
 
 
 def open_files() -> int:
+    gc.collect()  # those of earlier tests, whose objects nobody has any more
     return len(os.listdir("/proc/self/fd"))
 
 
@@ -70,3 +72,8 @@ class ProcessesEngine:
     @staticmethod
     def source(*_: object, **__: object) -> _Tree:
         return _Tree()
+
+
+def processes(_name: str) -> Any:
+    """The engine of these journals, whatever it is called."""
+    return ProcessesEngine

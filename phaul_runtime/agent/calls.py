@@ -30,12 +30,12 @@ from phaul_runtime.destination.copy import CANNOT_BE_LAZY
 from phaul_runtime.destination.incoming import Incoming
 from phaul_runtime.destination.requests import checked_json
 from phaul_runtime.engine.findings import REFUSED, Finding
-from phaul_runtime.engine.interface import Claim, DestinationHalf, load_engine
+from phaul_runtime.engine.interface import Claim, DestinationHalf, Engine
 from phaul_runtime.errors import DestinationError, Refused, StillUnderWay
 from phaul_runtime.files.compare import compare
 from phaul_runtime.hooks.lifecycle import Hooks, Move
 from phaul_runtime.preflight.checks import check_cpu, check_hooks, check_space
-from phaul_runtime.preflight.host_facts import gather_facts
+from phaul_runtime.preflight.wiring import STANDARD, Wiring
 from phaul_runtime.recovery.resolve import Settler
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.rpc import phaul_pb2_grpc
@@ -69,6 +69,7 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
         history: how many settled migrations are remembered.
         callers: who is behind a connection.
         allowed: who may send what.
+        wiring: what migrations are made with.
     """
 
     def __init__(
@@ -81,7 +82,9 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
         history: int = KEPT,
         callers: Callers | None = None,
         allowed: Allowed | None = None,
+        wiring: Wiring = STANDARD,
     ) -> None:
+        self._wiring = wiring
         self.turnstile = Turnstile(SHARE)
         self.streams = Streams(_SILENT_STREAM_S)
         self._callers = callers or Callers(workdir)
@@ -91,7 +94,7 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
         self._hooks = hooks
         self._state_dir = state_dir
         self._criu = criu
-        self._settler = Settler(state_dir, workdir, criu, hooks)
+        self._settler = Settler(state_dir, workdir, criu, hooks, engines=wiring.engine)
         self.heard = time.monotonic()
         self._migrations: dict[str, Incoming] = {}
         self._opening: set[str] = set()
@@ -149,7 +152,7 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
 
     @answers(pb.HelloReply)
     def Hello(self, request: pb.HelloRequest, _context: Context) -> pb.HelloReply:  # noqa: N802
-        facts = gather_facts(str(self._workdir), str(self._state_dir), self._criu)
+        facts = self._wiring.facts(str(self._workdir), str(self._state_dir), self._criu)
         return pb.HelloReply(protocol=PROTOCOL, facts=facts)
 
     @answers(pb.CheckReply)
@@ -162,7 +165,7 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
                 request.id, Role.DESTINATION, request.engine, request.target, request.source
             )
             findings.extend(check_hooks(self._hooks, move))
-            half = _arriving(request.engine)
+            half = _arriving(self._wiring.engine(request.engine))
             manifest = checked_json(request.manifest, "manifest")
             try:
                 self._allowed.send(self.who(context), request.engine, lambda: half.claim(manifest))
@@ -173,7 +176,7 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
             if request.restore == "lazy" and not half.can_be_lazy:
                 findings.append(Finding("lazy-pages", REFUSED, CANNOT_BE_LAZY, "--restore auto"))
         if request.memory:
-            facts = gather_facts(str(self._workdir), str(self._state_dir), self._criu)
+            facts = self._wiring.facts(str(self._workdir), str(self._state_dir), self._criu)
             findings.append(check_space(facts, request.memory))
         if request.cpuinfo:
             findings.append(check_cpu(str(self._workdir), self._criu, request.cpuinfo))
@@ -199,6 +202,7 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
                 self._criu,
                 self._hooks,
                 owner=peer.certificate,
+                engines=self._wiring.engine,
             )
             self._take_up(incoming)
         finally:
@@ -209,7 +213,9 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
 
     def _require_allowed(self, peer: Peer, request: pb.OpenRequest) -> None:
         def claim() -> Claim | None:
-            return _arriving(request.engine).claim(checked_json(request.manifest, "manifest"))
+            return _arriving(self._wiring.engine(request.engine)).claim(
+                checked_json(request.manifest, "manifest")
+            )
 
         self._allowed.send(peer, request.engine, claim)
 
@@ -365,9 +371,8 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
         raise DestinationError("the agent ends")
 
 
-def _arriving(engine: str) -> DestinationHalf:
+def _arriving(found: Engine) -> DestinationHalf:
     """An engine's half here with no options of its own: to ask it, not to move with it."""
-    found = load_engine(engine)
     return found.destination(found.options_model(), criu_log_level=4, hold_s=1.0)
 
 

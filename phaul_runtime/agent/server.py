@@ -29,6 +29,7 @@ from phaul_runtime.cutover.journal import (
 )
 from phaul_runtime.errors import DestinationError, PhaulError, Refused
 from phaul_runtime.hooks.lifecycle import Hooks
+from phaul_runtime.preflight.wiring import STANDARD, Wiring
 from phaul_runtime.rpc import phaul_pb2_grpc
 from phaul_runtime.rpc.protocol import MAX_MESSAGE
 from phaul_runtime.system import cgroup
@@ -57,6 +58,7 @@ class Agent:
         on_lost: called once a client was given up: what was started for it may end.
         history: how many settled migrations are remembered.
         allowed: who may send what; those who reach the sockets themselves may send everything.
+        wiring: what migrations are made with.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Agent:
         hooks: Hooks | None = None,
         history: int = KEPT,
         allowed: Allowed | None = None,
+        wiring: Wiring = STANDARD,
     ) -> None:
         self._sockets = sockets
         self._on_lost = on_lost
@@ -82,6 +85,7 @@ class Agent:
             history=history,
             callers=self.callers,
             allowed=allowed,
+            wiring=wiring,
         )
         self._made = False
         self._lock = -1

@@ -23,6 +23,7 @@ from phaul_runtime.cutover.journal import KEPT, is_locked
 from phaul_runtime.errors import Refused, UsageError
 from phaul_runtime.hooks.lifecycle import Hooks
 from phaul_runtime.memory.image_dirs import remove_tree
+from phaul_runtime.preflight.wiring import STANDARD, Wiring
 from phaul_runtime.transport.base import socket_directory
 from phaul_runtime.transport.handshake import parse_listen
 from phaul_runtime.transport.listener import PortListener, Secure
@@ -58,6 +59,7 @@ class Service:
         hooks: Hooks,
         *,
         history: int = KEPT,
+        wiring: Wiring = STANDARD,
     ) -> None:
         if config.listen is None:
             raise UsageError("no address to listen on", hint="--listen tls://0.0.0.0:7007")
@@ -84,6 +86,7 @@ class Service:
             hooks=hooks,
             history=history,
             allowed=allowed,
+            wiring=wiring,
         )
         secure: Secure | None = None
         if self._scheme == "tls":

@@ -25,7 +25,7 @@ from phaul_runtime.destination.filling import Filling
 from phaul_runtime.destination.lazy_restore import Filled
 from phaul_runtime.destination.memory_channel import MemoryChannel
 from phaul_runtime.destination.requests import checked_json, facts_of, write_images
-from phaul_runtime.engine.interface import DestinationHalf, load_engine
+from phaul_runtime.engine.interface import DestinationHalf, Engines, load_engine
 from phaul_runtime.errors import DestinationError, MigrationFailed, PhaulError
 from phaul_runtime.files.staged_files import FilePart
 from phaul_runtime.hooks.lifecycle import (
@@ -66,12 +66,15 @@ class Incoming:
         journal: of the destination's role, open and locked.
         criu: a session factory.
         hooks: of this host.
+        engines: find one by its name.
 
     Attributes:
         server: takes pages, once a round was started.
     """
 
-    def __init__(self, journal: Journal, criu: Criu, hooks: Hooks) -> None:
+    def __init__(
+        self, journal: Journal, criu: Criu, hooks: Hooks, engines: Engines = load_engine
+    ) -> None:
         self.id = journal.id
         self._hooks = hooks
         self.journal = journal
@@ -89,7 +92,7 @@ class Incoming:
         self._ahead: Preallocation | None = None
         self._late_room: Preallocation | None = None
         self._log_level = int(facts["log_level"])
-        engine = load_engine(facts["engine"])
+        engine = engines(facts["engine"])
         options = engine.options_model.model_validate(facts["options"])
         self._engine: DestinationHalf = engine.destination(
             options, criu_log_level=self._log_level, hold_s=float(facts["hold_s"])
@@ -108,6 +111,7 @@ class Incoming:
         hooks: Hooks,
         *,
         owner: str = "",
+        engines: Engines = load_engine,
     ) -> Incoming:
         """Begin a migration: its journal, its directory, its engine half.
 
@@ -118,11 +122,12 @@ class Incoming:
             criu: a session factory.
             hooks: of this host.
             owner: the certificate that it belongs to; empty for none.
+            engines: find one by its name.
 
         Raises:
             PhaulError: the request is malformed, or something cannot be created.
         """
-        facts = facts_of(request, load_engine(request.engine))
+        facts = facts_of(request, engines(request.engine))
         manifest = checked_json(request.manifest, "manifest")
         journal = Journal.create(state_dir, request.id, Role.DESTINATION)
         try:
@@ -133,7 +138,7 @@ class Incoming:
                 manifest=manifest,
                 workdir=str(workdir),
             )
-            incoming = cls(journal, criu, hooks)
+            incoming = cls(journal, criu, hooks, engines)
             incoming._begin(manifest, request.memory, request.late_memory)
         except BaseException:
             journal.close()
@@ -161,7 +166,9 @@ class Incoming:
             raise
 
     @classmethod
-    def revive(cls, journal: Journal, criu: Criu, hooks: Hooks) -> Incoming:
+    def revive(
+        cls, journal: Journal, criu: Criu, hooks: Hooks, engines: Engines = load_engine
+    ) -> Incoming:
         """Take up what an earlier agent left; then `commit` or `abort` it.
 
         Raises:
@@ -169,11 +176,11 @@ class Incoming:
             PhaulError: what the engine made cannot be found again; the journal is as it was.
         """
         with trusted(journal.path):
-            return cls._revived(journal, criu, hooks)
+            return cls._revived(journal, criu, hooks, engines)
 
     @classmethod
-    def _revived(cls, journal: Journal, criu: Criu, hooks: Hooks) -> Incoming:
-        incoming = cls(journal, criu, hooks)
+    def _revived(cls, journal: Journal, criu: Criu, hooks: Hooks, engines: Engines) -> Incoming:
+        incoming = cls(journal, criu, hooks, engines)
         incoming.carried.recall()
         if journal.facts.get("post_copy") and incoming._dir.exists():
             # Nobody tidies up while its pages come.

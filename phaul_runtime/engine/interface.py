@@ -322,6 +322,10 @@ class Engine(ABC):
         """The destination half."""
 
 
+Engines = Callable[[str], Engine]
+"""Find an engine by its name, as `load_engine`."""
+
+
 def engine_names() -> list[str]:
     """The engines that are installed, sorted."""
     return sorted(entry.name for entry in entry_points(group=GROUP))

@@ -37,8 +37,9 @@ from phaul_runtime.events import Listener, Reconnecting, Serving, SourceDead, gu
 from phaul_runtime.postcopy.pages import RemotePages
 from phaul_runtime.postcopy.sender import PageSender
 from phaul_runtime.rpc.client import RemoteAgent
-from phaul_runtime.rpc.connect import reach
+from phaul_runtime.rpc.connect import Transports, reach
 from phaul_runtime.system.cancel import Cancellation
+from phaul_runtime.transport.base import load_transport
 
 if TYPE_CHECKING:
     from phaul_runtime.config.model import Config
@@ -64,6 +65,7 @@ class Transfer:
         images_dir: of the final dump.
         listener: told how far it is.
         cancellation: ends the waits for a new channel.
+        transports: find one by a destination.
 
     Attributes:
         total: pages that no image has.
@@ -80,7 +82,9 @@ class Transfer:
         *,
         listener: Listener,
         cancellation: Cancellation,
+        transports: Transports = load_transport,
     ) -> None:
+        self._transports = transports
         self._hold = hold
         self._config = config
         self._journal = journal
@@ -284,7 +288,7 @@ class Transfer:
 
     @contextmanager
     def _reached(self) -> Iterator[RemoteAgent]:
-        with reach(self._config, self._url, self._cancellation) as agent:
+        with reach(self._config, self._url, self._cancellation, self._transports) as agent:
             wait_s = self._config.timeouts.lost_s + _MARGIN_S
             agent.look(self._journal.id, wait_s)
             settled = agent.settle(self._journal.id, Role.DESTINATION, Verdict.RUN)

@@ -7,11 +7,11 @@ and `states.decide` says the same of the same two standings at either end.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phaul_runtime.criu.session import Criu
 from phaul_runtime.cutover import orphans
 from phaul_runtime.cutover.freezer import FACT as HOLD
 from phaul_runtime.cutover.freezer import Freezer
@@ -38,6 +38,7 @@ from phaul_runtime.errors import (
 from phaul_runtime.events import Listener, guarded, nobody
 from phaul_runtime.hooks.lifecycle import announce
 from phaul_runtime.postcopy.transfer import Transfer, attend
+from phaul_runtime.preflight.wiring import STANDARD, Wiring
 from phaul_runtime.recovery.resolve import Settler
 from phaul_runtime.rpc.client import RemoteAgent
 from phaul_runtime.rpc.connect import reach
@@ -78,19 +79,30 @@ class Recovery:
         source_is_dead: the operator says that the source's host will never come back.
         cancellation: honoured while a channel is opened.
         listener: told how far the pages of a post-copy move are.
+        wiring: what it is made with.
     """
 
     config: Config
     source_is_dead: bool = False
     cancellation: Cancellation = field(default_factory=Cancellation)
     listener: Listener = nobody
+    wiring: Wiring = STANDARD
 
     def __post_init__(self) -> None:
         self.listener = guarded(self.listener)
         self._state_dir = Path(self.config.state_dir)
         self._workdir = Path(self.config.workdir)
-        criu = Criu(self.config.criu.binary, deadline_s=self.config.criu.timeout_s)
-        self._here = Settler(self._state_dir, self._workdir, criu, self.config.hooks.hooks())
+        criu = self.wiring.criu(self.config.criu.binary, deadline_s=self.config.criu.timeout_s)
+        self._here = Settler(
+            self._state_dir,
+            self._workdir,
+            criu,
+            self.config.hooks.hooks(),
+            engines=self.wiring.engine,
+        )
+
+    def _reach(self, url: str) -> AbstractContextManager[RemoteAgent]:
+        return reach(self.config, url, self.cancellation, self.wiring.transport)
 
     def waiting(self) -> list[str]:
         """The ids that are not settled here, each once."""
@@ -158,7 +170,7 @@ class Recovery:
     ) -> Recovered:
         url = self.config.transport.to or journal.facts.get("to", "")
         try:
-            with reach(self.config, url, self.cancellation) as agent:
+            with self._reach(url) as agent:
                 there = agent.look(journal.id, wait_s).get(Role.DESTINATION)
                 decision = self._decided(journal.id, source, there)
                 if decision.verdict is Verdict.RUN and source and source.held:
@@ -206,6 +218,7 @@ class Recovery:
             final_dir,
             listener=self.listener,
             cancellation=self.cancellation,
+            transports=self.wiring.transport,
         ) as transfer:
             # Should it have to be rebuilt, that needs pages already.
             transfer.begin(agent)
@@ -256,7 +269,7 @@ class Recovery:
                 hint=f"run recover there, or here with --to ssh://root@{peer}; if that host will "
                 "never come back: --source-is-dead",
             )
-        with reach(self.config, self.config.transport.to, self.cancellation) as agent:
+        with self._reach(self.config.transport.to) as agent:
             source = agent.look(migration_id, 1.0).get(Role.SOURCE)
             if source is None:
                 raise Refused(f"{agent.name} knows of no migration {migration_id} of its own")

@@ -19,7 +19,7 @@ from phaul_runtime.cutover.orphans import private_directories
 from phaul_runtime.cutover.states import Role, Settled, Standing, State, Verdict
 from phaul_runtime.destination.copy import may_run
 from phaul_runtime.destination.incoming import Incoming
-from phaul_runtime.engine.interface import SourceHalf, load_engine
+from phaul_runtime.engine.interface import Engines, SourceHalf, load_engine
 from phaul_runtime.errors import (
     JournalDamaged,
     MigrationFailed,
@@ -44,12 +44,14 @@ class Settler:
         workdir: private directory of images and sockets.
         criu: a session factory.
         hooks: of this host.
+        engines: find one by its name.
     """
 
     state_dir: Path
     workdir: Path
     criu: Criu
     hooks: Hooks = field(default_factory=Hooks)
+    engines: Engines = load_engine
 
     def look(self, migration_id: str, role: Role, *, wait_s: float = 1.0) -> Standing | None:
         """How an end stands, once nobody works on it any more; None if there is none here.
@@ -128,7 +130,7 @@ class Settler:
         try:
             if take_up is None and not may_run(journal):
                 raise _elsewhere(journal.id)
-            incoming = Incoming.revive(journal, self.criu, self.hooks)
+            incoming = Incoming.revive(journal, self.criu, self.hooks, self.engines)
         except BaseException:
             journal.close()
             raise
@@ -165,7 +167,7 @@ class Settler:
     def source(self, journal: Journal) -> SourceHalf:
         """The engine's half for the target that a journal of the source tells of."""
         facts = journal.facts
-        engine = load_engine(facts["engine"])
+        engine = self.engines(facts["engine"])
         options = engine.options_model.model_validate(facts["options"])
         source = engine.source(facts["target"], options, criu_log_level=4)
         source.recall(facts["identity"])
@@ -217,7 +219,7 @@ class Settler:
             return Settled(pid=int(journal.facts.get("pid", 0)))
         if verdict is Verdict.DISCARD:
             return self._discard(journal)
-        incoming = Incoming.revive(journal, self.criu, self.hooks)
+        incoming = Incoming.revive(journal, self.criu, self.hooks, self.engines)
         try:
             reply = incoming.commit()
         except PhaulError as error:
@@ -237,7 +239,7 @@ class Settler:
         if journal.state is not State.ABORTING:
             journal.enter(State.ABORTING)
         try:
-            Incoming.revive(journal, self.criu, self.hooks).abort()
+            Incoming.revive(journal, self.criu, self.hooks, self.engines).abort()
         except PhaulError as error:
             text = f"what was prepared is not put away yet: {error.message}"
             return Settled(warnings=(f"{text}; phaul-runtime recover {journal.id} goes on",))

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from phaul_runtime.rpc.client import RemoteAgent
 from phaul_runtime.system.cancel import Cancellation
-from phaul_runtime.transport.base import Channel, Destination, load_transport
+from phaul_runtime.transport.base import Channel, Destination, Transport, load_transport
 
 if TYPE_CHECKING:
     from phaul_runtime.config.model import Config
-
-
-def open_channel(
-    config: Config, destination: Destination, cancellation: Cancellation, token: str
-) -> Channel:
-    """Open a channel; `token` names its directories, unused on both hosts.
-
-    Raises:
-        DestinationUnreachable: no agent answers there.
-    """
-    return load_transport(destination).open(destination, config, cancellation, token)
 
 
 def agent_on(channel: Channel, config: Config, cancellation: Cancellation) -> RemoteAgent:
@@ -38,14 +27,20 @@ def agent_on(channel: Channel, config: Config, cancellation: Cancellation) -> Re
     )
 
 
+Transports = Callable[[Destination], Transport]
+
+
 @contextmanager
-def reach(config: Config, url: str, cancellation: Cancellation) -> Iterator[RemoteAgent]:
+def reach(
+    config: Config, url: str, cancellation: Cancellation, transports: Transports = load_transport
+) -> Iterator[RemoteAgent]:
     """The agent at `url` by a channel of its own, for as long as the block lasts.
 
     Raises:
         DestinationUnreachable: no agent answers there.
     """
-    channel = open_channel(config, Destination.parse(url), cancellation, secrets.token_hex(8))
+    destination = Destination.parse(url)
+    channel = transports(destination).open(destination, config, cancellation, secrets.token_hex(8))
     try:
         agent = agent_on(channel, config, cancellation)
         try:

@@ -236,7 +236,9 @@ def migrate_once(migration: Migration) -> MigrationReport:
         wait_s=config.timeouts.same_id_s,
         cancellation=migration.cancellation,
     ):
-        before = settled_before(config, migration.id, asked, migration.listener)
+        before = settled_before(
+            config, migration.id, asked, migration.listener, recover=migration.recovery().recover
+        )
         if before is not None:
             return before
         # Directories of an earlier command's channel may still be there, on either host. Names

@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phaul_runtime.criu.session import Criu
 from phaul_runtime.cutover.cutover import CutOver
 from phaul_runtime.cutover.freezer import Freezer
 from phaul_runtime.cutover.journal import Journal, forget_old
 from phaul_runtime.cutover.states import Role, State
-from phaul_runtime.engine.interface import Engine, Inspection, SourceHalf, load_engine
+from phaul_runtime.engine.interface import Engine, Inspection, SourceHalf
 from phaul_runtime.errors import (
     MigrationFailed,
     OutcomeUnknown,
@@ -48,6 +47,7 @@ from phaul_runtime.preflight.checks import (
     judge,
     refuse,
 )
+from phaul_runtime.preflight.wiring import STANDARD, Wiring
 from phaul_runtime.recovery.recover import Recovery
 from phaul_runtime.report import Iteration, MigrationReport, result_of
 from phaul_runtime.rpc.client import RemoteAgent
@@ -69,7 +69,7 @@ from phaul_runtime.source.preflight import (
 )
 from phaul_runtime.source.session import Session
 from phaul_runtime.system.cancel import Cancellation
-from phaul_runtime.transport.base import Destination, load_transport
+from phaul_runtime.transport.base import Destination
 
 if TYPE_CHECKING:
     from phaul_runtime.config.model import Config
@@ -93,6 +93,7 @@ class Migration:
         cancellation: asks to stop; honoured up to the cut-over.
         id: unused on both hosts; `idempotent` has the way for one that may be known already.
         channel: names the channel's directories; the id by default.
+        wiring: what it is made with.
     """
 
     config: Config
@@ -101,10 +102,11 @@ class Migration:
     cancellation: Cancellation = field(default_factory=Cancellation)
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     channel: str = ""
+    wiring: Wiring = STANDARD
 
     def __post_init__(self) -> None:
         self.listener = guarded(self.listener)
-        self.criu = Criu(self.config.criu.binary, deadline_s=self.config.criu.timeout_s)
+        self.criu = self.wiring.criu(self.config.criu.binary, deadline_s=self.config.criu.timeout_s)
         self._iterations: list[Iteration] = []
         self._started = time.monotonic()
         self._begun: Begun | None = None
@@ -145,7 +147,7 @@ class Migration:
         except OutcomeUnknown as error:
             if self._begun is None:
                 raise
-            report = recover(self.config, error, self._begun, self._iterations, self.listener)
+            report = recover(self.config, error, self._begun, self._iterations, self.recovery())
         except Exception:
             if self._left_there:
                 self._put_away_there()
@@ -161,11 +163,11 @@ class Migration:
     def check(self) -> list[HostFinding]:
         """Only the checks, of the target too if there is one; returns what refuses."""
         destination = Destination.parse(self.config.transport.to or "")
-        load_transport(destination)
-        engine = load_engine(self.config.engine) if self.target else None
+        self.wiring.transport(destination)
+        engine = self.wiring.engine(self.config.engine) if self.target else None
         with self._session(destination) as session:
             findings = self._source_hooks.asked(self._about(), HERE) if engine else []
-            hosts = look_at_hosts(self.config, self.criu, session.agent)
+            hosts = look_at_hosts(self.config, self.criu, session.agent, self.wiring)
             findings += check_both(self.config, hosts)
             if engine is not None:
                 source, _ = self._source_half(engine)
@@ -192,7 +194,15 @@ class Migration:
 
     def _session(self, destination: Destination) -> Session:
         config, stop = self.config, self.cancellation
-        return Session(config, destination, self.id, stop, self.roll_back, token=self.channel)
+        return Session(
+            config,
+            destination,
+            self.id,
+            stop,
+            self.roll_back,
+            token=self.channel,
+            transports=self.wiring.transport,
+        )
 
     # -- steps -----------------------------------------------------------------------------
 
@@ -201,8 +211,8 @@ class Migration:
         if not self.config.transport.to:
             raise Refused("no destination", hint="--to ssh://root@host, or transport.to")
         destination = Destination.parse(self.config.transport.to)
-        load_transport(destination)
-        engine = load_engine(self.config.engine)
+        self.wiring.transport(destination)
+        engine = self.wiring.engine(self.config.engine)
         self.listener(
             MigrationStarted(self.id, self.config.engine, self.target, self.config.transport.to)
         )
@@ -227,7 +237,7 @@ class Migration:
         ignore = self.config.checks.ignore
         refuse(judge(self._source_hooks.asked(self._about(), HERE), ignore, self.listener))
         # The hosts first: an inspection as an ordinary user would fail for the wrong reason.
-        hosts = look_at_hosts(self.config, self.criu, session.agent)
+        hosts = look_at_hosts(self.config, self.criu, session.agent, self.wiring)
         refuse(judge(check_both(self.config, hosts), ignore, self.listener))
         inspection = source.inspect()
         findings, differing = self._of_target(session, hosts, source, inspection)
@@ -367,6 +377,7 @@ class Migration:
             images_dir,
             listener=self.listener,
             cancellation=self.cancellation,
+            transports=self.wiring.transport,
         )
         transfer.begin(agent)
         return transfer.check
@@ -430,11 +441,15 @@ class Migration:
         text = reason.message if isinstance(reason, PhaulError) else repr(reason)
         self.listener(RolledBack(text, clean))
 
+    def recovery(self) -> Recovery:
+        """What settles this migration where it was left unsettled."""
+        return Recovery(self.config, listener=self.listener, wiring=self.wiring)
+
     def _put_away_there(self) -> None:
         """The agent was lost before it could put away its part: ask another one, once."""
         try:
             journal = self._begun.journal if self._begun else None
-            warnings = Recovery(self.config).recover(self.id, journal).warnings
+            warnings = Recovery(self.config, wiring=self.wiring).recover(self.id, journal).warnings
         except PhaulError as error:
             warnings = (
                 f"the destination may hold what is left of this migration: {error.message}; "

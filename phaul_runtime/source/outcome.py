@@ -117,7 +117,7 @@ def recover(
     unknown: OutcomeUnknown,
     begun: Begun,
     iterations: Sequence[Iteration],
-    listener: Listener,
+    recovery: Recovery,
 ) -> MigrationReport:
     """The source's copy is dead: find out about the other, from a new channel.
 
@@ -125,6 +125,7 @@ def recover(
         OutcomeUnknown: not even that helps within `timeouts.commit_s`.
         MigrationFailed: the source's copy turns out to run.
     """
+    listener = recovery.listener
     if begun.transfer is not None:
         begun.transfer.stop()
     if begun.journal.state is State.POST_COPY:
@@ -133,7 +134,6 @@ def recover(
     deadline = time.monotonic() + config.timeouts.commit_s
     while True:
         try:
-            recovery = Recovery(config, listener=listener)
             recovered = recovery.recover(begun.journal.id, begun.journal)
             break
         except PhaulError as error:

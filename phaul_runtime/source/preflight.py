@@ -17,7 +17,8 @@ from phaul_runtime.errors import Refused
 from phaul_runtime.hooks.lifecycle import Move
 from phaul_runtime.library.client import PRE_COPY
 from phaul_runtime.preflight.checks import HostFinding, check_lazy, check_rsync, compare_hosts
-from phaul_runtime.preflight.host_facts import gather_facts, one_host
+from phaul_runtime.preflight.host_facts import one_host
+from phaul_runtime.preflight.wiring import Wiring
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.rpc.client import RemoteAgent
 
@@ -68,9 +69,9 @@ class Checked:
     throttled: Path | None = None
 
 
-def look_at_hosts(config: Config, criu: Criu, agent: RemoteAgent) -> Hosts:
+def look_at_hosts(config: Config, criu: Criu, agent: RemoteAgent, wiring: Wiring) -> Hosts:
     """Gather the facts of both hosts."""
-    here = gather_facts(config.workdir, config.state_dir, criu)
+    here = wiring.facts(config.workdir, config.state_dir, criu)
     return Hosts(here, agent.hello(), agent.name)
 
 

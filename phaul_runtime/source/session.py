@@ -13,9 +13,9 @@ from phaul_runtime.cutover.journal import lock_directory
 from phaul_runtime.errors import DestinationUnreachable, OutcomeUnknown, PhaulError, Refused
 from phaul_runtime.memory.image_dirs import remove_tree
 from phaul_runtime.rpc.client import RemoteAgent
-from phaul_runtime.rpc.connect import agent_on, open_channel
+from phaul_runtime.rpc.connect import Transports, agent_on
 from phaul_runtime.system.cancel import Cancellation
-from phaul_runtime.transport.base import Channel, Destination
+from phaul_runtime.transport.base import Channel, Destination, load_transport
 from phaul_runtime.transport.image_proxy import ImageProxy, ProxiedChannel
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class Session:
         roll_back: called where the block ends with an error that is no `OutcomeUnknown`, with the
             channel still open.
         token: names the channel's directories; the id by default.
+        transports: find one by a destination.
     """
 
     def __init__(
@@ -44,7 +45,9 @@ class Session:
         roll_back: Callable[[Session, BaseException], object],
         *,
         token: str = "",
+        transports: Transports = load_transport,
     ) -> None:
+        self._transports = transports
         self._config = config
         self._destination = destination
         self._id = migration_id
@@ -60,8 +63,8 @@ class Session:
 
     def __enter__(self) -> Session:
         self._proxy = ImageProxy.of(self._config.transport)
-        self._channel = open_channel(
-            self._config, self._destination, self._cancellation, self._token
+        self._channel = self._transports(self._destination).open(
+            self._destination, self._config, self._cancellation, self._token
         )
         try:
             if self._proxy is not None:

@@ -28,19 +28,16 @@ from typing import Any
 
 import grpc
 
-from phaul_runtime.agent import calls as agent_module
 from phaul_runtime.agent.service import Service
 from phaul_runtime.config.model import AgentConfig, Config
 from phaul_runtime.criu.session import Criu
-from phaul_runtime.destination import incoming as incoming_module
 from phaul_runtime.engine import DestinationHalf, Handover, SourceHalf
 from phaul_runtime.hooks.lifecycle import Hooks
 from phaul_runtime.library.api import Outcome, PhaulConfig
-from phaul_runtime.recovery import resolve as settle_module
+from phaul_runtime.preflight.wiring import Wiring
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.rpc import phaul_pb2_grpc
 from phaul_runtime.rpc.protocol import PROTOCOL, VERSION_KEY
-from phaul_runtime.source import migration as migration_module
 from phaul_runtime.source.migration import Migration
 from phaul_runtime.system.cancel import Cancellation
 from phaul_runtime.testing import FakeCase, FakeEngine
@@ -97,20 +94,19 @@ class Engine(FakeEngine):
         return There(hold_s)
 
 
-def use_the_fake_engine() -> None:
-    for module in (agent_module, incoming_module, migration_module, settle_module):
-        module.load_engine = lambda _: Engine()  # type: ignore[attr-defined]
+WIRING = Wiring(engine=lambda _: Engine())
 
 
 def serve(root: Path) -> None:
     """The service's process, until its standard input ends; it prints its address."""
-    use_the_fake_engine()
     place = root / "fleet" / "there"
     files = {name: str(place / file) for name, file in _FILES.items()}
     config = AgentConfig.model_validate({"listen": "tls://127.0.0.1:0", **files})
     criu = Criu(str(root / "criu"))
     logging.disable(logging.WARNING)
-    service = Service(config, root / "work there", root / "state there", criu, Hooks())
+    service = Service(
+        config, root / "work there", root / "state there", criu, Hooks(), wiring=WIRING
+    )
     sys.stdout.write(f"{service.start()}\n")
     sys.stdout.flush()
     sys.stdin.read()
@@ -141,7 +137,7 @@ class Mover:
         )
         victim = self._case.start()
         begun = time.monotonic()
-        report = Migration(config, victim, lambda _: None).run()
+        report = Migration(config, victim, lambda _: None, wiring=WIRING).run()
         seconds = time.monotonic() - begun
         assert report.result == "moved"
         # It verifies its memory all the time, which the next move would have to pay for.
@@ -269,7 +265,6 @@ def _told(what: str, seconds: list[float]) -> None:
 
 def measure(moves: int) -> int:
     """All of it; the exit code."""
-    use_the_fake_engine()
     with tempfile.TemporaryDirectory(prefix="phaul-") as name:
         root = Path(name)
         os.environ["FAKECRIU_NOTES"] = str(root / "notes")

@@ -29,13 +29,17 @@ def test_a_move_goes_by_journals_that_are_damaged(whole: WholeMove) -> None:
 
 def test_a_move_whose_journal_is_damaged_is_not_made_again(whole: WholeMove) -> None:
     config = whole.config()
-    assert migrate_once(Migration(config, whole.target, id=ID)).result == "moved"
+    assert (
+        migrate_once(Migration(config, whole.target, id=ID, wiring=whole.wiring)).result == "moved"
+    )
     path = journal_path(whole.tmp_path / "state-here", ID, Role.SOURCE)
     good = path.read_bytes()
     for wrong in (good.replace(b"done", b"dooe"), good[:-1], good[:200], b"", b"\xff" * 300):
         path.write_bytes(wrong)
         with pytest.raises(JournalDamaged, match=str(path)):
-            migrate_once(Migration(config, whole.target, id=ID))
+            migrate_once(Migration(config, whole.target, id=ID, wiring=whole.wiring))
         assert path.read_bytes() == wrong
     path.write_bytes(good)
-    assert migrate_once(Migration(config, whole.target, id=ID)).result == "moved"
+    assert (
+        migrate_once(Migration(config, whole.target, id=ID, wiring=whole.wiring)).result == "moved"
+    )

@@ -153,12 +153,12 @@ def test_a_command_that_makes_no_sense_is_no_failed_move(whole: WholeMove, out: 
 
 def test_a_dry_run_asks_and_tells_nobody_else(whole: WholeMove, out: Path) -> None:
     whole.here = whole.there = ALL
-    Migration(whole.config(), whole.target).run(dry_run=True)
+    Migration(whole.config(), whole.target, wiring=whole.wiring).run(dry_run=True)
     whole.here = {**ALL, "pre_check": [["false"]]}
     with pytest.raises(CheckFailed):
-        Migration(whole.config(), whole.target).run(dry_run=True)
+        Migration(whole.config(), whole.target, wiring=whole.wiring).run(dry_run=True)
     assert out.read_text().splitlines() == ["pre_check source", "pre_check destination"]
-    refused = Migration(whole.config(), whole.target).check()
+    refused = Migration(whole.config(), whole.target, wiring=whole.wiring).check()
     assert [found.finding.check for found in refused] == ["pre-check"]
 
 
@@ -193,6 +193,6 @@ def test_a_recovery_that_undoes_a_move_tells_of_the_failure(whole: WholeMove, ou
             State.ITERATING, engine="fake", target=whole.target, to="ssh://root@there",
             options={}, identity=dict(source.identity()), lost_s=30.0,
         )  # fmt: skip
-    settler = Settler(state_dir, whole.tmp_path / "work", NoCriu(), Hooks(ALL))
+    settler = Settler(state_dir, whole.tmp_path / "work", NoCriu(), Hooks(ALL), whole.wiring.engine)
     assert settler.settle(name, Role.SOURCE, Verdict.DISCARD).warnings == ()
     assert out.read_text().splitlines() == ["on_rollback source", "on_failure source"]

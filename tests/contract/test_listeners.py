@@ -36,7 +36,9 @@ LATE = ("source_dead", "committed")
 
 
 def moved(whole: WholeMove, listener: ev.Listener, stop: Cancellation | None = None) -> Any:
-    whole.migration = Migration(whole.config(), whole.target, listener, stop or Cancellation())
+    whole.migration = Migration(
+        whole.config(), whole.target, listener, stop or Cancellation(), wiring=whole.wiring
+    )
     return whole.migration.run()
 
 

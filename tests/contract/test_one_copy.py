@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,8 @@ from phaul_runtime.files.staged_files import FileStage
 from phaul_runtime.hooks.lifecycle import Hooks, announce
 from phaul_runtime.memory.image_dirs import RESUMED
 from phaul_runtime.postcopy.transfer import Transfer
-from phaul_runtime.recovery import recover as recovery_module
 from phaul_runtime.recovery.recover import Recovery
 from phaul_runtime.recovery.resolve import Settler
-from phaul_runtime.rpc import connect as reach_module
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.rpc.client import RemoteAgent
 from phaul_runtime.rpc.protocol import PROTOCOL
@@ -55,10 +54,8 @@ def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def reachable(whole: WholeMove, monkeypatch: pytest.MonkeyPatch) -> WholeMove:
+def reachable(whole: WholeMove) -> WholeMove:
     """A recovery reaches the other host."""
-    monkeypatch.setattr(reach_module, "load_transport", lambda _: whole)
-    monkeypatch.setattr(recovery_module, "Criu", lambda *_, **__: NoCriu())
     return whole
 
 
@@ -90,7 +87,13 @@ def one_lives_there(whole: WholeMove) -> None:
 def successor(whole: WholeMove) -> Settler:
     """An agent that knows of the migration by its journal alone."""
     hooks = whole.config(hooks={"directory": "/none", **whole.there}).hooks.hooks()
-    return Settler(whole.tmp_path / "state-there", whole.tmp_path / "there", NoCriu(), hooks)
+    return Settler(
+        whole.tmp_path / "state-there",
+        whole.tmp_path / "there",
+        NoCriu(),
+        hooks,
+        whole.wiring.engine,
+    )
 
 
 @pytest.mark.parametrize("agents", [1, 3])
@@ -140,7 +143,10 @@ def test_a_disk_that_refuses_all_from_committing_on(
     )
     full = False
     if role is Role.SOURCE:
-        assert Recovery(reachable.config()).recover(report.id).verdict is Verdict.RUN
+        assert (
+            Recovery(reachable.config(), wiring=reachable.wiring).recover(report.id).verdict
+            is Verdict.RUN
+        )
     else:
         settled = successor(reachable).settle(report.id, role, Verdict.RUN)
         assert settled.pid == report.restored_pid
@@ -161,7 +167,7 @@ def test_what_runs_is_not_discarded_by_any_command(
     monkeypatch.setattr(wholemove._There, "prepare", lambda *_: pytest.fail("it is prepared for"))
     state = reachable.tmp_path / "state-there"
     with Journal.open(state, report.id, Role.DESTINATION) as journal:
-        incoming = Incoming.revive(journal, NoCriu(), Hooks())
+        incoming = Incoming.revive(journal, NoCriu(), Hooks(), reachable.wiring.engine)
         incoming.abort(client_lost=True)
         one_lives_there(reachable)
     with pytest.raises(MigrationFailed, match="was told to run"):
@@ -238,9 +244,6 @@ def test_a_criu_that_did_not_live_to_say_that_it_runs(
         report = reachable.run(timeouts=SOON)
         assert report.result == "moved"
     monkeypatch.undo()
-    monkeypatch.setattr(
-        "phaul_runtime.destination.incoming.load_engine", lambda _: wholemove._Engine(reachable)
-    )
     settled = successor(reachable).settle(report.id, Role.DESTINATION, Verdict.RUN)
     # The same: none was ended, and none made anew.
     assert settled.pid == report.restored_pid
@@ -267,10 +270,9 @@ def test_a_source_killed_before_it_is_cleaned_is_cleaned_by_a_recovery(
         reachable.run()
     one_lives_there(reachable)
     assert state_of(reachable, Role.SOURCE) is State.COMMITTING
-    if not reached:
-        monkeypatch.setattr(reach_module, "load_transport", _unreachable)
+    wiring = reachable.wiring if reached else replace(reachable.wiring, transport=_unreachable)
     assert reachable.migration is not None
-    recovery = Recovery(reachable.config())
+    recovery = Recovery(reachable.config(), wiring=wiring)
     assert recovery.waiting() == [reachable.migration.id]
     assert recovery.recover(reachable.migration.id).verdict is Verdict.RUN
     assert len(calls) == 2
@@ -303,7 +305,12 @@ def test_a_source_killed_before_its_hooks_has_them_run_by_a_recovery(
     with pytest.raises(Killed):
         reachable.run()
     assert reachable.migration is not None
-    assert Recovery(reachable.config()).recover(reachable.migration.id).verdict is Verdict.RUN
+    assert (
+        Recovery(reachable.config(), wiring=reachable.wiring)
+        .recover(reachable.migration.id)
+        .verdict
+        is Verdict.RUN
+    )
     assert out.read_text().split() == ["source"]
     assert state_of(reachable, Role.SOURCE) is State.DONE
     one_lives_there(reachable)
@@ -319,9 +326,6 @@ def test_a_destination_killed_before_its_hooks_has_them_run_by_a_recovery(
     assert state_of(reachable, Role.DESTINATION) is State.COMMITTING
     monkeypatch.undo()
     monkeypatch.setenv("OUT", str(out))
-    monkeypatch.setattr(
-        "phaul_runtime.destination.incoming.load_engine", lambda _: wholemove._Engine(reachable)
-    )
     settled = successor(reachable).settle(report.id, Role.DESTINATION, Verdict.RUN)
     assert settled.pid == report.restored_pid
     assert out.read_text().split() == ["destination"]
@@ -374,7 +378,7 @@ def test_pages_that_are_all_there_before_the_hooks_were_told_do_not_end_it(
     monkeypatch.setattr(Incoming, "_settle_soon", lambda self: None)
     report = whole.run()
     with Journal.open(whole.tmp_path / "state-there", report.id, Role.DESTINATION) as journal:
-        arrived = Incoming.revive(journal, NoCriu(), Hooks())
+        arrived = Incoming.revive(journal, NoCriu(), Hooks(), whole.wiring.engine)
         assert not arrived._is_done()
         assert journal.state is State.COMMITTING
         announce(Hooks(), journal)
@@ -403,7 +407,9 @@ def test_an_interrupt_of_a_program_that_moves_leaves_one_copy(
         reachable.run(timeouts=SOON)
     assert reachable.migration is not None
     if state_of(reachable, Role.SOURCE) not in (State.DONE, State.ABORTED):
-        Recovery(reachable.config(timeouts=SOON)).recover(reachable.migration.id)
+        Recovery(reachable.config(timeouts=SOON), wiring=reachable.wiring).recover(
+            reachable.migration.id
+        )
     assert reachable.lives(Place.SOURCE) + reachable.lives(Place.DESTINATION) == 1
     # Nothing is undone of a move that was made, and no journal says so.
     undone = step == "prepare"
@@ -469,7 +475,9 @@ def test_pages_that_nobody_can_serve_are_known_of_before_the_source_is_given_up(
         self._error = MigrationFailed("process 11 of the images is not known here")
 
     monkeypatch.setattr(Transfer, "_work", fails)
-    move = Migration(whole.config(mode="post-copy", restore="auto"), whole.target)
+    move = Migration(
+        whole.config(mode="post-copy", restore="auto"), whole.target, wiring=whole.wiring
+    )
     with Journal.create(tmp_path / "s", move.id, Role.SOURCE) as journal:
         agent: Any = None
         hold: Any = None
@@ -504,7 +512,9 @@ def test_a_source_of_which_nobody_knows_is_not_undone(
     assert state_of(reachable, Role.SOURCE) is State.COMMITTING
     # The fake's victim runs again with the end of its connection: now that can be known.
     assert reachable.migration is not None
-    found = Recovery(reachable.config(timeouts=SOON)).recover(reachable.migration.id)
+    found = Recovery(reachable.config(timeouts=SOON), wiring=reachable.wiring).recover(
+        reachable.migration.id
+    )
     assert found.verdict is Verdict.DISCARD
     assert reachable.lives(Place.SOURCE)
     assert not reachable.lives(Place.DESTINATION)
@@ -523,7 +533,9 @@ def test_one_that_opens_slowly_keeps_no_other_waiting(
 
     monkeypatch.setattr(wholemove._There, "prepare", slow)
     (whole.tmp_path / "there").mkdir()
-    service = AgentService(whole.tmp_path / "there", whole.tmp_path / "s", NoCriu(), Hooks())
+    service = AgentService(
+        whole.tmp_path / "there", whole.tmp_path / "s", NoCriu(), Hooks(), wiring=whole.wiring
+    )
 
     class Context:
         def invocation_metadata(self) -> Any:

@@ -25,7 +25,6 @@ from phaul_runtime.library.api import PhaulConfig, PhaulRemote
 from phaul_runtime.library.client import PhaulClient
 from phaul_runtime.library.policy import BudgetPolicy
 from phaul_runtime.library.throttle import FACT, Throttle
-from phaul_runtime.recovery import resolve as settle_module
 from phaul_runtime.recovery.resolve import Settler
 from phaul_runtime.report import MigrationReport
 from phaul_runtime.system.cancel import Cancellation
@@ -255,8 +254,9 @@ def test_a_recovery_undoes_what_a_killed_process_left(
     assert fact is not None
     assert fact["cpu_max"] == UNLIMITED
     json.dumps(fact)
-    monkeypatch.setattr(settle_module, "load_engine", lambda _: move.case.engine)
-    settler = Settler(move.state_dir, tmp_path / "work", Criu("no-such-criu"), Hooks())
+    settler = Settler(
+        move.state_dir, tmp_path / "work", Criu("no-such-criu"), Hooks(), lambda _: move.case.engine
+    )
     assert settler.settle(ID, Role.SOURCE, Verdict.DISCARD).warnings == ()
     assert move.cpu_max == UNLIMITED
     assert move.case.alive(Place.SOURCE)

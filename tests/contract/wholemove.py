@@ -6,13 +6,15 @@ What CRIU and the two kernels would say is left out: the facts of the hosts, and
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from phaul_runtime.agent import calls as agent_module
 from phaul_runtime.agent.server import Agent
+from phaul_runtime.cli import migrate_cmd
 from phaul_runtime.config.model import Config
 from phaul_runtime.destination import incoming as incoming_module
 from phaul_runtime.engine import DestinationHalf, Inspection, SourceHalf
@@ -20,16 +22,15 @@ from phaul_runtime.errors import DestinationError, PhaulError
 from phaul_runtime.events import Event
 from phaul_runtime.hooks.lifecycle import Hooks
 from phaul_runtime.memory.image_dirs import ImageDirs
-from phaul_runtime.recovery import resolve as settle_module
+from phaul_runtime.preflight.wiring import Wiring
 from phaul_runtime.report import MigrationReport
-from phaul_runtime.rpc import connect
 from phaul_runtime.rpc import phaul_pb2 as pb
-from phaul_runtime.source import migration as migration_module
 from phaul_runtime.source import preflight
 from phaul_runtime.source.migration import Migration
 from phaul_runtime.testing import FakeCase, FakeEngine, Place
 from phaul_runtime.testing.bench import NoCriu
 from phaul_runtime.testing.fake import MADE, FakeDestination, FakeSource
+from phaul_runtime.transport import Transport
 from phaul_runtime.transport.agent_process import AgentProcess
 
 _FACTS = pb.HostFacts(hostname="here", boot_id="one", page_format=1)
@@ -127,16 +128,17 @@ class WholeMove:
         self.events: list[Event] = []
         self.migration: Migration | None = None
         engine = _Engine(self)
-        for module in (migration_module, incoming_module, agent_module, settle_module):
-            monkeypatch.setattr(module, "load_engine", lambda _: engine)
-        for module in (preflight, agent_module):
-            monkeypatch.setattr(module, "gather_facts", lambda *_: _FACTS)
+        self.wiring = Wiring(
+            engine=lambda _: engine,
+            transport=lambda _: cast(Transport, self),
+            criu=lambda *_, **__: NoCriu(),
+            facts=lambda *_: _FACTS,
+        )
+        # Of the command line, too.
+        monkeypatch.setattr(migrate_cmd, "Migration", partial(Migration, wiring=self.wiring))
         monkeypatch.setattr(preflight, "compare_hosts", lambda *_: [])
         monkeypatch.setattr(agent_module, "check_space", lambda *_: _finding())
         monkeypatch.setattr(incoming_module, "PhaulServer", _PageServer)
-        monkeypatch.setattr(migration_module, "Criu", lambda *_, **__: NoCriu())
-        monkeypatch.setattr(connect, "load_transport", lambda _: self)
-        monkeypatch.setattr(migration_module, "load_transport", lambda _: self)
 
     def config(self, **more: Any) -> Config:
         return Config.model_validate(
@@ -158,12 +160,16 @@ class WholeMove:
         hooks = Config.model_validate({"hooks": {"directory": "/none", **self.there}}).hooks.hooks()
         hooks = Hooks(hooks.commands, hooks.timeout_s, None, hooks.timeouts, self.observe)
         state = self.tmp_path / "state-there"
-        agent = Agent(sockets, self.tmp_path / "there", state, NoCriu(), hooks=hooks)
+        agent = Agent(
+            sockets, self.tmp_path / "there", state, NoCriu(), hooks=hooks, wiring=self.wiring
+        )
         agent.start()
         return _Channel(agent, sockets)
 
     def run(self, **more: Any) -> MigrationReport:
-        self.migration = Migration(self.config(**more), self.target, self.events.append)
+        self.migration = Migration(
+            self.config(**more), self.target, self.events.append, wiring=self.wiring
+        )
         return self.migration.run()
 
     def fail(self, **more: Any) -> PhaulError:

@@ -15,7 +15,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -33,15 +33,17 @@ from phaul_runtime.errors import DestinationError, MigrationFailed, PhaulError
 from phaul_runtime.hooks.lifecycle import Hooks
 from phaul_runtime.memory import image_dirs
 from phaul_runtime.postcopy.transfer import Transfer
+from phaul_runtime.preflight.wiring import Wiring
 from phaul_runtime.recovery import recover, resolve
 from phaul_runtime.recovery.recover import Recovery
 from phaul_runtime.rpc import client as remote_module
-from phaul_runtime.rpc import connect, phaul_pb2_grpc
 from phaul_runtime.rpc import phaul_pb2 as pb
+from phaul_runtime.rpc import phaul_pb2_grpc
 from phaul_runtime.rpc.protocol import PROTOCOL
 from phaul_runtime.source import migration, outcome, preflight
 from phaul_runtime.source.migration import Migration
 from phaul_runtime.testing.bench import NoCriu
+from phaul_runtime.transport import Transport
 from tests.contract.wholemove import _PageServer
 from tests.explorer.world import (
     DISK,
@@ -98,17 +100,15 @@ class Hosts:
 
     def _patch(self, patch: pytest.MonkeyPatch) -> None:
         world, engine = self.world, ModelEngine(self.world)
-        for module in (migration, incoming, agent_module, resolve):
-            patch.setattr(module, "load_engine", lambda _: engine)
         for module in (migration, outcome, incoming, agent_module, cutover, journal, remote_module):
             patch.setattr(module, "time", world)
         facts = pb.HostFacts(hostname="here", boot_id="one", page_format=1)
-        for module in (preflight, agent_module):
-            patch.setattr(module, "gather_facts", lambda *_: facts)
-        for module in (migration, recover):
-            patch.setattr(module, "Criu", lambda *_, **__: NoCriu())
-        for module in (migration, connect):
-            patch.setattr(module, "load_transport", lambda _: self)
+        self.wiring = Wiring(
+            engine=lambda _: engine,
+            transport=lambda _: cast(Transport, self),
+            criu=lambda *_, **__: NoCriu(),
+            facts=lambda *_: facts,
+        )
         patch.setattr(preflight, "compare_hosts", lambda *_: [])
         patch.setattr(preflight, "check_lazy", lambda *_: _fine())
         patch.setattr(preflight, "check_hold", lambda *_: _fine())
@@ -249,13 +249,13 @@ class Hosts:
 
     def _run(self, command: str) -> str:
         if command == "migrate":
-            move = Migration(self.config(), "victim", id=ID)
+            move = Migration(self.config(), "victim", id=ID, wiring=self.wiring)
             return move.run().result
         if command == "the lost are noticed":
             self.orphans_notice()
             return "noticed"
         side, other = ("here", "there") if command == "recover here" else ("there", "here")
-        return Recovery(self.config(side, other)).recover(ID).verdict.value
+        return Recovery(self.config(side, other), wiring=self.wiring).recover(ID).verdict.value
 
     # -- what came of it -------------------------------------------------------------------
 
@@ -309,7 +309,9 @@ class _Agent:
         self.orphan = False
         root = hosts.root / side
         (root / "work").mkdir(parents=True, exist_ok=True)
-        self.service = AgentService(root / "work", root / "state", NoCriu(), Hooks())
+        self.service = AgentService(
+            root / "work", root / "state", NoCriu(), Hooks(), wiring=hosts.wiring
+        )
 
     def call(self, name: str, request: Any) -> Any:
         """One call, as the agent's process."""

@@ -18,18 +18,16 @@ import grpc
 from google.protobuf.message import DecodeError
 from pydantic import BaseModel, ConfigDict
 
-from phaul_runtime.agent import calls as agent_module
 from phaul_runtime.agent.server import Agent
 from phaul_runtime.criu.page_format import PageFormat
 from phaul_runtime.criu.session import Criu
-from phaul_runtime.destination import incoming as incoming_module
 from phaul_runtime.destination import memory_channel
 from phaul_runtime.engine import OK, Engine, Finding
 from phaul_runtime.errors import DestinationError, PhaulError
 from phaul_runtime.memory.fill_plan import FillPlan, Runs
 from phaul_runtime.pager import CONTROL_SOCKET, LAZY_SOCKET
 from phaul_runtime.pager.client import PagerClient
-from phaul_runtime.recovery import resolve as settle_module
+from phaul_runtime.preflight.wiring import Wiring
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.rpc.protocol import MAX_MESSAGE, PROTOCOL, VERSION_KEY
 from phaul_runtime.transport.preamble import CONTROL, ID_BYTES, MEMORY
@@ -125,15 +123,17 @@ class Calls(Target):
         self._patched = [
             (module, name, getattr(module, name))
             for module, name in (
-                (agent_module, "load_engine"), (incoming_module, "load_engine"),
-                (settle_module, "load_engine"), (memory_channel, "WITHIN_S"),
+                (memory_channel, "WITHIN_S"),
             )
         ]  # fmt: skip
         for module, name, _ in self._patched:
-            setattr(module, name, 0.05 if name.isupper() else _load_engine)
+            setattr(module, name, 0.05)
         self._sockets = root / "s"
         (root / "files").mkdir()
-        self._agent = Agent(self._sockets, root / "w", root / "j", Criu("no-such-criu"), history=3)
+        self._agent = Agent(
+            self._sockets, root / "w", root / "j", Criu("no-such-criu"), history=3,
+            wiring=Wiring(engine=_load_engine),
+        )  # fmt: skip
         self._agent.start()
         self._channel = grpc.insecure_channel(
             f"unix:{self._sockets / CONTROL}",

@@ -22,11 +22,10 @@ from phaul_runtime.memory.fill_plan import FillPlan
 from phaul_runtime.memory.mark_lazy import plan_lazy
 from phaul_runtime.memory.page_index import PageIndex
 from phaul_runtime.memory.pagemap import Pagemap, convert_page_maps, read_pagemap, write_pagemap
-from phaul_runtime.recovery import resolve
 from phaul_runtime.recovery.resolve import Settler
 from tests.fuzz.mutation import Random, mutated, worse
 from tests.fuzz.target import Target
-from tests.movejournals import DEAD, ID, ProcessesEngine, build
+from tests.movejournals import DEAD, ID, build, processes
 
 _MM = bytes.fromhex("19435654") + bytes.fromhex("20284957")
 
@@ -179,12 +178,11 @@ class Journals(Target):
         self._patched: list[tuple[Any, str, Any]] = [
             (module, name, getattr(module, name))
             for module, name in (
-                (resolve, "load_engine"), (journal_module, "sync_directory"), (os, "fdatasync"),
+                (journal_module, "sync_directory"), (os, "fdatasync"),
             )
         ]  # fmt: skip
         for module, name, _ in self._patched:
-            wanted = ProcessesEngine if module is resolve else None
-            setattr(module, name, lambda *_, wanted=wanted: wanted)
+            setattr(module, name, lambda *_: None)
         self._good: dict[Role, bytes] = {}
         self._records: dict[Role, list[dict[str, Any]]] = {}
         for role in Role:
@@ -203,7 +201,10 @@ class Journals(Target):
         decode(data)
         path.write_bytes(data)
         taken = True
-        settler = Settler(self._state_dir, self.root / "work", Criu("no-such-criu"))
+        settler = Settler(
+            self._state_dir, self.root / "work", Criu("no-such-criu"),
+            engines=processes,
+        )  # fmt: skip
         for work in (
             lambda: examine(path),
             lambda: unsettled(self._state_dir),

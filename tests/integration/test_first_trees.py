@@ -25,7 +25,6 @@ from phaul_runtime.events import Staging, TreeProgress, TreeSynced, Warned
 from phaul_runtime.files import tree_sender as trees_module
 from phaul_runtime.files.tree_sender import STAGED
 from phaul_runtime.hooks.lifecycle import Hooks
-from phaul_runtime.recovery import resolve as settle_module
 from phaul_runtime.recovery.resolve import Settler
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.source.carry import TreeCarrier
@@ -428,9 +427,10 @@ def test_a_recovery_removes_what_was_made(move: ImageMove, monkeypatch: pytest.M
         journal.enter(State.ITERATING, engine="fake", target="web", options={}, identity={})
         journal.add(STAGED, "image")
     move.source.stage("image", Cancellation())
-    monkeypatch.setattr(settle_module, "load_engine", lambda _: FakeEngine(move.half))
     monkeypatch.setattr(FakeEngine, "source", lambda *_, **__: move.source)
-    settler = Settler(state_dir, move.workdir, Criu("no-such-criu"), Hooks())
+    settler = Settler(
+        state_dir, move.workdir, Criu("no-such-criu"), Hooks(), lambda _: FakeEngine(move.half)
+    )
     settled = settler.settle(MIGRATION, Role.SOURCE, Verdict.DISCARD)
     assert settled.warnings == ()
     assert not move.source.path.exists()

@@ -20,16 +20,15 @@ from typing import Any, Literal
 import pytest
 from pydantic import BaseModel
 
-from phaul_runtime.agent import calls as agent_module
 from phaul_runtime.agent.server import Agent
 from phaul_runtime.config.model import Config, CriuConfig, FilesystemConfig
 from phaul_runtime.criu.session import Criu
-from phaul_runtime.destination import incoming as incoming_module
 from phaul_runtime.engine import DestinationHalf, Engine, Finding, Inspection, SourceHalf
 from phaul_runtime.engine.targets import Tree
 from phaul_runtime.errors import Cancelled, DestinationError, MigrationFailed, PhaulError
 from phaul_runtime.events import Event, TreeSynced
 from phaul_runtime.files import tree_sender as trees_module
+from phaul_runtime.preflight.wiring import Wiring
 from phaul_runtime.rpc import phaul_pb2 as pb
 from phaul_runtime.rpc.client import RemoteAgent
 from phaul_runtime.source.carry import Carriage
@@ -146,12 +145,11 @@ class Move:
         self.here, self.there = tmp_path / "here", tmp_path / "made" / "there"
         self.here.mkdir()
         self.half = self.destination(tmp_path)
-        for module in (agent_module, incoming_module):
-            monkeypatch.setattr(module, "load_engine", lambda _: FakeEngine(self.half))
         self.workdir = tmp_path / "work"
         self.agent = Agent(
-            tmp_path / "sockets", self.workdir, tmp_path / "state", Criu("no-such-criu")
-        )
+            tmp_path / "sockets", self.workdir, tmp_path / "state", Criu("no-such-criu"),
+            wiring=Wiring(engine=lambda _: FakeEngine(self.half)),
+        )  # fmt: skip
         self.agent.start()
         self.channel = SocketChannel(tmp_path / "sockets")
         self.cancellation = Cancellation()

@@ -14,18 +14,14 @@ from typing import Any
 
 import pytest
 
-from phaul_runtime.agent import calls as agent_module
 from phaul_runtime.config.model import AgentConfig, Config, TransportConfig
 from phaul_runtime.criu.page_format import PageFormat
 from phaul_runtime.criu.session import Criu
-from phaul_runtime.destination import incoming as incoming_module
-from phaul_runtime.engine import DestinationHalf, Finding, Handover
+from phaul_runtime.engine import DestinationHalf, Finding, Handover, interface
 from phaul_runtime.errors import CheckFailed
 from phaul_runtime.events import Event
 from phaul_runtime.library.api import Outcome, PhaulConfig
 from phaul_runtime.memory.pagemap import read_pagemap
-from phaul_runtime.recovery import resolve as settle_module
-from phaul_runtime.source import migration as migration_module
 from phaul_runtime.source.migration import Migration
 from phaul_runtime.system.cancel import Cancellation
 from phaul_runtime.testing import FakeCase, FakeEngine, Place
@@ -138,8 +134,7 @@ class Moves:
 def moves(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Moves]:
     found = Moves(root)
     monkeypatch.setenv("FAKECRIU_NOTES", str(found.notes))
-    for module in (agent_module, incoming_module, migration_module, settle_module):
-        monkeypatch.setattr(module, "load_engine", lambda _: found.engine)
+    monkeypatch.setattr(interface, "load_engine", lambda _: found.engine)
     yield found
     # Of the stand-in; shown where a test fails.
     sys.stdout.write((root / "errors").read_text())
@@ -222,17 +217,14 @@ def test_the_other_host_has_another_criu(
 AGENT = """
 import sys
 from pathlib import Path
-from phaul_runtime.agent import calls
-from phaul_runtime.destination import incoming
-from phaul_runtime.recovery import resolve
 from phaul_runtime.cli.main import cli
+from phaul_runtime.engine import interface
 from phaul_runtime.testing import FakeCase
 from tests.integration.test_whole_moves import Engine
 engine = Engine()
 engine.case = FakeCase(Path(sys.argv.pop(1)), engine)
 engine.case._count = int(sys.argv.pop(1))
-for module in (calls, incoming, resolve):
-    module.load_engine = lambda _: engine
+interface.load_engine = lambda _: engine
 cli()
 """
 

@@ -26,11 +26,10 @@ from phaul_runtime.cutover.journal import (
 )
 from phaul_runtime.cutover.journal_format import STEP
 from phaul_runtime.cutover.states import Role, State
-from phaul_runtime.engine import WARNING
+from phaul_runtime.engine import WARNING, interface
 from phaul_runtime.errors import ExitCode, JournalDamaged, NoSuchMigration, PhaulError
 from phaul_runtime.preflight.checks import compare_hosts
 from phaul_runtime.preflight.host_facts import gather_facts
-from phaul_runtime.recovery import resolve
 from phaul_runtime.rpc.codec import from_wire, to_wire
 from phaul_runtime.source import idempotent
 from tests.movejournals import DEAD, ID, ProcessesEngine, build
@@ -38,7 +37,7 @@ from tests.movejournals import DEAD, ID, ProcessesEngine, build
 
 @pytest.fixture(autouse=True)
 def engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resolve, "load_engine", lambda _: ProcessesEngine)
+    monkeypatch.setattr(interface, "load_engine", lambda _: ProcessesEngine)
     # The disk is not what this is about.
     monkeypatch.setattr(os, "fdatasync", lambda _: None)
     monkeypatch.setattr(journal_module, "sync_directory", lambda _: None)

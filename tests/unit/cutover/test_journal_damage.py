@@ -26,11 +26,19 @@ from phaul_runtime.cutover.journal import (
 )
 from phaul_runtime.cutover.journal_format import HEADER, STEP, Contents, closed_state, decode
 from phaul_runtime.cutover.states import Role, State, Verdict, decide
-from phaul_runtime.destination import incoming as incoming_module
+from phaul_runtime.engine import interface
 from phaul_runtime.errors import JournalDamaged, PhaulError
-from phaul_runtime.recovery import resolve
 from phaul_runtime.recovery.resolve import Settler
-from tests.movejournals import DEAD, FORWARD, ID, LIVE, ProcessesEngine, build, open_files
+from tests.movejournals import (
+    DEAD,
+    FORWARD,
+    ID,
+    LIVE,
+    ProcessesEngine,
+    build,
+    open_files,
+    processes,
+)
 
 V1 = Path(__file__).parent / "journals" / "v1"
 
@@ -57,7 +65,7 @@ WORLDS = [
 
 @pytest.fixture(autouse=True)
 def engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resolve, "load_engine", lambda _: ProcessesEngine)
+    monkeypatch.setattr(interface, "load_engine", lambda _: ProcessesEngine)
     # The disk is not what this is about.
     monkeypatch.setattr(os, "fdatasync", lambda _: None)
     monkeypatch.setattr(journal_module, "sync_directory", lambda _: None)
@@ -93,7 +101,7 @@ def test_no_flip_and_no_cut_is_taken_for_another_state(
     tmp_path: Path, world: World, closed: bool
 ) -> None:
     """All of them by `decode`; what it does not see, and a sample, by all that a recovery does."""
-    settler = Settler(tmp_path, tmp_path / "work", Criu("none"))
+    settler = Settler(tmp_path, tmp_path / "work", Criu("none"), engines=processes)
     built = {
         Role.SOURCE: build(tmp_path, Role.SOURCE, world.source, world.members),
         Role.DESTINATION: build(tmp_path, Role.DESTINATION, world.destination, world.members),
@@ -136,7 +144,7 @@ def test_wrong_bytes_in_one_of_version_1_end_in_an_error_of_ours(
     path = journal_path(tmp_path, ID, role)
     path.parent.mkdir()
     data = (V1 / ("c0ffee00" * 2) / path.name).read_bytes()
-    settler = Settler(tmp_path, tmp_path / "work", Criu("none"))
+    settler = Settler(tmp_path, tmp_path / "work", Criu("none"), engines=processes)
     files = open_files()
     found: collections.Counter[str] = collections.Counter()
     step = 1 if os.environ.get("THOROUGH") else 37
@@ -302,7 +310,7 @@ def test_facts_of_no_use_are_damage(
     spoil_facts(facts)
     with Journal.create(tmp_path, ID, Role.SOURCE) as journal:
         journal.enter(State.ITERATING, **facts)
-    settler = Settler(tmp_path, tmp_path / "work", Criu("none"))
+    settler = Settler(tmp_path, tmp_path / "work", Criu("none"), engines=processes)
     files = open_files()
     with pytest.raises(JournalDamaged, match="a fact is missing or of no use"):
         settler.look(ID, Role.SOURCE)
@@ -315,14 +323,13 @@ def test_facts_of_no_use_are_damage(
 def test_facts_of_no_use_at_the_destination(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, post_copy: bool
 ) -> None:
-    monkeypatch.setattr(incoming_module, "load_engine", lambda _: ProcessesEngine)
     with Journal.create(tmp_path, ID, Role.DESTINATION) as journal:
         journal.enter(State.ITERATING, engine="process", options={}, post_copy=post_copy)
         journal.enter(State.FROZEN)
         journal.enter(State.PREPARED)
         journal.enter(State.COMMITTING)
         journal.enter(State.POST_COPY)
-    settler = Settler(tmp_path, tmp_path / "work", Criu("none"))
+    settler = Settler(tmp_path, tmp_path / "work", Criu("none"), engines=processes)
     files = open_files()
     with pytest.raises(JournalDamaged, match="lost_s"):
         settler.settle(ID, Role.DESTINATION, Verdict.RUN)
@@ -336,7 +343,7 @@ def test_a_damaged_end_keeps_the_directories_of_the_other(tmp_path: Path) -> Non
     path.write_bytes(path.read_bytes().replace(b"frozen", b"frozeo"))
     images = tmp_path / "work" / ID
     images.mkdir(parents=True)
-    settler = Settler(tmp_path, tmp_path / "work", Criu("none"))
+    settler = Settler(tmp_path, tmp_path / "work", Criu("none"), engines=processes)
     with pytest.raises(PhaulError):
         settler.settle(ID, Role.DESTINATION, Verdict.DISCARD)
     settler._tidy(ID)

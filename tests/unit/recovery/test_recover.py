@@ -16,6 +16,7 @@ from phaul_runtime.config.model import Config
 from phaul_runtime.cutover.freezer import FACT as HOLD
 from phaul_runtime.cutover.journal import RUNS, Journal, read_records, replay
 from phaul_runtime.cutover.states import Role, Settled, Standing, State, Verdict
+from phaul_runtime.engine import interface
 from phaul_runtime.errors import (
     DestinationError,
     DestinationUnreachable,
@@ -112,7 +113,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Here:
     for module in (recovery, resolve):
         monkeypatch.setattr(module, "Freezer", SimpleNamespace(recall=found.hold))
         monkeypatch.setattr(module, "announce", lambda *_: found._do("announce", [])())
-    monkeypatch.setattr(resolve, "load_engine", lambda _: found)
+    monkeypatch.setattr(interface, "load_engine", lambda _: found)
     return found
 
 
@@ -284,9 +285,15 @@ def test_a_frozen_source_serves_its_pages_before_it_is_ended(
     assert here.state is State.DONE
 
 
+def settler_of(here: Here, tmp_path: Path) -> resolve.Settler:
+    nothing: Any = None
+    engine: Any = here
+    return resolve.Settler(here.state_dir, tmp_path / "work", nothing, engines=lambda _: engine)
+
+
 def test_a_tree_that_lives_is_not_done_by_a_verdict_alone(here: Here, tmp_path: Path) -> None:
     """Whoever settles it: pages that are missing there, or a copy that was never given up."""
-    settler = resolve.Settler(here.state_dir, tmp_path / "work", None)  # type: ignore[arg-type]
+    settler = settler_of(here, tmp_path)
     here.journal(State.COMMITTING, **HELD)
     with pytest.raises(OutcomeUnknown, match="are still here"):
         settler.settle(ID, Role.SOURCE, Verdict.RUN)
@@ -312,7 +319,7 @@ def test_a_verdict_that_does_not_fit_what_is_here(
     says: str,
 ) -> None:
     """An agent may be asked for anything."""
-    settler = resolve.Settler(here.state_dir, tmp_path / "work", None)  # type: ignore[arg-type]
+    settler = settler_of(here, tmp_path)
     here.alive = alive
     here.journal(*states, **facts)
     before = here.state
