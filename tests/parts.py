@@ -37,12 +37,13 @@ PARTS = {
     "e2e-emulated": f"{PYTEST} tests/e2e --labs emulated {SLOWEST}",
     "e2e-emulated-forky": f"{PYTEST} tests/e2e --labs emulated-forky,emulated-mixed {SLOWEST}",
 }
-# One stage after the other; its lanes side by side, each one part after the other. Tests wait more
-# than they work: three lanes keep two processors busy. Emulated hosts are alone: they take two.
+# One stage after the other; its lanes side by side, each one part after the other. Emulated hosts
+# are alone: they take two processors.
 # `make e2e-emulated-forky` is apart: it shows what e2e-emulated does, on other software.
 STAGES: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("image-trixie",), ("image-forky",), ("lint",)),
-    (("unit",), ("unit-forky",), ("e2e-native",)),
+    (("unit",), ("unit-forky",)),
+    (("e2e-native",),),
     (("e2e-emulated",),),
 )
 
