@@ -17,6 +17,7 @@ from phaul_runtime.transport.base import Destination, Transport, load_transport
 
 
 def _installed(name: str) -> Engine:
+    """The engine that is installed under a name."""
     return interface.load_engine(name)
 
 
