@@ -280,7 +280,7 @@ class AgentService(phaul_pb2_grpc.AgentServicer):
         incoming = self._of(request.id, context)
         if incoming.copy.lazy.why_not:
             return pb.FilledReply(over=True, full_because=incoming.copy.lazy.why_not)
-        now = incoming.filled()
+        now = incoming.filling.now()
         return pb.FilledReply() if now is None else pb.FilledReply(**asdict(now))
 
     @answers(pb.BeatReply)

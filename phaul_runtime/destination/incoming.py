@@ -22,7 +22,6 @@ from phaul_runtime.cutover.states import Role, State
 from phaul_runtime.destination.carried import Carried
 from phaul_runtime.destination.copy import Copy, Life
 from phaul_runtime.destination.filling import Filling
-from phaul_runtime.destination.lazy_restore import Filled
 from phaul_runtime.destination.memory_channel import MemoryChannel
 from phaul_runtime.destination.requests import checked_json, facts_of, write_images
 from phaul_runtime.engine.interface import DestinationHalf, Engines, load_engine
@@ -70,6 +69,7 @@ class Incoming:
 
     Attributes:
         server: takes pages, once a round was started.
+        filling: how far the pager of its copy is.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Incoming:
         )
         self.copy = Copy(journal, criu, hooks, self._engine, self._dir)
         self.carried = Carried(journal, self._engine)
-        self._filling = Filling(journal, lambda: self.given_up)
+        self.filling = Filling(journal, lambda: self.given_up)
 
     @classmethod
     def open(
@@ -417,23 +417,15 @@ class Incoming:
                     # Its pager needs nothing but what is here, and outlives whatever comes.
                     self._is_done()
         if not self.copy.lazy.why_not:
-            self._filling.watch(self.copy.lazy)
+            self.filling.watch(self.copy.lazy)
         with self._step:
             if self.given_up:
                 return
-            if self.state is State.POST_COPY and self._filling.lost:
+            if self.state is State.POST_COPY and self.filling.lost:
                 # Its pager is lost, or was told to stop: a recovery finds out.
                 self._close(keep_images=True)
                 return
             self._close(keep_images=not self._is_done())
-
-    def filled(self) -> Filled | None:
-        """How far the pager of the running copy is; None before anything is known.
-
-        Raises:
-            PhaulError: it is lost, and pages with it.
-        """
-        return self._filling.now()
 
     def abort(self, *, client_lost: bool = False) -> None:
         """Discard everything, unless it was told to run; idempotent.

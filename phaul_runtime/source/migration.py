@@ -147,7 +147,7 @@ class Migration:
         except OutcomeUnknown as error:
             if self._begun is None:
                 raise
-            report = recover(self.config, error, self._begun, self._iterations, self.recovery())
+            report = recover(error, self._begun, self._iterations, self.recovery())
         except Exception:
             if self._left_there:
                 self._put_away_there()

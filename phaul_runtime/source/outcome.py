@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from phaul_runtime.cutover.cutover import RECOVER, CutOver
 from phaul_runtime.cutover.freezer import FACT as HOLD
@@ -19,9 +18,6 @@ from phaul_runtime.postcopy.transfer import Transfer
 from phaul_runtime.recovery.recover import Recovery
 from phaul_runtime.report import Iteration, MigrationReport
 from phaul_runtime.source.preflight import HERE
-
-if TYPE_CHECKING:
-    from phaul_runtime.config.model import Config
 
 _RETRY_S = 1.0
 
@@ -113,7 +109,6 @@ class Begun:
 
 
 def recover(
-    config: Config,
     unknown: OutcomeUnknown,
     begun: Begun,
     iterations: Sequence[Iteration],
@@ -131,7 +126,7 @@ def recover(
     if begun.journal.state is State.POST_COPY:
         raise unknown  # New channels were tried, and for longer.
     listener(Recovering(unknown.message))
-    deadline = time.monotonic() + config.timeouts.commit_s
+    deadline = time.monotonic() + recovery.config.timeouts.commit_s
     while True:
         try:
             recovered = recovery.recover(begun.journal.id, begun.journal)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from phaul_runtime.system.procfs import mounts
+
 
 def boot_id() -> str:
     """What tells one boot of this kernel from another, and one kernel from another."""
@@ -29,9 +31,8 @@ def filesystem_of(path: Path) -> str:
     """The type of the file system that holds `path`, as `tmpfs`; empty if unknown."""
     best, kind = "", ""
     resolved = str(path.resolve())
-    for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines():
-        _source, mount_point, fs_type, *_ = line.split(" ")
-        inside = mount_point in ("/", resolved) or resolved.startswith(mount_point + "/")
-        if inside and len(mount_point) >= len(best):
-            best, kind = mount_point, fs_type
+    for mount in mounts():
+        inside = mount.point in ("/", resolved) or resolved.startswith(f"{mount.point}/")
+        if inside and len(mount.point) >= len(best):
+            best, kind = mount.point, mount.type
     return kind
